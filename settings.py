@@ -1,0 +1,87 @@
+"""Every knob of the service, read from the environment once and refused early when wrong.
+
+Does not act on any of them: no folder is made and no file is opened here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import field_validator
+
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message is one line: the variable, what is wrong with it, and an example."""
+
+
+class Settings(BaseSettings):
+    """Field `data_dir` is the environment variable `DATA_DIR`, and so on; `.env.example` says what each is for."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(5000, ge=1, le=65535, examples=["5000"])
+    data_dir: Path = Field(Path("data"), examples=["/var/lib/flask-llm"])
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", examples=["info"])
+    log_file: Path | None = Field(None, examples=["/var/log/flask-llm.log"])
+
+    model: str = Field("smollm2-135m-instruct", min_length=1)
+    models_allowed: Names = Field((), examples=["/models/my-model,org/name"])
+    quantization: Literal["nf4", "int8", "none"] = Field("nf4", examples=["nf4"])
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", examples=["auto"])
+    threads: int = Field(0, ge=0, le=1024, examples=["4"])
+    compile: bool = Field(True, examples=["on"])
+    preload: bool = Field(False, examples=["true"])
+    slots: int = Field(16, ge=1, le=256, examples=["16"])
+    max_context: int = Field(0, ge=0, le=1 << 20, examples=["8192"])
+    max_queue: int = Field(64, ge=1, le=10_000, examples=["64"])
+    request_timeout: float = Field(300, gt=0, le=86_400, examples=["300"])
+    grace_period: float = Field(30, ge=0, le=3600, examples=["30"])
+
+    user_streams: int = Field(10, ge=1, examples=["10"])
+    user_rpm: int = Field(120, ge=1, examples=["120"])
+    max_body: int = Field(1 << 20, ge=1024, le=1 << 30, examples=["1048576"])
+    allowed_hosts: Names = Field((), examples=["llm.example.org,localhost"])
+    trusted_proxies: int = Field(0, ge=0, le=8, examples=["1"])
+    sanitise: Literal["strip", "off"] = Field("strip", examples=["strip"])
+
+    redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6379/0"])
+    cache_ttl: int = Field(3600, ge=0, le=31_536_000, examples=["3600"])
+    cache_shared: bool = Field(False, examples=["false"])
+
+    jwt_secret_file: Path | None = Field(None, examples=["/run/secrets/jwt_secret"])
+    admin_password: str | None = Field(None, min_length=8, max_length=1024, repr=False, examples=["a long passphrase"])
+    admin_password_file: Path | None = Field(None, examples=["/run/secrets/admin_password"])
+    access_ttl: int = Field(900, ge=30, le=86_400, examples=["900"])
+    refresh_ttl: int = Field(604_800, ge=60, le=31_536_000, examples=["604800"])
+
+    @field_validator("models_allowed", "allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """The settings of this process. Raises SettingsError for the first wrong one; never echoes a value."""
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SettingsError(_one_line(error)) from None
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads for the model: THREADS, or the cores this process may use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = str(first["loc"][0])
+    examples = Settings.model_fields[field].examples or ["see .env.example"]
+    return f"{field.upper()}: {first['msg']} (for example {field.upper()}={examples[0]})"
