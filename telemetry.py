@@ -1,11 +1,20 @@
-"""What operators see: the Prometheus metrics.
+"""What operators see: structured logs, the request id and the Prometheus metrics.
 
-Holds no policy, and no label ever takes a value from a user.
+Holds no policy. No label ever takes a value from a user, and no line holds a prompt, a token or a password.
 """
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from uuid import uuid4
+
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from structlog.typing import EventDict, WrappedLogger
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -47,3 +56,45 @@ class Metrics:
         self.engine_failures = counter("llm_engine_failures_total", "Steps that raised.")
         self.cache_lookups = counter("llm_cache_lookups_total", "Response cache look-ups.", "result")
         self.breaker_open = gauge("llm_cache_breaker_open", "1 while the cache is given a rest after faults.")
+
+
+_HANDLER = "flask-llm"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Our own lines hold none of these; a server's or a library's complaint about a request line or header may.
+_SECRET = re.compile(r"(?i)(bearer\s+|ticket=)[^\s\"'&]+|eyJ[\w-]+\.[\w-]+\.[\w-]*")
+
+
+def configure_logging(level: str = "info", file: Path | None = None) -> None:
+    """Every log line of the process, other libraries' too, as one JSON object: to stderr, or to a rotating file."""
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    handler = RotatingFileHandler(file, maxBytes=10 << 20, backupCount=5) if file else logging.StreamHandler(sys.stderr)
+    handler.set_name(_HANDLER)
+    render = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.format_exc_info,
+        _mask,
+        structlog.processors.JSONRenderer(),
+    ]
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=render))
+    root = logging.getLogger()
+    root.handlers = [other for other in root.handlers if other.get_name() != _HANDLER] + [handler]
+    root.setLevel(level.upper())
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+
+
+def request_id(offered: str | None) -> str:
+    """The caller's id for a request where it is plain and short, else a fresh one."""
+    return offered if offered and _REQUEST_ID.fullmatch(offered) else uuid4().hex
+
+
+def _mask(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    return {key: _SECRET.sub("[masked]", value) if isinstance(value, str) else value for key, value in event.items()}

@@ -1,0 +1,161 @@
+"""The JSON that clients send and receive, as pydantic models: the one list of fields and bounds.
+
+Checks shapes only: whether a prompt fits a model is the model's to say.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from model.types import FinishReason, Sampling, ServedBy, Usage
+
+Role = Literal["system", "user", "assistant"]
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 1.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Seed = Annotated[Whole, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
+MaxTokens = Annotated[Whole, Field(ge=1, le=1 << 20)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+TopK = Annotated[Whole, Field(ge=0, le=1 << 20, description="0 switches the filter off.")]
+Penalty = Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A body from outside: no coercion, no unknown key."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Turn(Strict):
+    role: Role
+    content: str
+
+
+class GenerateBody(Strict):
+    """One of `prompt` and `messages`; `prompt` is one user message."""
+
+    prompt: str | None = Field(None, min_length=1, examples=["Why is the sky blue?"])
+    messages: list[Turn] | None = Field(None, min_length=1, max_length=256)
+    model: str | None = Field(None, min_length=1, max_length=256)
+    max_new_tokens: MaxTokens = 256
+    temperature: Temperature = 0.6
+    top_p: TopP = 0.95
+    top_k: TopK = 50
+    repetition_penalty: Penalty = 1.0
+    seed: Seed | None = None
+    stop: list[Stop] = Field(default_factory=list, max_length=16)
+    cache: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("Send one of prompt and messages.")
+        if not any(turn.content.strip() for turn in self.turns()):
+            raise ValueError("The prompt is blank.")
+        return self
+
+    def turns(self) -> list[Turn]:
+        """The conversation, whichever way it was sent."""
+        return self.messages or [Turn(role="user", content=self.prompt or "")]
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
+
+
+class LoginBody(Strict):
+    username: str = Field(min_length=1, max_length=256)
+    password: str = Field(min_length=1, max_length=1024)
+
+
+class RefreshBody(Strict):
+    refresh_token: str = Field(min_length=1, max_length=4096)
+
+
+class LogoutBody(Strict):
+    """The refresh token may come along, so that its whole family ends."""
+
+    refresh_token: str | None = Field(None, min_length=1, max_length=4096)
+
+
+class KeyBody(Strict):
+    name: str = Field(min_length=1, max_length=64)
+    expires_in_days: Annotated[Whole, Field(ge=1, le=366)] = 90
+
+
+class IdPath(BaseModel):
+    id: str = Field(min_length=1, max_length=128)
+
+
+class TicketQuery(BaseModel):
+    ticket: str = Field(min_length=1, max_length=256)
+
+
+class TokensOut(BaseModel):
+    access_token: str
+    refresh_token: str
+    token_type: Literal["Bearer"] = "Bearer"
+    expires_in: int
+
+
+class KeyOut(BaseModel):
+    id: str
+    name: str
+    created_at: float
+    expires_at: float
+
+
+class NewKeyOut(KeyOut):
+    key: str = Field(description="Shown this once.")
+
+
+class KeysOut(BaseModel):
+    keys: list[KeyOut]
+
+
+class TicketOut(BaseModel):
+    ticket: str
+    expires_in: int
+
+
+class UsageOut(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+
+    @classmethod
+    def of(cls, usage: Usage) -> UsageOut:
+        return cls.model_validate(usage, from_attributes=True)
+
+
+class GenerateOut(BaseModel):
+    id: str
+    model: str
+    response: str
+    reasoning: str
+    finish_reason: FinishReason
+    usage: UsageOut
+    cached: bool
+    served_by: ServedBy
+
+
+class HealthOut(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ReadyOut(BaseModel):
+    ready: bool
+    stage: str
+    percent: int
+    reason: str | None
+    details: dict[str, str | int | float | bool]

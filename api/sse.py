@@ -1,0 +1,117 @@
+"""Events on the wire: how they are framed, and how a client that went away is noticed.
+
+Knows neither the native nor OpenAI's vocabulary; each has its own Frames.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from flask import Response
+
+from api.errors import unexpected
+from model.types import Done, Event, ServiceError, Stream
+
+_POLL = 0.1  # seconds between two looks at the client's socket: what a gone client costs at most
+_BEAT = 5.0  # seconds of silence before a comment; proxies give up at 60
+_RECHECK = 30.0  # seconds between two looks at the caller's token
+_STALLED = 30  # seconds a write may block on a reader that stopped reading
+PING = b": ping\n\n"
+
+Check = Callable[[], None]
+
+
+class ClientGone(Exception):
+    """Nobody reads this answer any more."""
+
+
+class Frames(Protocol):
+    """One dialect of events."""
+
+    def event(self, event: Event) -> Iterator[bytes]: ...
+
+    def error(self, error: ServiceError) -> Iterator[bytes]: ...
+
+
+def frame(fields: Mapping[str, Any] | str, *, event: str | None = None, id: int | None = None) -> bytes:
+    """One event; its data is one line, because JSON escapes every line break."""
+    text = fields if isinstance(fields, str) else json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    head = (f"id: {id}\n" if id is not None else "") + (f"event: {event}\n" if event else "")
+    return f"{head}data: {text}\n\n".encode()
+
+
+def client_check(environ: Mapping[str, Any]) -> Check:
+    """A check that raises ClientGone once the client of this WSGI request has closed its side.
+
+    WSGI tells of a gone client only when something is written; gunicorn lends the socket to look at meanwhile.
+    """
+    client: socket.socket | None = environ.get("gunicorn.socket")
+    if client is None:
+        return lambda: None
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STALLED, 0))
+
+    def check() -> None:
+        try:
+            gone = client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            raise ClientGone
+
+    return check
+
+
+def watched(stream: Stream, client: Check, token: Check) -> Iterator[Event | None]:
+    """The events of `stream`, and None for each silence of a few seconds.
+
+    Raises ClientGone, or the ServiceError of the stream or of `token`, the caller's right to go on.
+    """
+    spoken = looked = rechecked = time.monotonic()
+    while True:
+        event = stream.get(_POLL)
+        now = time.monotonic()
+        if now - looked >= _POLL or event is None:
+            looked = now
+            client()
+        if now - rechecked >= _RECHECK:
+            rechecked = now
+            token()
+        if event is not None or now - spoken >= _BEAT:
+            spoken = now
+            yield event
+        if isinstance(event, Done):
+            return
+
+
+def respond(events: Iterator[Event | None], frames: Frames, close: Callable[[], None]) -> Response:
+    """A streamed response. The first event is awaited here, so that an early failure keeps its own status."""
+    with ExitStack() as failed:
+        failed.callback(close)
+        first = next(events)
+        failed.pop_all()
+    response = Response(_written(first, events, frames), content_type="text/event-stream; charset=utf-8")
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    response.call_on_close(close)  # also where the server never asks for a byte
+    return response
+
+
+def _written(event: Event | None, events: Iterator[Event | None], frames: Frames) -> Iterator[bytes]:
+    try:
+        while True:
+            yield from frames.event(event) if event is not None else (PING,)
+            event = next(events)
+    except (ClientGone, StopIteration):
+        return
+    except ServiceError as error:
+        yield from frames.error(error)
+    except Exception as error:  # the thread's boundary: the status is sent, only words are left
+        yield from frames.error(unexpected(error))
