@@ -1,0 +1,36 @@
+"""Who may do what: one table.
+
+Does not know who is asking; the caller brings the role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    ADMIN = "admin"
+    USER = "user"
+    AUDITOR = "auditor"
+
+
+class Permission(StrEnum):
+    """One thing that a route asks for. The value is also the name of an API key's scope."""
+
+    GENERATE = "generate"  # generate, stream, tickets, and cancelling one's own requests
+    READ_MODELS = "models"
+    MANAGE_KEYS = "keys"  # one's own
+    END_SESSION = "session"  # log out
+
+
+_TABLE: dict[str, frozenset[Permission]] = {
+    Role.ADMIN: frozenset(Permission),
+    Role.USER: frozenset(Permission),
+    Role.AUDITOR: frozenset({Permission.READ_MODELS, Permission.END_SESSION}),
+}
+
+
+def allowed(role: Role | str, permission: Permission | str, scopes: Collection[str] | None = None) -> bool:
+    """Whether `role` holds `permission`, within `scopes` when a token carries some. Unknown words are denied."""
+    return permission in _TABLE.get(role, frozenset()) and (scopes is None or permission in scopes)
