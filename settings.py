@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     sanitise: Literal["strip", "off"] = Field("strip", examples=["strip"])
 
     redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6379/0"])
+    redis_url_file: Path | None = Field(None, examples=["/run/secrets/redis_url"])
     cache_ttl: int = Field(3600, ge=0, le=31_536_000, examples=["3600"])
     cache_shared: bool = Field(False, examples=["false"])
 

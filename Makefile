@@ -1,0 +1,80 @@
+# make run    set up what is missing and serve on http://127.0.0.1:5000
+# make test   all tests (as root on Debian, installs redis-server, nginx and prometheus for them)
+# make check  linters, types, and the configuration files
+# make model  fetch and quantise MODEL now, with progress
+# make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
+# make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
+# make bench  the numbers in README;  make clean  remove .venv and caches (DATA_DIR stays)
+#
+# Settings come from the environment and from .env (see .env.example). Another Python: make run PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+DOMAIN ?= localhost
+BIN := $(VENV)/bin
+SHELL := bash
+export PATH := $(PATH):/usr/sbin:/sbin
+# Runs a command with .env, where there is one; what is already in the environment wins.
+with_env = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
+fail = { echo "make: $(1)" >&2; exit 1; }
+
+.PHONY: run test check model stack secrets bench clean services
+
+run: $(VENV)/installed
+	@exec $(with_env) $(BIN)/gunicorn 'app:create_app()'
+
+model: $(VENV)/installed
+	@exec $(with_env) $(BIN)/python -m model.loader $(MODEL)
+
+stack: $(VENV)/installed
+	@exec $(with_env) $(BIN)/python -m ops.stack
+
+bench: $(VENV)/installed
+	@exec $(BIN)/python -m benchmarks.http
+
+secrets:
+	@ops/make-secrets secrets $(DOMAIN)
+
+test: $(VENV)/installed-dev services
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev services
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/docker-compose --profile monitoring config -q
+	$(call with,nginx,$(BIN)/python -m ops.stack --check)
+	$(call with,promtool,promtool check config ops/prometheus/prometheus.yml)
+
+# Runs a check where its program is installed; in CI it has to be.
+with = @if command -v $(1) >/dev/null || [ "$(CI)" = true ]; then $(2); else echo "Skipped, no $(1) here: $(2)"; fi
+
+services:
+	@ops/install-services
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# An installation that was interrupted is started afresh (.unfinished tells); pip's own cache makes that quick.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| $(call fail,Python 3.11 or newer is needed and $(PYTHON) is not; name another: make $(MAKECMDGOALS) PYTHON=python3.12)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| $(call fail,$(PYTHON) cannot make virtual environments; install its venv package (apt install python3-venv))
+	@if [ -e $(VENV)/.unfinished ]; then rm -rf $(VENV); fi
+	@{ mkdir -p $(VENV) && touch $(VENV)/.unfinished; } || $(call fail,cannot write to $(VENV))
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r $(1) \
+		|| $(call fail,the packages could not be installed (the reason is above); run make again to go on)
+	@rm $(VENV)/.unfinished
+	@touch $@
+endef
+
+$(VENV)/installed: requirements.txt
+	$(call install,$<)
+
+$(VENV)/installed-dev: requirements-dev.txt requirements.txt
+	$(call install,$<)
+	@touch $(VENV)/installed

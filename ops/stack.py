@@ -1,0 +1,185 @@
+"""Runs redis-server, gunicorn and nginx together on loopback: the stack of docker-compose.yml without Docker.
+
+Isolates nothing and trusts this machine; it is for trying the whole and for the tests, not for production.
+
+    python -m ops.stack            until Ctrl-C, on https://localhost:8443 (HTTPS_PORT)
+    python -m ops.stack --check    only has nginx check nginx.conf
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Self
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 60.0
+# Longer than GRACE_PERIOD's default, as docker-compose.yml's stop_grace_period.
+STOP_SECONDS = 40.0
+
+
+class StackError(Exception):
+    """The stack cannot start or go on. The message is one line that says what to do."""
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def make_secrets(folder: Path) -> None:
+    """Fills the folder as docker compose's `secrets/`, unless it is there. Raises StackError."""
+    if not folder.exists():
+        made = subprocess.run([ROOT / "ops/make-secrets", folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if made.returncode:
+            raise StackError(made.stderr.decode().strip())
+
+
+def nginx_conf(secrets: Path, https: int, http: int, app: int) -> str:
+    """nginx.conf with its four places filled in. Raises StackError when one of them is gone."""
+    text = (ROOT / "nginx.conf").read_text()
+    places = {
+        "listen 8443": f"listen 127.0.0.1:{https}",
+        "listen 8080": f"listen 127.0.0.1:{http}",
+        "/run/secrets": str(secrets.resolve()),
+        "api:5000": f"127.0.0.1:{app}",
+    }
+    for place, filling in places.items():
+        if place not in text:
+            raise StackError(f"nginx.conf no longer has `{place}`, which ops/stack.py replaces")
+        text = text.replace(place, filling)
+    return text
+
+
+def nginx_command(folder: Path) -> list[str]:
+    """How to run nginx on `folder/nginx.conf` without touching anything outside the folder."""
+    # As root, its workers would be another user, who may not enter a private folder to spool bodies.
+    directives = "daemon off;" + (" user root;" if os.geteuid() == 0 else "")
+    return [program("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr", "-g", directives]
+
+
+def program(name: str) -> str:
+    """The path of a program of the distribution. Raises StackError where it is not installed."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if not found:
+        raise StackError(f"{name} is not installed (apt install {name})")
+    return found
+
+
+class Stack:
+    """The three processes, as a context: started and answering inside, drained and ended after it.
+
+    folder: for certificate, secrets and nginx's files, made when missing and kept. output: for what all three print.
+    settings: the app's environment, beside this process's own.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, str], https: int, output: IO[bytes] | None = None) -> None:
+        self.folder, self.output = folder.resolve(), output
+        self.https, self.http, self.app, self.redis = https, free_port(), free_port(), free_port()
+        self.secrets = self.folder / "secrets"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.settings = dict(settings)
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        make_secrets(self.secrets)
+        (self.folder / "nginx.conf").write_text(nginx_conf(self.secrets, self.https, self.http, self.app))
+        try:
+            self._start("redis-server", self._redis_command(), self.redis)
+            self._start("gunicorn", [sys.executable, "-m", "gunicorn", "app:create_app()"], self.app)
+            self._start("nginx", nginx_command(self.folder), self.https)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def wait(self) -> None:
+        """Returns never: raises StackError when one of the processes ends."""
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        ended = [name for name, process in self.processes.items() if process.poll() is not None]
+        raise StackError(f"{' and '.join(ended)} ended by itself; its last lines above say why")
+
+    def stop(self) -> None:
+        """The app drains first, while nginx still carries its last streams out and Redis still answers."""
+        for name in ("gunicorn", "nginx", "redis-server"):
+            if process := self.processes.pop(name, None):
+                process.terminate()
+                try:
+                    process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    def _start(self, name: str, command: list[str], port: int) -> None:
+        # In a session of its own, so that Ctrl-C reaches this process alone and `stop` keeps its order.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=self._environment(), stdout=self.output, stderr=self.output, start_new_session=True
+        )
+        self.processes[name] = process
+        deadline = time.monotonic() + START_SECONDS
+        while not _listening(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise StackError(f"{name} did not start; its last lines above say why")
+            time.sleep(0.05)
+
+    def _environment(self) -> dict[str, str]:
+        redis_url = (self.secrets / "redis_url").read_text().strip().replace("redis:6379", f"127.0.0.1:{self.redis}")
+        place = {"HOST": "127.0.0.1", "PORT": str(self.app), "REDIS_URL": redis_url, "TRUSTED_PROXIES": "1"}
+        return {**os.environ, **place, **self.settings}
+
+    def _redis_command(self) -> list[str]:
+        place = ["--port", str(self.redis), "--bind", "127.0.0.1", "--aclfile", str(self.secrets / "redis_users.acl")]
+        return [program("redis-server"), *place, *"--maxmemory 256mb --maxmemory-policy allkeys-lru --save".split(), ""]
+
+
+def _listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def check_nginx() -> None:
+    """Has nginx read nginx.conf, with a throw-away certificate. Raises StackError when it objects."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_secrets(folder / "secrets")
+        (folder / "nginx.conf").write_text(nginx_conf(folder / "secrets", free_port(), free_port(), free_port()))
+        if subprocess.run([*nginx_command(folder), "-t"]).returncode:
+            raise StackError("nginx.conf is wrong; nginx says above where")
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    https = int(os.environ.get("HTTPS_PORT", "8443"))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    if _listening(https):
+        raise StackError(f"port {https} is taken; name another: make stack HTTPS_PORT=9443")
+    with Stack(Path(os.environ.get("DATA_DIR") or "data") / "stack", {}, https) as stack:
+        print(f"Serving on https://localhost:{https} (a certificate of its own: curl -k). Ctrl-C ends it.", flush=True)
+        stack.wait()
+
+
+if __name__ == "__main__":
+    try:
+        check_nginx() if "--check" in sys.argv else main()
+    except StackError as error:
+        sys.exit(f"stack: {error}")
+    except KeyboardInterrupt:
+        print("stack: ended")
