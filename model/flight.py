@@ -1,0 +1,148 @@
+"""Identical requests in flight share one generation.
+
+Stores nothing and knows no cache: an ended flight is forgotten.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from model.types import Chunk, Done, Event, FinishReason, Status, Stream, Usage
+
+# A pumping reader looks up this often whether it was closed meanwhile, in seconds.
+_SLICE = 0.25
+
+
+class Flights:
+    """The generations that may still be joined, by key."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._flights: dict[str, _Flight] = {}
+
+    def join(self, key: str, start: Callable[[], Stream]) -> tuple[Stream, bool]:
+        """A stream of the generation under `key`, and whether this call started it.
+
+        `start` must not block (submitting does not); what it raises is raised here. A late reader gets every
+        earlier chunk again. The source is closed when its last reader closes, not before.
+        """
+        while True:
+            with self._lock:
+                if leads := key not in self._flights:
+                    self._flights[key] = _Flight(start(), lambda ended: self._forget(key, ended))
+                flight = self._flights[key]
+            if reader := flight.board():
+                return reader, leads
+            self._forget(key, flight)
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def _forget(self, key: str, flight: _Flight) -> None:
+        with self._lock:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+
+class _Flight:
+    """One source and what it has said so far. Whichever reader waits pumps; the others wait for that one."""
+
+    def __init__(self, source: Stream, on_end: Callable[[_Flight], None]) -> None:
+        self.news = threading.Condition()
+        self.events: list[Chunk | Done] = []
+        self.status: Status | None = None  # only the latest counts, and none once text has come
+        self.error: Exception | None = None
+        self._source, self._on_end = source, on_end
+        self._readers = 0
+        self._pumping = self._over = False
+
+    def board(self) -> _Reader | None:
+        """One more reader, or None when it is too late."""
+        with self.news:
+            if self._over:
+                return None
+            self._readers += 1
+            return _Reader(self)
+
+    def leave(self) -> None:
+        with self.news:
+            self._readers -= 1
+            last = self._readers == 0 and not self._over
+            self._over |= last
+        if last:
+            self._on_end(self)
+            self._source.close()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for news, for at most `seconds`; `news` is held before and after, and given up in between."""
+        if self._pumping:
+            self.news.wait(seconds)
+            return
+        self._pumping = True
+        self.news.release()
+        event: Event | None = None
+        error: Exception | None = None
+        try:
+            event = self._source.get(min(seconds, _SLICE))
+        except Exception as failure:  # whatever ended the source ends every reader, never only this one
+            error = failure
+        finally:
+            self.news.acquire()
+            self._pumping = False
+            self._record(event, error)
+            self.news.notify_all()
+        if self._over:
+            self._on_end(self)
+
+    def _record(self, event: Event | None, error: Exception | None) -> None:
+        if isinstance(event, Status):
+            self.status = event
+        elif event is not None:
+            self.status = None
+            self.events.append(event)
+        self.error = self.error or error
+        self._over |= isinstance(event, Done) or error is not None
+
+
+class _Reader:
+    """One request's view of a flight: a Stream."""
+
+    def __init__(self, flight: _Flight) -> None:
+        self._flight = flight
+        self._position = 0
+        self._status: Status | None = None
+        self._closed = False
+
+    def get(self, timeout: float) -> Event | None:
+        deadline = time.monotonic() + timeout
+        with self._flight.news:
+            while True:
+                if (event := self._next()) is not None:
+                    return event
+                if (left := deadline - time.monotonic()) <= 0:
+                    return None
+                self._flight.wait(left)
+
+    def close(self) -> None:
+        with self._flight.news:
+            if self._closed:
+                return
+            self._closed = True
+            self._flight.news.notify_all()
+        self._flight.leave()
+
+    def _next(self) -> Event | None:
+        flight = self._flight
+        if self._closed:
+            return Done(FinishReason.CANCELLED, Usage())
+        if self._position < len(flight.events):
+            self._position += 1
+            return flight.events[self._position - 1]
+        if flight.error is not None:
+            raise flight.error.with_traceback(None)  # shared: each reader would add its own frames
+        if flight.status is not self._status:
+            self._status = flight.status
+            return flight.status
+        return None

@@ -1,0 +1,139 @@
+"""Token ids -> pieces of text: whole characters only, stop strings cut off, reasoning told from the answer.
+
+Knows nothing about models: all it needs of a tokenizer is `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from model.types import Channel, Chunk
+
+_BROKEN = "\ufffd"
+# A character is at most 4 bytes: 8 tokens of context decode every later one right, whatever came before.
+_CONTEXT, _WINDOW = 8, 16
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class TextAssembler:
+    """The text of one generation, token by token.
+
+    decode: ids -> text without special tokens. stop: ends the answer, and is never part of it.
+    think: the tags around the reasoning, or None; think_open: the prompt ended inside them.
+    Chunks do not depend on how the tokens happen to cut the text: joined, they are always the same.
+    """
+
+    def __init__(self, decode: Decode, stop: tuple[str, ...], think: tuple[str, str] | None, think_open: bool) -> None:
+        self.stopped = False
+        self.reasoning_tokens = 0
+        self._detokenizer = _Detokenizer(decode)
+        self._stop = stop
+        self._open, self._close = think or ("", "")
+        self._undecided = think is not None  # whether the text starts with the opening tag
+        self._channel: Channel = "reasoning" if think and think_open else "answer"
+        self._trim = self._channel == "reasoning"  # newlines right after a tag belong to nobody
+        self._held = ""  # text that may still turn out to be part of a tag or a stop string
+
+    def push(self, token_id: int) -> list[Chunk]:
+        """The text that this token makes certain: often one chunk, none while something is held back."""
+        if self.stopped:
+            return []
+        before = self._channel
+        chunks = self._feed(self._detokenizer.push(token_id))
+        self.reasoning_tokens += "reasoning" in (before, self._channel)
+        return chunks
+
+    def finish(self) -> list[Chunk]:
+        """What was held back, now that nothing follows."""
+        if self.stopped:
+            return []
+        return self._feed(self._detokenizer.finish(), last=True)
+
+    def _feed(self, text: str, last: bool = False) -> list[Chunk]:
+        self._held += text
+        if self._undecided:
+            self._decide(last)
+        chunks: list[Chunk] = []
+        if self._channel == "reasoning" and not self._undecided:
+            chunks += self._reason(last)
+        if self._channel == "answer" and not self._undecided:
+            chunks += self._answer(last)
+        return chunks
+
+    def _decide(self, last: bool) -> None:
+        """Only a tag at the very start opens the reasoning; later it is a word like any other."""
+        start = self._held.lstrip()
+        if start.startswith(self._open):
+            self._held, self._channel, self._trim = start[len(self._open) :], "reasoning", True
+            self._undecided = False
+        elif last or not self._open.startswith(start):
+            self._undecided = False
+
+    def _reason(self, last: bool) -> list[Chunk]:
+        self._strip()
+        thought, closed, rest = self._held.partition(self._close)
+        if not closed:
+            return self._emit(self._held, 0 if last else _overlap(self._held, (self._close,)))
+        chunks = self._emit(thought)
+        self._held, self._channel, self._trim = rest, "answer", True
+        return chunks
+
+    def _answer(self, last: bool) -> list[Chunk]:
+        self._strip()  # before stop strings are sought: a blank line after </think> is not the stop "\\n\\n"
+        # The stop string that is complete first wins, so that the cut does not depend on the tokens.
+        ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._emit(self._held[: min(ends)[1]])
+        return self._emit(self._held, 0 if last else _overlap(self._held, self._stop))
+
+    def _emit(self, text: str, keep: int = 0) -> list[Chunk]:
+        """All but the last `keep` characters, which stay held."""
+        cut = len(text) - keep
+        text, self._held = text[:cut], text[cut:]
+        return [Chunk(text, self._channel)] if text else []
+
+    def _strip(self) -> None:
+        if self._trim:
+            self._held = self._held.lstrip("\n")
+            self._trim = not self._held
+
+
+class _Detokenizer:
+    """Joined, its pieces are exactly the decoding of all ids, and no piece ends within a character."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._done = ""  # the part of the window's text that was given out
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        piece = self._advance(text, text.rstrip(_BROKEN))
+        if len(self._window) >= _WINDOW:
+            # Nonsense that lasts that long is no unfinished character; only its last mark still can be.
+            piece += self._advance(text, text.removesuffix(_BROKEN))
+            del self._window[:-_CONTEXT]
+            self._done = self._decode(self._window).removesuffix(_BROKEN)
+        return piece
+
+    def finish(self) -> str:
+        text = self._decode(self._window)
+        return self._advance(text, text)
+
+    def _advance(self, text: str, certain: str) -> str:
+        if len(certain) <= len(self._done) or not certain.startswith(self._done):
+            return ""
+        piece, self._done = certain[len(self._done) :], certain
+        return piece
+
+
+def _overlap(text: str, markers: tuple[str, ...]) -> int:
+    """How many characters at the end of `text` may be the start of a marker."""
+    longest = max(map(len, markers), default=0)
+    for count in range(min(len(text), longest - 1), 0, -1):
+        if any(marker.startswith(text[-count:]) for marker in markers):
+            return count
+    return 0
