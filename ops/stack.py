@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("redis-server", "gunicorn", "nginx")
 START_SECONDS = 60.0
 # Longer than GRACE_PERIOD's default, as docker-compose.yml's stop_grace_period.
 STOP_SECONDS = 40.0
@@ -78,27 +79,33 @@ def program(name: str) -> str:
 
 
 class Stack:
-    """The three processes, as a context: started and answering inside, drained and ended after it.
+    """The processes as a context: started and answering inside, drained and ended after it.
 
-    folder: for certificate, secrets and nginx's files, made when missing and kept. output: for what all three print.
-    settings: the app's environment, beside this process's own.
+    folder: for certificate, secrets and nginx's files, made when missing and kept. settings: the app's environment,
+    beside this process's own. output: for what they print. parts: which of the three to run.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str], https: int, output: IO[bytes] | None = None) -> None:
-        self.folder, self.output = folder.resolve(), output
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str],
+        https: int,
+        output: IO[bytes] | None = None,
+        parts: Collection[str] = PARTS,
+    ) -> None:
+        self.secrets, self.folder = folder.resolve() / "secrets", folder.resolve()
         self.https, self.http, self.app, self.redis = https, free_port(), free_port(), free_port()
-        self.secrets = self.folder / "secrets"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.settings = dict(settings)
+        self._settings, self._output, self._parts = dict(settings), output, parts
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         make_secrets(self.secrets)
         (self.folder / "nginx.conf").write_text(nginx_conf(self.secrets, self.https, self.http, self.app))
         try:
-            self._start("redis-server", self._redis_command(), self.redis)
-            self._start("gunicorn", [sys.executable, "-m", "gunicorn", "app:create_app()"], self.app)
-            self._start("nginx", nginx_command(self.folder), self.https)
+            for name in PARTS:
+                if name in self._parts:
+                    self._start(name)
         except BaseException:
             self.stop()
             raise
@@ -124,29 +131,35 @@ class Stack:
                     process.kill()
                     process.wait()
 
-    def _start(self, name: str, command: list[str], port: int) -> None:
+    def _start(self, name: str) -> None:
+        command, port = self._command(name)
         # In a session of its own, so that Ctrl-C reaches this process alone and `stop` keeps its order.
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=self._environment(), stdout=self.output, stderr=self.output, start_new_session=True
+        process = self.processes[name] = subprocess.Popen(
+            command, cwd=ROOT, env=self._environment(), stdout=self._output, stderr=self._output, start_new_session=True
         )
-        self.processes[name] = process
         deadline = time.monotonic() + START_SECONDS
-        while not _listening(port):
+        while not listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise StackError(f"{name} did not start; its last lines above say why")
             time.sleep(0.05)
 
+    def _command(self, name: str) -> tuple[list[str], int]:
+        if name == "nginx":
+            return nginx_command(self.folder), self.https
+        if name == "gunicorn":
+            return [sys.executable, "-m", "gunicorn", "app:create_app()"], self.app
+        place = ["--port", str(self.redis), "--bind", "127.0.0.1", "--aclfile", str(self.secrets / "redis_users.acl")]
+        bounds = ["--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru", "--save", ""]
+        return [program("redis-server"), *place, *bounds], self.redis
+
     def _environment(self) -> dict[str, str]:
         redis_url = (self.secrets / "redis_url").read_text().strip().replace("redis:6379", f"127.0.0.1:{self.redis}")
         place = {"HOST": "127.0.0.1", "PORT": str(self.app), "REDIS_URL": redis_url, "TRUSTED_PROXIES": "1"}
-        return {**os.environ, **place, **self.settings}
-
-    def _redis_command(self) -> list[str]:
-        place = ["--port", str(self.redis), "--bind", "127.0.0.1", "--aclfile", str(self.secrets / "redis_users.acl")]
-        return [program("redis-server"), *place, *"--maxmemory 256mb --maxmemory-policy allkeys-lru --save".split(), ""]
+        return {**os.environ, **place, **self._settings}
 
 
-def _listening(port: int) -> bool:
+def listening(port: int) -> bool:
+    """Whether somebody accepts connections on this port of loopback."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -169,7 +182,7 @@ def main() -> None:
     https = int(os.environ.get("HTTPS_PORT", "8443"))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    if _listening(https):
+    if listening(https):
         raise StackError(f"port {https} is taken; name another: make stack HTTPS_PORT=9443")
     with Stack(Path(os.environ.get("DATA_DIR") or "data") / "stack", {}, https) as stack:
         print(f"Serving on https://localhost:{https} (a certificate of its own: curl -k). Ctrl-C ends it.", flush=True)

@@ -1,0 +1,79 @@
+"""docker-compose.yml, the image and the unit against the secure defaults that the README promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ops.stack import ROOT
+from settings import Settings
+from telemetry import Metrics
+
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert set(service["deploy"]["resources"]["limits"]) == {"memory", "pids"}
+    assert ":latest" not in service["image"]
+
+
+def test_only_nginx_can_be_reached_from_outside() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert published == {"nginx": ["80:8080", "443:8443"], "grafana": ["127.0.0.1:3000:3000"]}
+
+
+def test_redis_and_the_app_s_inside_are_on_networks_without_a_way_out() -> None:
+    inner = {name for name, network in COMPOSE["networks"].items() if network.get("internal")}
+    assert set(SERVICES["redis"]["networks"]) | set(SERVICES["prometheus"]["networks"]) <= inner
+
+
+def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
+    subprocess.run([ROOT / "ops/make-secrets", tmp_path / "secrets"], check=True, capture_output=True)
+    made = {f"./secrets/{file.name}" for file in (tmp_path / "secrets").iterdir()}
+    assert {secret["file"] for secret in COMPOSE["secrets"].values()} == made
+    used = {name for service in SERVICES.values() for name in service.get("secrets", ())}
+    assert used == set(COMPOSE["secrets"])
+
+
+def test_the_app_is_given_settings_that_exist_and_time_to_drain() -> None:
+    given = {name.lower() for name in SERVICES["api"]["environment"]}
+    assert given - set(Settings.model_fields) == {"hf_hub_offline"}  # read by the hub's own client
+    grace = Settings.model_fields["grace_period"].default
+    assert int(SERVICES["api"]["stop_grace_period"].removesuffix("s")) > grace
+    timeout = Settings.model_fields["request_timeout"].default
+    assert int(SERVICES["nginx"]["stop_grace_period"].removesuffix("s")) > timeout
+
+
+def test_the_image_takes_every_room_of_the_service_and_nothing_else() -> None:
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    taken = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")}
+    assert taken == rooms | {"requirements.txt", "*.py"}
+
+
+def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
+    dashboard = json.loads((ROOT / "ops/grafana/dashboards/service.json").read_text())
+    asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    names = {word for word in asked.replace("(", " ").replace("[", " ").split() if word.startswith("llm_")}
+    known = {sample.name for metric in Metrics().registry.collect() for sample in metric.samples}
+    labelled = {"llm_requests_finished_total", "llm_cache_lookups_total"}  # no sample before the first event
+    assert names and names - labelled <= known
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    unit = tmp_path / "flask-llm.service"
+    text = (ROOT / "ops/systemd/flask-llm.service").read_text()
+    unit.write_text(text.replace("/opt/flask-llm/.venv/bin/gunicorn", "/bin/true"))
+    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")

@@ -1,0 +1,102 @@
+"""What nginx does by itself: TLS, limits, headers, and errors in the app's own shape."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+from contextlib import closing
+
+import pytest
+
+from tests.stack.client import Answer, Door
+
+
+def refused(answer: Answer, status: int, code: str) -> None:
+    """The answer is this error, in the shape of api/errors.py, and it can be found in the log."""
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json")
+    assert set(answer.json["error"]) == {"message", "type", "code", "param", "request_id"}
+    assert answer.json["error"]["code"] == code
+
+
+def test_an_app_that_is_down_is_a_503_that_says_when_to_come_back(closed_door: Door) -> None:
+    answer = closed_door.ask("POST", "/generate", {"prompt": "hello"})
+    refused(answer, 503, "unavailable")
+    assert answer.headers["Retry-After"] == "5"
+
+
+def test_under_v1_the_error_has_openai_s_keys_only(closed_door: Door) -> None:
+    assert set(closed_door.ask("GET", "/v1/models").json["error"]) == {"message", "type", "code", "param"}
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "//metrics", "/%6detrics", "/x/../metrics", "/metrics?a=b"])
+def test_metrics_are_not_for_the_outside(closed_door: Door, path: str) -> None:
+    refused(closed_door.ask("GET", path), 404, "not_found")
+
+
+def test_plain_http_is_sent_to_https_with_its_method(closed_door: Door) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", closed_door.stack.http, timeout=10)) as connection:
+        connection.request("POST", "/generate?x=1", b"{}", {"Host": "llm.example.org:80"})
+        with connection.getresponse() as response:
+            assert (response.status, response.headers["Location"]) == (308, "https://llm.example.org/generate?x=1")
+
+
+@pytest.mark.parametrize(("version", "accepted"), [(ssl.TLSVersion.TLSv1_3, True), (ssl.TLSVersion.TLSv1_2, False)])
+def test_only_tls_1_3_gets_in(closed_door: Door, version: ssl.TLSVersion, accepted: bool) -> None:
+    with closing(closed_door.connect(tls=version)) as connection:
+        try:
+            connection.connect()
+            assert accepted
+        except ssl.SSLError as error:
+            assert not accepted and "ALERT_PROTOCOL_VERSION" in str(error)
+
+
+def test_a_body_over_the_limit_is_a_413(closed_door: Door) -> None:
+    refused(closed_door.ask("POST", "/generate", b"x" * ((1 << 20) + 1)), 413, "too_large")
+
+
+def test_a_chunked_body_over_the_limit_is_a_413_too(closed_door: Door) -> None:
+    refused(closed_door.ask("POST", "/generate", [b"x" * (1 << 18)] * 5), 413, "too_large")
+
+
+def test_headers_of_40_kb_are_refused(closed_door: Door) -> None:
+    refused(closed_door.ask("GET", "/", headers={"X-Long": "x" * 40_000}), 431, "too_large")
+
+
+def test_the_sixth_login_in_a_row_waits_and_another_address_does_not(closed_door: Door) -> None:
+    def login(address: str) -> Answer:
+        return closed_door.ask("POST", "/login", {"username": "admin", "password": "guess"}, address=address)
+
+    assert [login("127.0.0.2").status for _ in range(5)] == [503] * 5
+    answer = login("127.0.0.2")
+    refused(answer, 429, "rate_limited")
+    assert answer.headers["Retry-After"] == "12"
+    assert login("127.0.0.3").status == 503
+
+
+def test_a_flood_from_one_address_is_shed(closed_door: Door) -> None:
+    def status(connection: http.client.HTTPConnection) -> int:
+        connection.request("GET", "/")
+        with connection.getresponse() as response:
+            response.read()
+            return response.status
+
+    with closing(closed_door.connect("127.0.0.4")) as connection:
+        statuses = [status(connection) for _ in range(400)]
+    assert statuses[:101] == [503] * 101 and set(statuses[101:]) == {503, 429}
+
+
+def test_every_answer_has_the_headers_of_a_page_that_runs_nothing_from_elsewhere(closed_door: Door) -> None:
+    headers = closed_door.ask("GET", "/anything").headers
+    assert headers["Strict-Transport-Security"] == "max-age=31536000"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+    assert headers["Server"] == "nginx"
+
+
+def test_a_plain_request_id_is_kept_and_any_other_replaced(closed_door: Door) -> None:
+    def request_id(offered: str) -> str:
+        return closed_door.ask("GET", "/", headers={"X-Request-Id": offered}).json["error"]["request_id"]
+
+    assert request_id("order-66.a_B") == "order-66.a_B"
+    assert len(request_id('"},{"x')) == 32

@@ -1,0 +1,123 @@
+"""A newcomer's first minutes: `make` on a machine that is not ready, interrupted, or run twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ops.stack import ROOT
+from tests.stack.client import until
+
+PYTHON = f"{sys.base_prefix}/bin/python3"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with this Makefile and a service that needs no packages."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").write_text("# nothing\n")
+    return tmp_path
+
+
+def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=checkout, capture_output=True, text=True, timeout=60)
+
+
+def interpreter(checkout: Path, script: str) -> str:
+    """An own `python` that runs this shell script and then, if that did not end it, the real one."""
+    path = checkout / "python"
+    path.write_text(f'#!/bin/sh\n{script}\nexec {PYTHON} "$@"\n')
+    path.chmod(0o755)
+    return f"PYTHON={path}"
+
+
+def started(checkout: Path) -> None:
+    """Makes `.venv/bin/gunicorn` a program that tells its settings, as if the packages were installed."""
+    program = checkout / ".venv/bin/gunicorn"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "port $PORT for $1"\n')
+    program.chmod(0o755)
+    (program.parent / "dotenv").symlink_to(Path(sys.executable).parent / "dotenv")
+    (checkout / ".venv/installed").touch()
+
+
+def test_an_old_python_is_one_line_that_names_the_way_out(checkout: Path) -> None:
+    done = make(checkout, "run", interpreter(checkout, "exit 1"))
+    assert done.returncode and "Python 3.11 or newer is needed" in done.stderr and "PYTHON=python3.12" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_python_without_venv_says_what_to_install(checkout: Path) -> None:
+    done = make(checkout, "run", interpreter(checkout, 'case "$2" in *ensurepip*) exit 1;; esac'))
+    assert done.returncode and "apt install python3-venv" in done.stderr
+
+
+def test_packages_that_cannot_be_had_are_one_line_and_no_half_set_up(checkout: Path) -> None:
+    (checkout / "requirements.txt").write_text("./no-such-folder\n")
+    done = make(checkout, "run", f"PYTHON={PYTHON}")
+    assert done.returncode and "run make again" in done.stderr
+    assert not (checkout / ".venv/installed").exists()
+
+
+def test_ctrl_c_in_the_middle_and_make_again_just_works(checkout: Path) -> None:
+    python = interpreter(checkout, 'case "$2" in venv) mkdir -p .venv/bin; touch .venv/bin/half; read forever;; esac')
+    process = subprocess.Popen(["make", "run", python], cwd=checkout, start_new_session=True, stdin=subprocess.PIPE)
+    until((checkout / ".venv/bin/half").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) != 0
+    process.stdin.close()  # type: ignore[union-attr]
+
+    again = make(checkout, ".venv/installed", f"PYTHON={PYTHON}")
+    assert again.returncode == 0, again.stderr
+    assert not (checkout / ".venv/bin/half").exists() and not (checkout / ".venv/.unfinished").exists()
+    assert (
+        subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], capture_output=True).returncode == 0
+    )
+
+
+def test_the_second_run_installs_nothing_until_the_requirements_change(checkout: Path) -> None:
+    started(checkout)
+    assert make(checkout, "-q", ".venv/installed").returncode == 0
+    os.utime(checkout / "requirements.txt", (time.time() + 5, time.time() + 5))
+    assert make(checkout, "-q", ".venv/installed").returncode == 1
+
+
+def test_settings_come_from_env_file_and_the_environment_wins(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(checkout)
+    (checkout / ".env").write_text("PORT=6001\n")
+    monkeypatch.delenv("PORT", raising=False)
+    assert make(checkout, "run").stdout == "port 6001 for app:create_app()\n"
+    monkeypatch.setenv("PORT", "6002")
+    assert make(checkout, "run").stdout == "port 6002 for app:create_app()\n"
+
+
+def secrets(folder: Path, domain: str = "llm.example.org") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ROOT / "ops/make-secrets", folder, domain], capture_output=True, text=True)
+
+
+def test_secrets_are_random_private_and_never_overwritten(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert secrets(first).returncode == secrets(second).returncode == 0
+    before = {file.name: file.read_bytes() for file in first.iterdir()}
+    assert all((second / name).read_bytes() != content for name, content in before.items())
+    assert first.stat().st_mode & 0o777 == 0o700
+
+    again = secrets(first)
+    assert again.returncode and "stays as it is" in again.stderr
+    assert before == {file.name: file.read_bytes() for file in first.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", ["llm.example.org", "192.168.1.20"])
+def test_the_certificate_is_for_the_name_asked_for(tmp_path: Path, name: str) -> None:
+    secrets(tmp_path / "secrets", name)
+    kind = "-checkip" if name[0].isdigit() else "-checkhost"
+    command = ["openssl", "x509", "-noout", "-in", tmp_path / "secrets/tls.crt", kind, name]
+    assert "does match" in subprocess.run(command, capture_output=True, text=True).stdout
