@@ -1,0 +1,75 @@
+"""Grouped-query attention of many slots at once, registered with transformers under the name `slots`.
+
+Knows the layout of the KV pages and nothing of who owns them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+NAME = "slots"
+
+# What transformers' Llama, Qwen2 and Qwen3 hand over beside the tensors, and the only values understood here.
+_INERT = {"dropout": (0.0, 0, None), "sliding_window": (None,), "softcap": (None,), "s_aux": (None,)}
+_PASSED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **arguments: object,
+) -> tuple[torch.Tensor, None]:
+    """query [rows, heads, n, d]; key, value pages [pages, rows, kv_heads, size, d]; mask additive [rows, 1, n, t].
+
+    t = pages * size. Returns [rows, n, heads, d]. Raises ValueError for an argument it does not understand, which
+    fails the load (the loader runs one step), so that no window or soft cap is ever dropped in silence.
+    """
+    refuse_unknown(arguments)
+    if query.is_cuda:
+        return _fused(query, key, value, attention_mask, scaling), None
+    return _paged(query, key, value, attention_mask, scaling), None
+
+
+def refuse_unknown(arguments: dict[str, object]) -> None:
+    """Raise ValueError for an attention argument whose meaning would be lost."""
+    for name, value in arguments.items():
+        if name not in _PASSED and (name not in _INERT or value not in _INERT[name]):
+            raise ValueError(f"attention argument {name}={value!r} is not supported")
+
+
+def _paged(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """One bmm a page: on a CPU, SDPA is slow for one query and bmm copies what is not contiguous."""
+    rows, heads, n, d = query.shape
+    pages, _, kv_heads, size, _ = key.shape
+    group = heads // kv_heads
+    query = query.reshape(rows * kv_heads, group * n, d)
+    keys = key.reshape(pages, rows * kv_heads, size, d)
+    values = value.reshape(pages, rows * kv_heads, size, d)
+    scores = torch.cat([torch.bmm(query, keys[page].transpose(1, 2)) for page in range(pages)], -1)
+    scores = scores.view(rows, kv_heads, group, n, pages * size).float() * scaling + mask[:, :, None]
+    weights = torch.softmax(scores, -1).to(value.dtype).view(rows * kv_heads, group * n, pages * size)
+    out = torch.bmm(weights[..., :size], values[0])
+    for page in range(1, pages):
+        out = torch.baddbmm(out, weights[..., page * size : (page + 1) * size], values[page])
+    return out.view(rows, kv_heads, group, n, d).permute(0, 3, 1, 2, 4).reshape(rows, n, heads, d)
+
+
+def _fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """PyTorch's own kernel, which is right on CUDA. The pages of a row are laid out as one there (see slots.py)."""
+    out = functional.scaled_dot_product_attention(
+        query, key[0], value[0], attn_mask=mask.to(query.dtype), scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(NAME, slot_attention)

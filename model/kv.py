@@ -1,0 +1,134 @@
+"""The KV tensors, in pages, and the cache object through which transformers' models write to them.
+
+Does not know who owns a slot (see slots.py), nor when a token is valid: the attention mask says that.
+
+One tensor a layer and side, `[page, slot, kv_heads, PAGE, head_dim]`: a slice in the two leading dimensions is
+contiguous, so that every batch and length bucket reads the same memory without a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+PAGE = 256  # tokens; smaller pages cost more bmm calls a step, larger ones read more unused columns
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one token's KV takes, read from a transformers config."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> KvShape:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KvPages:
+    """Keys and values of `slots` rows of up to `context` tokens each.
+
+    On a CPU the memory is only reserved: the system commits a page of it when it is first written, so that resident
+    memory follows the tokens really held. On CUDA a row is one page as long as the context, and taken at once.
+    """
+
+    def __init__(self, shape: KvShape, slots: int, context: int, device: str) -> None:
+        self.size = PAGE if device == "cpu" else context
+        self.pages = -(-context // self.size)
+        self.shape = shape
+        dimensions = (self.pages, slots, shape.kv_heads, self.size, shape.head_dim)
+        self.keys = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
+        self.values = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors, committed or not."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first `tokens` positions of two slots."""
+        pages = -(-tokens // self.size)
+        for tensor in (*self.keys, *self.values):
+            kept = tensor[:pages, a].clone()
+            tensor[:pages, a] = tensor[:pages, b]
+            tensor[:pages, b] = kept
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot whose numbers went wrong: a masked NaN is still NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor[:, slot] = 0
+
+
+def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros: a masked column's KV is multiplied all the same, and NaN times zero is NaN."""
+    if device != "cpu":
+        return torch.zeros(dimensions, dtype=dtype, device=device)
+    words = {2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(dimensions, words)).view(dtype)  # numpy's zeros are calloc's: committed lazily
+
+
+class BatchCache:
+    """transformers' cache for one decode step: row i writes one token at `position[i]`, reads `pages` pages.
+
+    position: int64 [rows].
+    """
+
+    is_compileable = True
+
+    def __init__(
+        self, keys: list[torch.Tensor], values: list[torch.Tensor], position: torch.Tensor, pages: int
+    ) -> None:
+        self.keys, self.values, self.position, self.pages = keys, values, position, pages
+        self.rows = torch.arange(position.shape[0], device=position.device)
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """key, value [rows, kv_heads, 1, d] -> pages [pages, rows, kv_heads, size, d]."""
+        size, count = self.keys[layer].shape[3], self.position.shape[0]
+        page, offset = self.position // size, self.position % size
+        self.keys[layer][page, self.rows, :, offset] = key[:, :, 0]
+        self.values[layer][page, self.rows, :, offset] = value[:, :, 0]
+        return self.keys[layer][: self.pages, :count], self.values[layer][: self.pages, :count]
+
+    def get_seq_length(self, *_: object) -> int:
+        return 0
+
+
+class ChunkCache:
+    """transformers' cache for one prefill chunk: n tokens of one slot, from position `start` on."""
+
+    is_compileable = False
+
+    def __init__(self, kv: KvPages, slot: int, start: int, n: int) -> None:
+        self.kv, self.slot, self.start, self.end = kv, slot, start, start + n
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """key, value [1, kv_heads, n, d] -> pages [pages, 1, kv_heads, size, d]."""
+        return self._write(self.kv.keys[layer], key), self._write(self.kv.values[layer], value)
+
+    def _write(self, pages: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        size, done = self.kv.size, 0
+        while (position := self.start + done) < self.end:
+            page, offset = divmod(position, size)
+            n = min(size - offset, self.end - position)
+            pages[page, self.slot, :, offset : offset + n] = new[0, :, done : done + n]
+            done += n
+        return pages[: -(-self.end // size), self.slot : self.slot + 1]
+
+    def get_seq_length(self, *_: object) -> int:
+        return self.start

@@ -1,0 +1,214 @@
+"""The torch half of the engine: prefill a chunk, step a batch, swap two slots.
+
+Decides nothing: whom to serve, when to stop and what a token means is the engine's. One thread makes it and uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from model.attention import NAME as ATTENTION
+from model.kv import BatchCache, ChunkCache, KvPages, KvShape
+from model.quant import Plan, install
+from model.sampler import Rows, choose, choose_unfiltered
+from model.types import Sampling
+
+Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+_MASKED = -1e9  # added to the scores of columns not to be seen; not -inf, since an idle row may see no column at all
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A decode step's fixed shape: the first `rows` slots over the first `pages` pages."""
+
+    rows: int
+    pages: int
+
+    def covers(self, other: Bucket) -> bool:
+        return self.rows >= other.rows and self.pages >= other.pages
+
+
+class Compiler(Protocol):
+    """Where compiled steps come from (compile.py)."""
+
+    def poll(self) -> tuple[Bucket, Step] | None:
+        """A step that has become available since the last call, or None. Never waits."""
+
+    def state(self) -> dict[str, int]:
+        """wanted, adopted and failed: how many buckets."""
+
+
+class Runner:
+    """A loaded model over KV slots.
+
+    Raises whatever torch raises; a failed `step` has changed no row's state and may be tried again.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]) -> None:
+        install(model, plan)
+        model.set_attn_implementation(ATTENTION)
+        self.model, self.plan, self.device, self.eos = model, plan, device, eos
+        self.slots, self.context = slots, context
+        self.kv = KvPages(KvShape.of(model.config, plan.dtype), slots, context, device)
+        self.rows = Rows.empty(slots, model.config.vocab_size, device)
+        self.compiler: Compiler | None = None
+        self.compiled: dict[Bucket, Step] = {}
+        self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
+        self._unfiltered: set[int] = set()
+        self._active: tuple[int, ...] = ()
+
+    @torch.inference_mode()
+    def begin(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
+        """Give `slot` to a request. Its row stays idle until `arm`."""
+        self.rows.assign(slot, sampling, seed, torch.tensor(prompt, dtype=torch.int64, device=self.device))
+        unfiltered = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p >= 1
+        (self._unfiltered.add if unfiltered else self._unfiltered.discard)(slot)
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> None:
+        """Compute the KV of `ids` at positions `start`, `start + 1`, … of `slot`."""
+        n, end = len(ids), start + len(ids)
+        cache = ChunkCache(self.kv, slot, start, n)
+        positions = torch.arange(start, end, device=self.device)
+        columns = torch.arange(-(-end // self.kv.size) * self.kv.size, device=self.device)
+        mask = torch.where(columns[None] <= positions[:, None], 0.0, _MASKED)[None, None]
+        self.model.model(
+            input_ids=torch.tensor([ids], dtype=torch.int64, device=self.device),
+            position_ids=positions[None],
+            past_key_values=cache,
+            attention_mask=mask,
+            use_cache=True,
+        )
+        self.rows.position[slot] = end
+
+    @torch.inference_mode()
+    def arm(self, slot: int, token: int, position: int) -> None:
+        """Let the next step of `slot` read `token` at `position`."""
+        self.rows.ids[slot, 0] = token
+        self.rows.position[slot] = position
+
+    @torch.inference_mode()
+    def idle(self, slot: int, position: int) -> None:
+        """Take `slot` out of the batch. Its row still computes in a bucket: it writes at `position`, which none reads."""
+        self.rows.position[slot] = min(position, self.context - 1)
+
+    @torch.inference_mode()
+    def step(self, active: Sequence[int]) -> list[int | None]:
+        """The next token of each slot, by index; None where the model's numbers were not finite.
+
+        At least as many as the last of `active`, which alone advance; the others' entries mean nothing.
+        """
+        self._activate(tuple(active))
+        longest = int(self.rows.position[list(active)].max()) + 1
+        need = Bucket(max(active) + 1, -(-longest // self.kv.size))
+        bucket, run = self._fastest(need)
+        rows = self._views[bucket.rows]
+        tokens, finite, logits = run(self.model, self.kv.keys, self.kv.values, *rows.tensors())
+        if self._unfiltered:
+            free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
+            tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
+        advance(rows, tokens, finite)
+        return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchange two slots, whose KV is written up to `tokens` positions at most."""
+        self.kv.swap(a, b, tokens)
+        self.rows.swap(a, b)
+        moved = {a: b, b: a}
+        self._unfiltered = {moved.get(slot, slot) for slot in self._unfiltered}
+        self._active = ()
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Wipe the KV of a slot whose numbers went wrong."""
+        self.kv.clear(slot)
+
+    def adopt(self) -> bool:
+        """Take over one compiled step if there is a new one; returns whether. Never waits for a compiler."""
+        found = self.compiler.poll() if self.compiler else None
+        if found:
+            self.compiled[found[0]] = found[1]
+        return found is not None
+
+    def abandon(self) -> bool:
+        """Go back to eager after a step that raised; returns whether there was anything to abandon."""
+        had = bool(self.compiled)
+        self.compiled.clear()
+        return had
+
+    def details(self) -> dict[str, str | int]:
+        """What /readyz tells about the engine."""
+        state = self.compiler.state() if self.compiler else {"wanted": 0, "adopted": 0, "failed": 0}
+        return {
+            "device": self.device,
+            "product": self.plan.product,
+            "dtype": str(self.plan.dtype).removeprefix("torch."),
+            "slots": self.slots,
+            "context": self.context,
+            "kv_bytes": self.kv.bytes,
+            "kv_bytes_per_token": self.kv.shape.bytes_per_token,
+            "compiled": f"{len(self.compiled)}/{state['wanted']}",
+            "compile_failures": state["failed"],
+        }
+
+    def _activate(self, active: tuple[int, ...]) -> None:
+        if active != self._active:
+            self.rows.active.fill_(False)
+            self.rows.active[list(active)] = True
+            self._active = active
+
+    def _fastest(self, need: Bucket) -> tuple[Bucket, Step]:
+        covering = [bucket for bucket in self.compiled if bucket.covers(need)]
+        if covering:
+            bucket = min(covering)
+            return bucket, self.compiled[bucket]
+        return need, make_step(need.pages)
+
+
+def make_step(pages: int) -> Step:
+    """The decode step over `pages` pages, as a plain function: run as it is, or compiled for one bucket.
+
+    step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
+    Writes one token's KV a row and changes nothing else, so that it can be tried again.
+    """
+
+    def step(
+        model: nn.Module, keys: list[torch.Tensor], values: list[torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = Rows(*tensors)
+        logits = forward(model, keys, values, rows, pages)
+        return choose(logits, rows), logits.isfinite().all(-1), logits
+
+    return step
+
+
+def forward(
+    model: nn.Module, keys: list[torch.Tensor], values: list[torch.Tensor], rows: Rows, pages: int
+) -> torch.Tensor:
+    """Logits float32 [rows, vocabulary] after each row's next input."""
+    cache = BatchCache(keys, values, rows.position, pages)
+    columns = torch.arange(pages * keys[0].shape[3], device=rows.ids.device)
+    mask = torch.where(columns[None] <= rows.position[:, None], 0.0, _MASKED)[:, None, None]
+    hidden = model.model(
+        input_ids=rows.ids,
+        position_ids=rows.position[:, None],
+        past_key_values=cache,
+        attention_mask=mask,
+        use_cache=True,
+    ).last_hidden_state
+    return model.lm_head(hidden)[:, -1].float()
+
+
+def advance(rows: Rows, tokens: torch.Tensor, finite: torch.Tensor) -> None:
+    """Make each active, finite row's new token its next input, seen from now on."""
+    moving = rows.active & finite
+    rows.ids.copy_(torch.where(moving, tokens, rows.ids[:, 0])[:, None])
+    rows.position.add_(moving)
+    rows.seen.scatter_(1, rows.ids, rows.seen.gather(1, rows.ids) | moving[:, None])

@@ -1,0 +1,86 @@
+"""One request on its way through the engine: what the model thread writes and what its reader gets.
+
+Knows tokens, not text, and no torch.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from model.slots import Slot
+from model.types import DeadlineExceeded, FinishReason, GenerateRequest, ServiceError, Status
+
+# How long past its deadline a reader waits for the engine's own word before it gives up by itself: only a model
+# thread that hangs is ever this late.
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last item of a sequence that ended well."""
+
+    reason: FinishReason
+
+
+class Sequence:
+    """The model thread owns everything but `get` and `close`, which belong to the reader."""
+
+    def __init__(self, request: GenerateRequest, wake: Callable[[], None], now: float) -> None:
+        self.request = request
+        self.prompt = list(request.prompt_ids)
+        self.submitted = now
+        self.deadline = now + request.timeout
+        self.closed = False
+        self.slot: Slot | None = None
+        self.computed = 0  # prompt tokens whose KV is written
+        self.cached = 0  # of these, how many were reused
+        self.next = self.prompt[-1]  # the token that the next step reads
+        self.generated = 0
+        self.admitted = self.first = self.latest = now
+        self._items: queue.SimpleQueue[Status | int | Finished | ServiceError] = queue.SimpleQueue()
+        self._announced: Status | None = None
+        self._wake = wake
+
+    @property
+    def prefilled(self) -> bool:
+        """All but the last prompt token are computed: the next step may include this sequence."""
+        return self.computed >= len(self.prompt) - 1
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be computed for it: its part of the backlog."""
+        return len(self.prompt) - self.computed + self.request.max_new_tokens - self.generated
+
+    def announce(self, status: Status) -> None:
+        """Tell the reader what it waits for, once for each change."""
+        if status != self._announced:
+            self._announced = status
+            self._items.put(status)
+
+    def emit(self, token: int) -> None:
+        self._items.put(token)
+
+    def finish(self, ending: Finished | ServiceError) -> None:
+        self._items.put(ending)
+
+    def get(self, timeout: float) -> Status | int | Finished | None:
+        """The next item, or None when `timeout` seconds brought none. Raises the ServiceError that ended it."""
+        late = self.deadline + _PATIENCE - time.monotonic()
+        try:
+            item = self._items.get(timeout=max(0.0, min(timeout, late)))
+        except queue.Empty:
+            if late > timeout:
+                return None
+            self.close()
+            raise DeadlineExceeded("the model did not answer in time") from None
+        if isinstance(item, ServiceError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Give up: the engine frees the slot before its next step."""
+        self.closed = True
+        self._wake()
