@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -66,7 +66,7 @@ _SECRET = re.compile(r"(?i)(bearer\s+|ticket=)[^\s\"'&]+|eyJ[\w-]+\.[\w-]+\.[\w-
 
 def configure_logging(level: str = "info", file: Path | None = None) -> None:
     """Every log line of the process, other libraries' too, as one JSON object: to stderr, or to a rotating file."""
-    shared = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.PositionalArgumentsFormatter(),
@@ -74,7 +74,7 @@ def configure_logging(level: str = "info", file: Path | None = None) -> None:
     ]
     handler = RotatingFileHandler(file, maxBytes=10 << 20, backupCount=5) if file else logging.StreamHandler(sys.stderr)
     handler.set_name(_HANDLER)
-    render = [
+    render: list[Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.format_exc_info,
         _mask,

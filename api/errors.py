@@ -10,12 +10,15 @@ import traceback
 from typing import Any, NoReturn
 
 import structlog
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, jsonify, request
 from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
+from api.trace import current
 from model.types import InvalidRequest, ServiceError
+from security.limits import LimitExceeded
+from store.database import StoreUnavailable
 
 log = structlog.get_logger("api")
 
@@ -90,16 +93,16 @@ class ErrorBody(BaseModel):
 
 def register(app: Flask) -> None:
     """Answer every exception of `app` in the contract's shape."""
-    app.register_error_handler(ServiceError, respond)
     app.register_error_handler(HTTPException, _http)
-    app.register_error_handler(Exception, lambda error: respond(unexpected(error)))
+    app.register_error_handler(Exception, lambda error: respond(translate(error)))
 
 
 def respond(error: ServiceError) -> Response:
     """The HTTP answer for a domain error."""
+    current().error = error.code
     openai = request.path.startswith("/v1/")
     status = 400 if openai and error.status == 422 else error.status  # OpenAI's API knows no 422
-    response = jsonify(payload(error, None if openai else g.get("request_id", "")))
+    response = jsonify(payload(error, None if openai else current().id))
     response.status_code = status
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -125,8 +128,20 @@ def invalid(error: ValidationError) -> NoReturn:
     raise InvalidRequest(words, param=path or None)
 
 
-def unexpected(error: Exception) -> ServiceError:
-    """A bug. Its message may hold what a user typed, so the log gets its type and place, and the client neither."""
+def translate(error: Exception) -> ServiceError:
+    """Any failure in the words of a ServiceError; a bug becomes a 500."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, LimitExceeded):
+        return RateLimited(f"{str(error).capitalize()}.", retry_after=error.retry_after)
+    if isinstance(error, StoreUnavailable):
+        log.error("store unavailable", reason=str(error))
+        return ServiceError("The service cannot look up its state just now.", code="store_unavailable", retry_after=5)
+    return _bug(error)
+
+
+def _bug(error: Exception) -> ServiceError:
+    """Its message may hold what a user typed, so the log gets its type and place, and the client neither."""
     frames = traceback.extract_tb(error.__traceback__)[-6:]
     log.error("unexpected", error=type(error).__name__, where=[f"{f.filename}:{f.lineno} {f.name}" for f in frames])
     plain = ServiceError("Something went wrong here; the request id finds it in the log.", code="internal_error")

@@ -76,16 +76,6 @@ class LoginBody(Strict):
     password: str = Field(min_length=1, max_length=1024)
 
 
-class RefreshBody(Strict):
-    refresh_token: str = Field(min_length=1, max_length=4096)
-
-
-class LogoutBody(Strict):
-    """The refresh token may come along, so that its whole family ends."""
-
-    refresh_token: str | None = Field(None, min_length=1, max_length=4096)
-
-
 class KeyBody(Strict):
     name: str = Field(min_length=1, max_length=64)
     expires_in_days: Annotated[Whole, Field(ge=1, le=366)] = 90

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from flask import Response
 
-from api.errors import unexpected
+from api.errors import translate
 from model.types import Done, Event, ServiceError, Stream
 
 _POLL = 0.1  # seconds between two looks at the client's socket: what a gone client costs at most
@@ -23,12 +23,16 @@ _BEAT = 5.0  # seconds of silence before a comment; proxies give up at 60
 _RECHECK = 30.0  # seconds between two looks at the caller's token
 _STALLED = 30  # seconds a write may block on a reader that stopped reading
 PING = b": ping\n\n"
+DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
 
 Check = Callable[[], None]
 
 
-class ClientGone(Exception):
-    """Nobody reads this answer any more."""
+class ClientGone(ServiceError):
+    """Nobody reads this answer any more; the status (nginx's) is for the log alone."""
+
+    status = 499
+    code = "client_gone"
 
 
 class Frames(Protocol):
@@ -64,7 +68,7 @@ def client_check(environ: Mapping[str, Any]) -> Check:
         except OSError:
             gone = True
         if gone:
-            raise ClientGone
+            raise ClientGone("The client went away.")
 
     return check
 
@@ -111,7 +115,5 @@ def _written(event: Event | None, events: Iterator[Event | None], frames: Frames
             event = next(events)
     except (ClientGone, StopIteration):
         return
-    except ServiceError as error:
-        yield from frames.error(error)
     except Exception as error:  # the thread's boundary: the status is sent, only words are left
-        yield from frames.error(unexpected(error))
+        yield from frames.error(translate(error))

@@ -63,11 +63,11 @@ def current() -> Trace:
 
 
 def _begin() -> None:
-    g.request_id = request_id(request.headers.get("X-Request-Id"))
+    id = request_id(request.headers.get("X-Request-Id"))
     route = request.url_rule.rule if request.url_rule else None
-    g.trace = Trace(g.request_id, request.method[:16], route, request.path[:256])
+    g.trace = Trace(id, request.method[:16], route, request.path[:256])
     structlog.contextvars.clear_contextvars()  # the thread served another request before
-    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+    structlog.contextvars.bind_contextvars(request_id=id)
 
 
 def _end(response: Response) -> Response:

@@ -1,0 +1,117 @@
+"""Logging in and out, and API keys.
+
+Stores no password and no token: hashes and identifiers only, and not here.
+"""
+
+from __future__ import annotations
+
+import time
+from secrets import token_hex
+
+from flask import Response, request
+from flask.typing import ResponseReturnValue
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from api import bearer
+from api.errors import ErrorBody, NotFound, Unauthorized
+from api.guards import SECURED, needs, principal, public
+from api.schemas import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
+from api.services import services
+from api.trace import current
+from security.roles import Permission
+from security.tokens import TokenType
+from store.state import ApiKey
+from store.users import User
+
+_DAY = 86_400
+_KEY_SCOPES = (Permission.GENERATE.value, Permission.READ_MODELS.value)  # a key can never make another key
+
+blueprint = APIBlueprint(
+    "auth",
+    __name__,
+    abp_tags=[Tag(name="Log in")],
+    abp_responses={code: ErrorBody for code in (400, 401, 403, 413, 415, 422, 429, 503)},
+)
+
+
+@blueprint.post("/login", responses={200: TokensOut})
+@public
+def login(body: LoginBody) -> ResponseReturnValue:
+    """Tokens for a name and a password. Wrong name and wrong password are answered alike."""
+    rooms, address = services(), request.remote_addr or ""
+    rooms.logins.attempt(address, body.username)
+    user = rooms.users.get(body.username)
+    right = rooms.passwords.verify(user.password_hash if user else None, body.password)
+    if user is None or not right or user.disabled:
+        raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
+    rooms.logins.succeeded(address, body.username)
+    now, seconds = time.time(), rooms.policy.refresh_ttl
+    token, jti = bearer.mint(TokenType.REFRESH, user.name, seconds)
+    return _tokens(user, token, rooms.state.start_family(jti, user.name, now + seconds, now))
+
+
+@blueprint.post("/refresh", security=SECURED, responses={200: TokensOut})
+@public  # it asks for a refresh token instead
+def refresh() -> ResponseReturnValue:
+    """New tokens for a refresh token (in the Authorization header), which is then spent."""
+    rooms, claims = services(), bearer.claims(TokenType.REFRESH)
+    user = rooms.users.get(claims["sub"])
+    now, seconds = time.time(), rooms.policy.refresh_ttl
+    token, jti = bearer.mint(TokenType.REFRESH, claims["sub"], seconds)
+    family = rooms.state.rotate(claims["jti"], jti, now + seconds, now)
+    if user is None or user.disabled or family is None:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    return _tokens(user, token, family)
+
+
+@blueprint.post("/logout", security=SECURED, responses={204: None})
+@needs(Permission.END_SESSION)
+def logout() -> ResponseReturnValue:
+    """End this session: its access and its refresh tokens."""
+    caller, state = principal(), services().state
+    state.revoke(caller.jti, caller.expires, time.time())
+    if caller.family is not None:
+        state.end_family(caller.family)
+    return Response(status=204)
+
+
+@blueprint.post("/keys", security=SECURED, responses={201: NewKeyOut})
+@needs(Permission.MANAGE_KEYS)
+def add_key(body: KeyBody) -> ResponseReturnValue:
+    """A long-lived token for a program, shown this once."""
+    caller, now = principal(), time.time()
+    seconds = body.expires_in_days * _DAY
+    token, jti = bearer.mint(TokenType.KEY, caller.owner, seconds)
+    key = ApiKey(token_hex(8), caller.owner, body.name, _KEY_SCOPES, caller.role, now, now + seconds)
+    services().state.add_key(jti, key)
+    return NewKeyOut(**_shown(key).model_dump(), key=token).model_dump(), 201
+
+
+@blueprint.get("/keys", security=SECURED, responses={200: KeysOut})
+@needs(Permission.MANAGE_KEYS)
+def list_keys() -> ResponseReturnValue:
+    """One's own keys that still work, without the tokens."""
+    now = time.time()
+    alive = [key for key in services().state.keys(principal().owner) if not key.revoked and key.expires > now]
+    return KeysOut(keys=[_shown(key) for key in alive]).model_dump()
+
+
+@blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
+@needs(Permission.MANAGE_KEYS)
+def drop_key(path: IdPath) -> ResponseReturnValue:
+    """Revoke one of one's own keys, at once."""
+    if not services().state.revoke_key(path.id, principal().owner):
+        raise NotFound("You have no key of this id.", param="id")
+    return Response(status=204)
+
+
+def _tokens(user: User, refresh_token: str, family: str) -> dict[str, object]:
+    seconds = int(services().policy.access_ttl)
+    access, _ = bearer.mint(TokenType.ACCESS, user.name, seconds, role=user.role, family=family)
+    current().user = user.name
+    return TokensOut(access_token=access, refresh_token=refresh_token, expires_in=seconds).model_dump()
+
+
+def _shown(key: ApiKey) -> KeyOut:
+    return KeyOut(id=key.id, name=key.name, created_at=key.created, expires_at=key.expires)

@@ -1,0 +1,103 @@
+"""One generation on behalf of one caller: cleaned, limited, opened, watched, and given back whatever happens.
+
+Knows no dialect: how the events are written is the routes'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from secrets import token_hex
+
+from flask import Response, request
+
+from api import sse
+from api.answers import CacheUse
+from api.guards import Principal, principal, recheck
+from api.schemas import GenerateBody
+from api.services import services
+from api.trace import Trace, current
+from model.types import Chunk, Done, Event, GenerateRequest, InvalidRequest, Message, ServiceError, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A finished answer in one piece."""
+
+    text: str
+    reasoning: str
+    done: Done
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A generation under way. `close` gives everything back, any number of times."""
+
+    id: str
+    model: str
+    cache: CacheUse
+    close: Callable[[], None]
+    events: Iterator[Event | None]
+
+
+def open_call(body: GenerateBody) -> Call:
+    """Start what `body` asks for in the name of the caller. Raises ServiceError and LimitExceeded."""
+    rooms, caller, trace = services(), principal(), current()
+    with ExitStack() as held:
+        held.callback(rooms.streams.take(caller.owner))
+        wanted = _request(body, caller, trace.id)
+        answer = rooms.answers.open(wanted, body.cache and not request.cache_control.no_store)
+        held.callback(answer.stream.close)
+        held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
+        trace.cache = answer.cache
+        events = _traced(answer.stream, caller, trace)
+        return Call(trace.id, wanted.model, answer.cache, held.pop_all().close, events)
+    raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
+
+
+def read_all(call: Call) -> Whole:
+    """Wait for the whole answer. Raises what the generation raises, and ClientGone."""
+    texts = {"answer": "", "reasoning": ""}
+    with closing(call):
+        for event in call.events:
+            if isinstance(event, Chunk):
+                texts[event.channel] += event.text
+            elif isinstance(event, Done):
+                return Whole(texts["answer"], texts["reasoning"], event)
+    raise ServiceError("The answer ended early.")
+
+
+def stream(call: Call, frames: sse.Frames) -> Response:
+    """The answer as server-sent events in the dialect of `frames`."""
+    response = sse.respond(call.events, frames, call.close)
+    response.headers["X-Cache"] = call.cache
+    return response
+
+
+def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
+    rooms = services()
+    messages = tuple(Message(turn.role, rooms.sanitise(turn.content)) for turn in body.turns())
+    if not any(message.content.strip() for message in messages):
+        raise InvalidRequest("The prompt is blank once HTML is taken out.", param="prompt")
+    return GenerateRequest(
+        id=f"{id}.{token_hex(4)}",  # two callers may have chosen the same request id
+        owner=caller.owner,
+        model=body.model or rooms.model,
+        messages=messages,
+        sampling=body.sampling(),
+        max_new_tokens=body.max_new_tokens,
+        stop=tuple(body.stop),
+        timeout=rooms.settings.request_timeout,
+    )
+
+
+def _traced(source: Stream, caller: Principal, trace: Trace) -> Iterator[Event | None]:
+    try:
+        for event in sse.watched(source, sse.client_check(request.environ), recheck(caller)):
+            if isinstance(event, Done):
+                trace.done = event
+            yield event
+    except ServiceError as error:
+        trace.error = error.code
+        raise

@@ -1,0 +1,85 @@
+"""Is it alive, is it ready, and how is it spoken to.
+
+Liveness touches nothing: a process that waits for its disk is not helped by a restart.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+from flask import current_app, redirect, request, send_from_directory
+from flask.typing import ResponseReturnValue
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from api.errors import Forbidden
+from api.guards import public
+from api.schemas import HealthOut, ReadyOut
+from api.services import services
+
+_STATIC = Path(__file__).parent / "static"
+
+blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")])
+
+
+@blueprint.get("/healthz", responses={200: HealthOut})
+@public
+def healthz() -> ResponseReturnValue:
+    """The process answers."""
+    return HealthOut().model_dump()
+
+
+@blueprint.get("/readyz", responses={200: ReadyOut, 503: ReadyOut})
+@public
+def readyz() -> ResponseReturnValue:
+    """Whether text can be made, and if not, what is being waited for."""
+    status = services().backend.status()
+    out = ReadyOut(
+        ready=status.ready,
+        stage=status.stage,
+        percent=status.percent,
+        reason=status.reason,
+        details=dict(status.details),
+    )
+    return out.model_dump(), 200 if status.ready else 503
+
+
+@blueprint.get("/", doc_ui=False)
+@public
+def home() -> ResponseReturnValue:
+    return redirect("/docs")
+
+
+@blueprint.get("/openapi.json", doc_ui=False)
+@public
+def openapi() -> ResponseReturnValue:
+    document: dict[str, object] = current_app.api_doc  # type: ignore[attr-defined]
+    return document
+
+
+@blueprint.get("/docs", doc_ui=False)
+@public
+def docs() -> ResponseReturnValue:
+    return send_from_directory(_STATIC, "docs.html")
+
+
+@blueprint.get("/docs/<path:name>", doc_ui=False)
+@public
+def docs_file(name: str) -> ResponseReturnValue:
+    return send_from_directory(_STATIC, name)
+
+
+def nearby(view: Callable[[], ResponseReturnValue]) -> Callable[[], ResponseReturnValue]:
+    """Serve `view` to this machine and its private network only; nginx refuses it to everybody."""
+
+    @public
+    @wraps(view)
+    def guarded() -> ResponseReturnValue:
+        if not ipaddress.ip_address(request.remote_addr or "0.0.0.0").is_private:
+            raise Forbidden("Metrics are for this machine and its private network.")
+        return view()
+
+    return guarded

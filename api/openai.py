@@ -1,0 +1,121 @@
+"""OpenAI's protocol: /v1/chat/completions and /v1/models, for the official client, unmodified.
+
+Adds no ability of its own: a chat is one of our generations in other words.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flask.typing import ResponseReturnValue
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from api import sse
+from api.calls import Call, Whole, open_call, read_all, stream
+from api.chat_schemas import ChatBody, ModelOut, ModelsOut
+from api.errors import ErrorBody, payload
+from api.guards import SECURED, needs
+from api.services import services
+from model.types import Chunk, Done, Event, ServiceError, Usage
+from security.roles import Permission
+
+blueprint = APIBlueprint(
+    "openai",
+    __name__,
+    abp_tags=[Tag(name="OpenAI-compatible")],
+    abp_security=SECURED,
+    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 413, 415, 429, 503)},
+)
+
+
+@blueprint.post("/v1/chat/completions", responses={200: sse.DOCUMENTED})
+@needs(Permission.GENERATE)
+def chat(body: ChatBody) -> ResponseReturnValue:
+    """Chat completion, streamed when `stream` is true."""
+    call = open_call(body.generate())
+    if body.stream:
+        return stream(call, ChatFrames(call.id, call.model, body.include_usage))
+    return _completion(call, read_all(call)), 200, {"X-Cache": call.cache}
+
+
+@blueprint.get("/v1/models", responses={200: ModelsOut})
+@needs(Permission.GENERATE)
+def models() -> ResponseReturnValue:
+    """The model that is served."""
+    return ModelsOut(data=[ModelOut(id=services().model)]).model_dump()
+
+
+def _completion(call: Call, whole: Whole) -> dict[str, Any]:
+    message = {"role": "assistant", "content": whole.text, "refusal": None, **_reasoning(whole.reasoning)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(whole.done)}
+    head = {"id": _chat_id(call.id), "object": "chat.completion", "created": int(time.time()), "model": call.model}
+    return {**head, "choices": [choice], "usage": _usage(whole.done.usage)}
+
+
+@dataclass(slots=True)
+class ChatFrames:
+    """A generation as chat.completion.chunk events, ended by [DONE]."""
+
+    id: str
+    model: str
+    include_usage: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    started: bool = False
+
+    def event(self, event: Event) -> Iterator[bytes]:
+        if isinstance(event, Chunk):
+            text = {"content": event.text} if event.channel == "answer" else _reasoning(event.text)
+            yield from self._role()
+            yield self._chunk(text)
+        elif isinstance(event, Done):
+            yield from self._role()
+            yield self._chunk({}, _reason(event))
+            if self.include_usage:
+                yield self._frame(choices=[], usage=_usage(event.usage))
+            yield sse.frame("[DONE]")
+        else:
+            yield sse.PING
+
+    def error(self, error: ServiceError) -> Iterator[bytes]:
+        yield sse.frame(payload(error, None))
+
+    def _role(self) -> Iterator[bytes]:
+        if not self.started:
+            self.started = True
+            yield self._chunk({"role": "assistant", "content": ""})
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return self._frame(choices=[choice], **({"usage": None} if self.include_usage else {}))
+
+    def _frame(self, **rest: Any) -> bytes:
+        head = {"id": _chat_id(self.id), "object": "chat.completion.chunk", "created": self.created}
+        return sse.frame({**head, "model": self.model, **rest})
+
+
+def _chat_id(id: str) -> str:
+    return f"chatcmpl-{id}"
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _reason(done: Done) -> str:
+    """OpenAI knows no `cancelled`: to its clients a stopped answer is one that stopped."""
+    return "length" if done.finish_reason == "length" else "stop"
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }

@@ -1,0 +1,51 @@
+"""What the routes work with: built once by app.py, found on the app.
+
+Builds nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flask import current_app
+
+from api.answers import Answers
+from api.running import Running
+from model.types import Backend
+from security.crypto import Box
+from security.limits import LoginGuard, RequestRate, StreamLimit
+from security.passwords import Passwords
+from security.tokens import TokenPolicy
+from settings import Settings
+from store.state import State
+from store.users import Users
+
+NAME = "flask-llm"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold."""
+
+    settings: Settings
+    model: str
+    backend: Backend
+    answers: Answers
+    running: Running
+    users: Users
+    state: State
+    passwords: Passwords
+    policy: TokenPolicy
+    jwt_key: bytes
+    box: Box
+    rate: RequestRate
+    streams: StreamLimit
+    logins: LoginGuard
+    sanitise: Callable[[str], str]
+
+
+def services() -> Services:
+    """The services of the app that answers this request."""
+    found: Services = current_app.extensions[NAME]
+    return found

@@ -1,0 +1,92 @@
+"""How gunicorn serves: one process, because there is one copy of the weights, and many threads that wait for it.
+
+Reads no environment of its own; settings.py does.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from gunicorn.config import Config  # type: ignore[import-untyped]
+from gunicorn.glogging import Logger  # type: ignore[import-untyped]
+
+from api.services import NAME, Services
+from settings import Settings, SettingsError
+from telemetry import configure_logging
+
+try:
+    settings = Settings.from_environment()
+except SettingsError as error:
+    print(error, file=sys.stderr)
+    sys.exit(1)
+
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+worker_class = "gthread"
+workers = 1
+# Every request that runs or waits in the queue holds a thread, and health must find one free too.
+threads = settings.slots + settings.max_queue + 16
+worker_connections = 1000
+preload_app = False  # never fork after torch's threads have started
+control_socket_disable = True
+timeout = 120  # the main loop only accepts; importing and loading may hold it up
+graceful_timeout = int(settings.grace_period) + 8  # over the grace that running streams are given
+limit_request_field_size = 16_384  # so that an absurd token is a 401 and not a dropped line
+forwarded_allow_ips = ""  # the app's TRUSTED_PROXIES decides whom to believe
+
+
+class _Log(Logger):  # type: ignore[misc]
+    """gunicorn's lines in the service's log; it writes none for each request, because the app does."""
+
+    def setup(self, cfg: Config) -> None:
+        super().setup(cfg)
+        configure_logging(settings.log_level)  # the worker alone writes to LOG_FILE, which it may then rotate
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+logger_class = _Log
+
+
+def on_starting(server: Any) -> None:
+    """A busy port is one line, not five retries."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            busy = "is in use: stop what listens there, or choose another (for example PORT=5001)"
+            reason = busy if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+            print(f"PORT: {settings.host}:{settings.port} {reason}", file=sys.stderr)
+            sys.exit(1)
+
+
+def post_worker_init(worker: Any) -> None:
+    """On SIGTERM the service drains while it still accepts, so that newcomers hear 503 instead of nothing."""
+    backend = _services(worker).backend
+
+    def drain() -> None:
+        backend.close(settings.grace_period)
+        worker.handle_exit(signal.SIGTERM, None)
+
+    def stop(signum: int, frame: object) -> None:
+        threading.Thread(target=drain, name="drain", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def worker_int(worker: Any) -> None:
+    """On Ctrl-C nothing is waited for, but every stream still ends in words."""
+    ending = threading.Thread(target=_services(worker).backend.close, args=(0,), daemon=True)
+    ending.start()
+    ending.join(2)
+
+
+def _services(worker: Any) -> Services:
+    services: Services = worker.wsgi.extensions[NAME]
+    return services
