@@ -58,14 +58,20 @@ def sanitise(text: str) -> str:
         tags = {match["whole"] for match in _MARKUP.finditer(text)}
         if not tags:
             return text
-        left = _bleached([tag for tag in tags if tag])
-        text = _MARKUP.sub(lambda match: left.get(match["whole"], ""), text)
+        text = _cut(text, [tag for tag in tags if tag])
     return text.replace("<", "")  # a puzzle made of tags: without `<` none of it is one
 
 
+def _cut(text: str, whole: list[str]) -> str:
+    """One round: well-formed tags become what bleach leaves of them, the broken ones nothing."""
+    left = _bleached(whole) if whole else {}
+    return _MARKUP.sub(lambda match: left.get(match["whole"], "") if match.start() else "", text)
+
+
 def _bleached(tags: list[str]) -> dict[str, str]:
-    """What bleach leaves of each well-formed tag: nothing. One call for all of them: a call has a price, a tag none."""
-    if not tags:
-        return {}
-    joined = _GAP.join("<" + tag.replace(_GAP, "") for tag in tags)
-    return dict(zip(tags, bleach.clean(joined, tags=[], strip=True).split(_GAP), strict=True))
+    """A line break for a block (`<p>`, `<div>`) that does not begin the text, so that words stay apart; else nothing.
+
+    One call for all tags: the call has a price, a tag hardly any.
+    """
+    joined = "".join(f"{_GAP}<{tag.replace(_GAP, '')}" for tag in tags)
+    return dict(zip(tags, bleach.clean(joined, tags=[], strip=True).split(_GAP)[1:], strict=True))
