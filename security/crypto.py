@@ -43,7 +43,7 @@ def load_or_create_key(path: Path, size: int = 32) -> bytes:
             _create(path, secrets.token_bytes(size))
         return _read(path, size)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; the key file must be readable by this user") from error
+        raise KeyFileError(f"{path}: {error.strerror}; no key can be kept there") from error
 
 
 def _create(path: Path, key: bytes) -> None:

@@ -9,7 +9,7 @@ import secrets
 import threading
 
 from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerificationError
+from argon2.exceptions import VerificationError
 
 _READABLE = "abcdefghjkmnpqrstuvwxyz23456789"  # without i, l, o, 0, 1
 
@@ -34,9 +34,10 @@ class Passwords:
         """
         with self._running:
             try:
-                return self._hasher.verify(stored or self._nobody, _encoded(password)) and stored is not None
-            except (VerificationError, InvalidHashError):
+                matches = self._hasher.verify(self._nobody if stored is None else stored, _encoded(password))
+            except (VerificationError, ValueError):  # another password, or a damaged hash
                 return False
+        return matches and stored is not None
 
 
 def generate() -> str:

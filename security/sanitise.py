@@ -71,7 +71,8 @@ def _cut(text: str, whole: list[str]) -> str:
 def _bleached(tags: list[str]) -> dict[str, str]:
     """A line break for a block (`<p>`, `<div>`) that does not begin the text, so that words stay apart; else nothing.
 
-    One call for all tags: the call has a price, a tag hardly any.
+    One call for all tags: the call has a price, a tag hardly any. The `<b>` is there because bleach breaks no line
+    for the first tag that it sees.
     """
-    joined = "".join(f"{_GAP}<{tag.replace(_GAP, '')}" for tag in tags)
+    joined = "<b>" + "".join(f"{_GAP}<{tag.replace(_GAP, '')}" for tag in tags)
     return dict(zip(tags, bleach.clean(joined, tags=[], strip=True).split(_GAP)[1:], strict=True))
