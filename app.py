@@ -66,6 +66,7 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
         security_schemes={"bearer": bearer_scheme},
         validation_error_callback=errors.invalid,
         validation_error_model=errors.ErrorBody,
+        validation_error_status=400,  # every route documents its own; 422 would be added where there is none
         doc_ui=False,
         static_folder=None,
     )

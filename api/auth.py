@@ -9,13 +9,12 @@ import time
 from secrets import token_hex
 
 from flask import Response, request
-from flask.typing import ResponseReturnValue
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from api import bearer
 from api.errors import ErrorBody, NotFound, Unauthorized
-from api.guards import SECURED, needs, principal, public
+from api.guards import SECURED, Reply, needs, principal, public
 from api.schemas import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
 from api.services import services
 from api.trace import current
@@ -37,7 +36,7 @@ blueprint = APIBlueprint(
 
 @blueprint.post("/login", responses={200: TokensOut})
 @public
-def login(body: LoginBody) -> ResponseReturnValue:
+def login(body: LoginBody) -> Reply:
     """Tokens for a name and a password. Wrong name and wrong password are answered alike."""
     rooms, address = services(), request.remote_addr or ""
     rooms.logins.attempt(address, body.username)
@@ -53,7 +52,7 @@ def login(body: LoginBody) -> ResponseReturnValue:
 
 @blueprint.post("/refresh", security=SECURED, responses={200: TokensOut})
 @public  # it asks for a refresh token instead
-def refresh() -> ResponseReturnValue:
+def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
     rooms, claims = services(), bearer.claims(TokenType.REFRESH)
     user = rooms.users.get(claims["sub"])
@@ -67,7 +66,7 @@ def refresh() -> ResponseReturnValue:
 
 @blueprint.post("/logout", security=SECURED, responses={204: None})
 @needs(Permission.END_SESSION)
-def logout() -> ResponseReturnValue:
+def logout() -> Reply:
     """End this session: its access and its refresh tokens."""
     caller, state = principal(), services().state
     state.revoke(caller.jti, caller.expires, time.time())
@@ -78,7 +77,7 @@ def logout() -> ResponseReturnValue:
 
 @blueprint.post("/keys", security=SECURED, responses={201: NewKeyOut})
 @needs(Permission.MANAGE_KEYS)
-def add_key(body: KeyBody) -> ResponseReturnValue:
+def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
     caller, now = principal(), time.time()
     seconds = body.expires_in_days * _DAY
@@ -90,7 +89,7 @@ def add_key(body: KeyBody) -> ResponseReturnValue:
 
 @blueprint.get("/keys", security=SECURED, responses={200: KeysOut})
 @needs(Permission.MANAGE_KEYS)
-def list_keys() -> ResponseReturnValue:
+def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
     now = time.time()
     alive = [key for key in services().state.keys(principal().owner) if not key.revoked and key.expires > now]
@@ -99,7 +98,7 @@ def list_keys() -> ResponseReturnValue:
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
 @needs(Permission.MANAGE_KEYS)
-def drop_key(path: IdPath) -> ResponseReturnValue:
+def drop_key(path: IdPath) -> Reply:
     """Revoke one of one's own keys, at once."""
     if not services().state.revoke_key(path.id, principal().owner):
         raise NotFound("You have no key of this id.", param="id")

@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from api.schemas import GenerateBody, MaxTokens, Penalty, Role, Seed, Stop, Strict, Temperature, TopK, TopP, Turn, Whole
+from api.schemas import (
+    WHOLE,
+    GenerateBody,
+    MaxTokens,
+    Penalty,
+    Role,
+    Seed,
+    Stop,
+    Strict,
+    Temperature,
+    TopK,
+    TopP,
+    Turn,
+)
 
 # Fields that name the caller or the bill and leave the text as it is.
 IGNORED = frozenset(
@@ -88,7 +101,7 @@ class ChatBody(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from flask import Response
-from flask.typing import ResponseReturnValue
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from api import sse, tickets
 from api.calls import Call, open_call, read_all, stream
 from api.errors import ErrorBody, NotFound, payload
-from api.guards import SECURED, needs, principal, public
+from api.guards import SECURED, Reply, needs, principal, public
 from api.schemas import GenerateBody, GenerateOut, IdPath, TicketOut, TicketQuery, UsageOut
 from api.services import services
 from model.types import Chunk, Event, ServiceError, Status
@@ -32,7 +31,7 @@ blueprint = APIBlueprint(
 
 @blueprint.post("/generate", security=SECURED, responses={200: GenerateOut})
 @needs(Permission.GENERATE)
-def generate(body: GenerateBody) -> ResponseReturnValue:
+def generate(body: GenerateBody) -> Reply:
     """The whole answer at once."""
     call = open_call(body)
     whole = read_all(call)
@@ -51,21 +50,21 @@ def generate(body: GenerateBody) -> ResponseReturnValue:
 
 @blueprint.post("/stream", security=SECURED, responses={200: sse.DOCUMENTED})
 @needs(Permission.GENERATE)
-def stream_body(body: GenerateBody) -> ResponseReturnValue:
+def stream_body(body: GenerateBody) -> Reply:
     """The answer as server-sent events."""
     return _stream(body)
 
 
 @blueprint.post("/stream/ticket", security=SECURED, responses={200: TicketOut})
 @needs(Permission.GENERATE)
-def ticket(body: GenerateBody) -> ResponseReturnValue:
+def ticket(body: GenerateBody) -> Reply:
     """A single-use ticket for `GET /stream`, because EventSource cannot send a token."""
     return TicketOut(ticket=tickets.issue(body), expires_in=tickets.SECONDS).model_dump()
 
 
 @blueprint.get("/stream", responses={200: sse.DOCUMENTED, 204: None})
 @public
-def stream_ticket(query: TicketQuery) -> ResponseReturnValue:
+def stream_ticket(query: TicketQuery) -> Reply:
     """The answer to the body that the ticket was made for; 204 for a used ticket, so that EventSource stops."""
     body = tickets.redeem(query.ticket)
     return Response(status=204) if body is None else _stream(body)
@@ -73,7 +72,7 @@ def stream_ticket(query: TicketQuery) -> ResponseReturnValue:
 
 @blueprint.delete("/requests/<id>", security=SECURED, responses={204: None})
 @needs(Permission.GENERATE)
-def cancel(path: IdPath) -> ResponseReturnValue:
+def cancel(path: IdPath) -> Reply:
     """Cancel one's own request: its stream ends with `cancelled`."""
     if not services().running.cancel(principal().owner, path.id.removeprefix("chatcmpl-")):
         raise NotFound("No request of yours with this id is running.", param="id")

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, current_app, g, request
 from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.wrappers import Response as WerkzeugResponse
 
 from api import bearer
 from api.body import read_json
@@ -23,6 +24,8 @@ from api.trace import current
 from security.roles import Permission, allowed
 from security.tokens import TokenType
 
+# What a view returns; flask's own type cannot be looked at while running, and flask-openapi3 looks.
+Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[dict[str, Any], int, dict[str, str]]
 View = TypeVar("View", bound=Callable[..., Any])
 
 SECURED: list[dict[str, list[str]]] = [{"bearer": []}]

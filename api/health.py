@@ -11,30 +11,29 @@ from functools import wraps
 from pathlib import Path
 
 from flask import current_app, redirect, request, send_from_directory
-from flask.typing import ResponseReturnValue
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from api.errors import Forbidden
-from api.guards import public
+from api.errors import ErrorBody, Forbidden
+from api.guards import Reply, public
 from api.schemas import HealthOut, ReadyOut
 from api.services import services
 
 _STATIC = Path(__file__).parent / "static"
 
-blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")])
+blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
 
 
 @blueprint.get("/healthz", responses={200: HealthOut})
 @public
-def healthz() -> ResponseReturnValue:
+def healthz() -> Reply:
     """The process answers."""
     return HealthOut().model_dump()
 
 
 @blueprint.get("/readyz", responses={200: ReadyOut, 503: ReadyOut})
 @public
-def readyz() -> ResponseReturnValue:
+def readyz() -> Reply:
     """Whether text can be made, and if not, what is being waited for."""
     status = services().backend.status()
     out = ReadyOut(
@@ -49,35 +48,35 @@ def readyz() -> ResponseReturnValue:
 
 @blueprint.get("/", doc_ui=False)
 @public
-def home() -> ResponseReturnValue:
+def home() -> Reply:
     return redirect("/docs")
 
 
 @blueprint.get("/openapi.json", doc_ui=False)
 @public
-def openapi() -> ResponseReturnValue:
+def openapi() -> Reply:
     document: dict[str, object] = current_app.api_doc  # type: ignore[attr-defined]
     return document
 
 
 @blueprint.get("/docs", doc_ui=False)
 @public
-def docs() -> ResponseReturnValue:
+def docs() -> Reply:
     return send_from_directory(_STATIC, "docs.html")
 
 
 @blueprint.get("/docs/<path:name>", doc_ui=False)
 @public
-def docs_file(name: str) -> ResponseReturnValue:
+def docs_file(name: str) -> Reply:
     return send_from_directory(_STATIC, name)
 
 
-def nearby(view: Callable[[], ResponseReturnValue]) -> Callable[[], ResponseReturnValue]:
+def nearby(view: Callable[[], Reply]) -> Callable[[], Reply]:
     """Serve `view` to this machine and its private network only; nginx refuses it to everybody."""
 
     @public
     @wraps(view)
-    def guarded() -> ResponseReturnValue:
+    def guarded() -> Reply:
         if not ipaddress.ip_address(request.remote_addr or "0.0.0.0").is_private:
             raise Forbidden("Metrics are for this machine and its private network.")
         return view()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from flask.typing import ResponseReturnValue
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
@@ -18,7 +17,7 @@ from api import sse
 from api.calls import Call, Whole, open_call, read_all, stream
 from api.chat_schemas import ChatBody, ModelOut, ModelsOut
 from api.errors import ErrorBody, payload
-from api.guards import SECURED, needs
+from api.guards import SECURED, Reply, needs
 from api.services import services
 from model.types import Chunk, Done, Event, ServiceError, Usage
 from security.roles import Permission
@@ -34,7 +33,7 @@ blueprint = APIBlueprint(
 
 @blueprint.post("/v1/chat/completions", responses={200: sse.DOCUMENTED})
 @needs(Permission.GENERATE)
-def chat(body: ChatBody) -> ResponseReturnValue:
+def chat(body: ChatBody) -> Reply:
     """Chat completion, streamed when `stream` is true."""
     call = open_call(body.generate())
     if body.stream:
@@ -44,7 +43,7 @@ def chat(body: ChatBody) -> ResponseReturnValue:
 
 @blueprint.get("/v1/models", responses={200: ModelsOut})
 @needs(Permission.GENERATE)
-def models() -> ResponseReturnValue:
+def models() -> Reply:
     """The model that is served."""
     return ModelsOut(data=[ModelOut(id=services().model)]).model_dump()
 

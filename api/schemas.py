@@ -19,13 +19,13 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Seed = Annotated[Whole, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
-MaxTokens = Annotated[Whole, Field(ge=1, le=1 << 20)]
+Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1), WHOLE]
+MaxTokens = Annotated[int, Field(ge=1, le=1 << 20), WHOLE]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-TopK = Annotated[Whole, Field(ge=0, le=1 << 20, description="0 switches the filter off.")]
+TopK = Annotated[int, Field(ge=0, le=1 << 20, description="0 switches the filter off."), WHOLE]
 Penalty = Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)]
 
 
@@ -78,7 +78,7 @@ class LoginBody(Strict):
 
 class KeyBody(Strict):
     name: str = Field(min_length=1, max_length=64)
-    expires_in_days: Annotated[Whole, Field(ge=1, le=366)] = 90
+    expires_in_days: Annotated[int, Field(ge=1, le=366), WHOLE] = 90
 
 
 class IdPath(BaseModel):

@@ -73,15 +73,17 @@ def client_check(environ: Mapping[str, Any]) -> Check:
     return check
 
 
-def watched(stream: Stream, client: Check, token: Check) -> Iterator[Event | None]:
+def watched(
+    stream: Stream, client: Check, token: Check, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Event | None]:
     """The events of `stream`, and None for each silence of a few seconds.
 
     Raises ClientGone, or the ServiceError of the stream or of `token`, the caller's right to go on.
     """
-    spoken = looked = rechecked = time.monotonic()
+    spoken = looked = rechecked = clock()
     while True:
         event = stream.get(_POLL)
-        now = time.monotonic()
+        now = clock()
         if now - looked >= _POLL or event is None:
             looked = now
             client()

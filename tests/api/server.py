@@ -1,0 +1,91 @@
+"""A real gunicorn with the real configuration, as a child process on a free port of loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 20.0
+
+
+def eventually(holds: Callable[[], Any], seconds: float = SECONDS) -> Any:
+    """The first true value of `holds`; fails when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+    return value
+
+
+class Server:
+    def __init__(self, folder: Path, password: str, **settings: str) -> None:
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            self.port: int = free.getsockname()[1]
+        self.log = folder / "log"
+        own = {
+            "PORT": str(self.port),
+            "DATA_DIR": str(folder / "data"),
+            "ADMIN_PASSWORD": password,
+            "USER_RPM": "10000",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "tests.api.served:create()"],
+                cwd=ROOT, env={**os.environ, **own, **settings}, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        self._password = password
+        self.token = ""
+
+    def __enter__(self) -> Self:
+        eventually(self._answers)
+        answer = self.ask("POST", "/login", {"username": "admin", "password": self._password})
+        self.token = answer["access_token"]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(SECONDS)
+
+    def connect(self, method: str, path: str, body: object = None) -> http.client.HTTPConnection:
+        """A connection with a request on it, the answer not yet read."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {self.token}"} if self.token else {}),
+        }
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        return connection
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        with closing(self.connect(method, path, body)) as connection:
+            return json.loads(connection.getresponse().read())
+
+    def open_streams(self) -> int:
+        """How many generations the backend is working on, by its own count."""
+        return int(self.ask("GET", "/readyz")["details"]["open"])
+
+    def raw(self, request: bytes) -> int:
+        """The status that these bytes get."""
+        with closing(socket.create_connection(("127.0.0.1", self.port), SECONDS)) as connection:
+            connection.sendall(request)
+            return int(connection.makefile("rb").readline().split()[1])
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return bool(self.ask("GET", "/healthz"))
+        except OSError:
+            return False

@@ -1,0 +1,194 @@
+"""Logging in and out, refreshing, API keys and tickets, in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from api.services import Services
+from store.database import StoreUnavailable
+from tests.api.conftest import PASSWORD, Client
+from tests.api.scripted import ScriptedBackend
+from tests.api.test_generate import events
+
+HI = {"prompt": "hi there"}
+
+
+def log_in(nobody: Client, name: str = "admin") -> dict[str, Any]:
+    return nobody.post("/login", {"username": name, "password": PASSWORD}).json
+
+
+def with_token(nobody: Client, token: str) -> Client:
+    return Client(nobody.app, token)
+
+
+def test_login_gives_the_contracts_tokens(nobody: Client) -> None:
+    tokens = log_in(nobody)
+    assert set(tokens) == {"access_token", "refresh_token", "token_type", "expires_in"}
+    assert (tokens["token_type"], tokens["expires_in"]) == ("Bearer", 900)
+    assert with_token(nobody, tokens["access_token"]).post("/generate", HI).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "password"),
+    [
+        ("admin", "wrong password"),
+        ("nobody", PASSWORD),
+        ("Admin", PASSWORD),
+        ("аdmin", PASSWORD),
+        ("admin ", PASSWORD),
+        ("' OR 1=1 --", PASSWORD),
+        ("admin", PASSWORD + " "),
+        ("admin", PASSWORD.upper()),
+    ],
+    ids=ascii,
+)
+def test_wrong_name_and_wrong_password_are_answered_alike(nobody: Client, name: str, password: str) -> None:
+    answer = nobody.post("/login", {"username": name, "password": password})
+    assert answer.status_code == 401
+    error = answer.json["error"]
+    assert (error["code"], error["message"]) == ("wrong_credentials", "Wrong user name or password.")
+
+
+def test_a_disabled_user_cannot_log_in(nobody: Client, rooms: Services, add_user: Callable[..., Client]) -> None:
+    add_user("bob")
+    rooms.users.set_disabled("bob", True)
+    assert nobody.post("/login", {"username": "bob", "password": PASSWORD}).status_code == 401
+
+
+def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(nobody: Client) -> None:
+    body = {"username": "admin", "password": "wrong password"}
+    assert [nobody.post("/login", body).status_code for _ in range(6)] == [401] * 5 + [429]
+    right = {"username": "admin", "password": PASSWORD}
+    assert nobody.post("/login", right).status_code == 429
+    assert nobody.post("/login", right, environ_base={"REMOTE_ADDR": "192.0.2.7"}).status_code == 200
+
+
+def test_a_forged_forwarded_address_does_not_give_more_guesses(nobody: Client) -> None:
+    body = {"username": "admin", "password": "wrong password"}
+    tries = [nobody.post("/login", body, headers={"X-Forwarded-For": f"192.0.2.{n}"}).status_code for n in range(6)]
+    assert tries[-1] == 429
+
+
+def test_behind_a_trusted_proxy_the_forwarded_address_counts(make_app: Callable[..., Any]) -> None:
+    nobody = Client(make_app(trusted_proxies=1))
+    body = {"username": "admin", "password": "wrong password"}
+    tries = [nobody.post("/login", body, headers={"X-Forwarded-For": f"192.0.2.{n}"}).status_code for n in range(6)]
+    assert tries == [401] * 6
+
+
+def test_refresh_rotates_and_a_reused_token_ends_the_family(nobody: Client) -> None:
+    first = log_in(nobody)
+    second = with_token(nobody, first["refresh_token"]).post("/refresh").json
+    assert with_token(nobody, second["access_token"]).get("/keys").status_code == 200
+    assert with_token(nobody, first["refresh_token"]).post("/refresh").status_code == 401
+    assert with_token(nobody, second["refresh_token"]).post("/refresh").status_code == 401
+    assert with_token(nobody, second["access_token"]).get("/keys").status_code == 401
+
+
+def test_of_two_refreshes_at_once_one_succeeds(nobody: Client) -> None:
+    for _ in range(5):
+        holder = with_token(nobody, log_in(nobody)["refresh_token"])
+        with ThreadPoolExecutor(2) as pool:
+            statuses = sorted(pool.map(lambda _, who=holder: who.post("/refresh").status_code, range(2)))
+        assert statuses == [200, 401]
+
+
+def test_refresh_and_access_tokens_do_not_stand_in_for_each_other(nobody: Client) -> None:
+    tokens = log_in(nobody)
+    assert with_token(nobody, tokens["access_token"]).post("/refresh").status_code == 401
+    assert with_token(nobody, tokens["refresh_token"]).get("/keys").status_code == 401
+
+
+def test_logging_out_ends_this_session_only(nobody: Client) -> None:
+    mine, other = log_in(nobody), log_in(nobody)
+    assert with_token(nobody, mine["access_token"]).post("/logout").status_code == 204
+    assert with_token(nobody, mine["access_token"]).get("/keys").status_code == 401
+    assert with_token(nobody, mine["refresh_token"]).post("/refresh").status_code == 401
+    assert with_token(nobody, other["access_token"]).get("/keys").status_code == 200
+
+
+def test_a_key_works_until_it_is_revoked_and_is_shown_once(admin: Client) -> None:
+    made = admin.post("/keys", {"name": "ci", "expires_in_days": 7})
+    assert made.status_code == 201
+    key = Client(admin.app, made.json["key"])
+    assert key.post("/generate", HI).status_code == 200
+    (listed,) = admin.get("/keys").json["keys"]
+    assert listed == {name: value for name, value in made.json.items() if name != "key"}
+    assert round(listed["expires_at"] - listed["created_at"]) == 7 * 86_400
+    assert admin.ask("DELETE", f"/keys/{listed['id']}").status_code == 204
+    assert key.post("/generate", HI).status_code == 401
+    assert admin.get("/keys").json == {"keys": []}
+    assert admin.ask("DELETE", f"/keys/{listed['id']}").status_code == 404
+
+
+def test_a_key_makes_no_keys_and_nobody_revokes_anothers(admin: Client, add_user: Callable[..., Client]) -> None:
+    made = admin.post("/keys", {"name": "ci"}).json
+    assert Client(admin.app, made["key"]).post("/keys", {"name": "more"}).status_code == 403
+    assert add_user("eve").ask("DELETE", f"/keys/{made['id']}").status_code == 404
+
+
+@pytest.mark.parametrize("change", ["disable", "demote", "delete"])
+def test_tokens_and_keys_die_with_their_owners_rights(
+    rooms: Services, add_user: Callable[..., Client], change: str
+) -> None:
+    bob = add_user("bob")
+    key = Client(bob.app, bob.post("/keys", {"name": "ci"}).json["key"])
+    ticket = bob.post("/stream/ticket", HI).json["ticket"]
+    if change == "disable":
+        rooms.users.set_disabled("bob", True)
+    elif change == "demote":
+        rooms.users.set_role("bob", "auditor")
+    else:
+        rooms.users.delete("bob")
+    assert bob.post("/generate", HI).status_code == 401
+    assert key.post("/generate", HI).status_code == 401
+    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code in {204, 401}
+
+
+def test_when_the_store_does_not_answer_nobody_gets_in(
+    admin: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("the store does not answer (SQLITE_IOERR)")
+
+    monkeypatch.setattr("store.database.Database.rows", broken)
+    answer = admin.post("/generate", HI)
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "store_unavailable")
+    assert "SQLITE" not in answer.text
+
+
+def test_a_ticket_opens_its_stream_once(admin: Client, nobody: Client, backend: ScriptedBackend) -> None:
+    made = admin.post("/stream/ticket", {**HI, "max_new_tokens": 1})
+    assert made.json["expires_in"] == 60
+    stream = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
+    assert [name for name, _ in events(stream.text)] == ["message", "done"]
+    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == ("admin", 1)
+    again = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
+    assert (again.status_code, again.text) == (204, "")
+    assert len(backend.submitted) == 1
+
+
+def test_a_ticket_dies_with_the_session_that_made_it(admin: Client, nobody: Client) -> None:
+    ticket = admin.post("/stream/ticket", HI).json["ticket"]
+    admin.post("/logout")
+    assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == 401
+
+
+def test_an_old_ticket_is_no_ticket(admin: Client, nobody: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.tickets.SECONDS", -1)
+    ticket = admin.post("/stream/ticket", HI).json["ticket"]
+    assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == 204
+
+
+def test_a_tickets_body_is_checked_when_it_is_made(admin: Client) -> None:
+    assert admin.post("/stream/ticket", {"prompt": ""}).status_code == 422
+
+
+def test_the_stored_ticket_holds_no_prompt_that_can_be_read(admin: Client, rooms: Services) -> None:
+    admin.post("/stream/ticket", {"prompt": "a very private prompt"})
+    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.iterdir())
+    assert b"tickets" in written and b"private" not in written

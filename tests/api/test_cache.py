@@ -1,0 +1,115 @@
+"""When an answer is remembered, for whom, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import Client
+from tests.api.scripted import ScriptedBackend
+from tests.api.test_generate import events
+
+BODY: dict[str, Any] = {"prompt": "think big blue sky", "temperature": 0}
+
+
+def test_the_second_answer_is_a_hit_and_costs_no_generation(admin: Client, backend: ScriptedBackend) -> None:
+    first, second = admin.post("/generate", BODY), admin.post("/generate", BODY)
+    assert [first.headers["X-Cache"], second.headers["X-Cache"]] == ["miss", "hit"]
+    assert second.json == {**first.json, "cached": True, "id": second.headers["X-Request-Id"]}
+    assert len(backend.submitted) == 1
+
+
+def test_a_hit_replays_as_a_stream_and_a_stream_can_be_remembered(admin: Client, backend: ScriptedBackend) -> None:
+    first = events(admin.post("/stream", BODY).text)
+    replayed = admin.post("/stream", BODY)
+    second = events(replayed.text)
+    assert replayed.headers["X-Cache"] == "hit"
+    for channel in ("reasoning", "answer"):
+        texts = ["".join(d["text"] for _, d in found if d.get("channel") == channel) for found in (first, second)]
+        assert texts[0] == texts[1] != ""
+    assert second[-1][1]["cached"] is True and second[-1][1]["usage"] == first[-1][1]["usage"]
+    assert len(backend.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        ({"prompt": "hi"}, {}),
+        ({"prompt": "hi", "temperature": 0, "cache": False}, {}),
+        ({"prompt": "hi", "temperature": 0}, {"Cache-Control": "no-store"}),
+    ],
+    ids=["by chance", "cache off", "no-store"],
+)
+def test_what_must_not_be_remembered_is_not(
+    admin: Client, backend: ScriptedBackend, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    uses = [admin.post("/generate", body, headers=headers).headers["X-Cache"] for _ in range(2)]
+    assert uses == ["off", "off"]
+    assert len(backend.submitted) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "think big blue sky "},
+        {"max_new_tokens": 3},
+        {"temperature": 0.5, "seed": 1},
+        {"temperature": 0.5, "seed": 2},
+        {"top_p": 0.9},
+        {"top_k": 7},
+        {"repetition_penalty": 1.1},
+        {"stop": ["zzz"]},
+        {"stop": ["z", "zz"]},
+        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": BODY["prompt"]}]},
+    ],
+    ids=str,
+)
+def test_every_parameter_is_part_of_the_key(admin: Client, change: dict[str, Any]) -> None:
+    admin.post("/generate", BODY)
+    body = {**BODY, **change}
+    if "messages" in body:
+        del body["prompt"]
+    assert [admin.post("/generate", body).headers["X-Cache"] for _ in range(2)] == ["miss", "hit"]
+
+
+def test_users_do_not_share_answers(admin: Client, add_user: Callable[..., Client]) -> None:
+    admin.post("/generate", BODY)
+    other = add_user("bob")
+    assert [caller.post("/generate", BODY).headers["X-Cache"] for caller in (other, admin)] == ["miss", "hit"]
+
+
+def test_users_share_answers_where_the_operator_says_so(make_app: Callable[..., Any]) -> None:
+    app = make_app(cache_shared=True)
+    rooms = app.extensions["flask-llm"]
+    rooms.users.add("bob", "user", rooms.passwords.hash("correct horse battery"))
+    admin, bob = Client(app).login(), Client(app).login("bob")
+    assert [caller.post("/generate", BODY).headers["X-Cache"] for caller in (admin, bob)] == ["miss", "hit"]
+
+
+def test_failed_and_cancelled_answers_are_not_remembered(admin: Client, backend: ScriptedBackend) -> None:
+    broken = {"prompt": "break one two three", "temperature": 0}
+    assert [admin.post("/generate", broken).status_code for _ in range(2)] == [503, 503]
+    silent = {"prompt": "silent", "temperature": 0}
+    for _ in range(2):
+        admin.post("/stream", silent).close()
+    assert backend.wait_until_idle(5)
+    assert len(backend.submitted) == 4
+
+
+def test_equal_requests_at_once_are_one_generation(admin: Client, backend: ScriptedBackend) -> None:
+    body = {"prompt": "slow one two three four five six", "temperature": 0}
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: admin.post("/generate", body).json["response"], range(6)))
+    assert set(answers) == {body["prompt"]}
+    assert len(backend.submitted) == 1
+
+
+def test_the_one_who_asked_first_may_leave_without_ending_the_others(admin: Client, backend: ScriptedBackend) -> None:
+    body = {"prompt": "slow one two three", "temperature": 0}
+    first, second = admin.post("/stream", body), admin.post("/stream", body)
+    first.close()
+    assert events(second.text)[-1][1]["finish_reason"] == "stop"
+    assert len(backend.submitted) == 1

@@ -1,0 +1,159 @@
+"""Every token that is not exactly ours is 401: the matrix of RELIABILITY.md."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from api.services import Services
+from tests.api.conftest import Client
+
+NOW = time.time()
+GOOD_HEADER = {"alg": "HS256", "typ": "JWT"}
+
+# What each forger changes in the claims of a good token; None takes a claim out.
+CLAIMS: dict[str, dict[str, Any]] = {
+    "no exp": {"exp": None},
+    "expired": {"exp": NOW - 60},
+    "exp NaN": {"exp": float("nan")},
+    "exp infinite": {"exp": float("inf")},
+    "exp 1e308": {"exp": 1e308},
+    "exp a text": {"exp": "9999999999"},
+    "exp beyond its type": {"exp": NOW + 3600},
+    "future nbf": {"nbf": NOW + 600},
+    "future iat": {"iat": NOW + 600},
+    "wrong iss": {"iss": "elsewhere"},
+    "no iss": {"iss": None},
+    "wrong aud": {"aud": "elsewhere"},
+    "aud in a list": {"aud": ["flask-llm", "elsewhere"]},
+    "no aud": {"aud": None},
+    "no jti": {"jti": None},
+    "jti a number": {"jti": 7},
+    "no type": {"type": None},
+    "unknown type": {"type": "admin"},
+    "refresh as access": {"type": "refresh"},
+    "key that was never made": {"type": "key"},
+    "no sub": {"sub": None},
+    "unknown user": {"sub": "nobody"},
+    "sub an object": {"sub": {"name": "admin"}},
+    "another role": {"role": "auditor"},
+    "no role": {"role": None},
+    "no family": {"family": None},
+    "another family": {"family": "0" * 32},
+}
+HEADERS: dict[str, dict[str, Any]] = {
+    "unknown crit": {"crit": ["b64"]},
+    "kid path": {"kid": "../../../../dev/null"},
+    "jku": {"jku": "https://evil.example/keys"},
+    "jwk": {"jwk": {"kty": "oct", "k": "AA"}},
+    "other typ": {"typ": "at+jwt"},
+}
+
+
+def encode(part: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
+
+
+@pytest.fixture
+def forge(admin: Client, rooms: Services) -> Callable[..., str]:
+    """Signs, with the real key, the claims of a good token after some changes."""
+    good = jwt.decode(admin.token or "", options={"verify_signature": False})
+
+    def sign(changes: dict[str, Any] | None = None, headers: dict[str, Any] | None = None, **more: Any) -> str:
+        claims = {name: value for name, value in {**good, **(changes or {})}.items() if value is not None}
+        key = more.get("key", rooms.jwt_key)
+        return jwt.encode(claims, key, more.get("algorithm", "HS256"), headers={**GOOD_HEADER, **(headers or {})})
+
+    return sign
+
+
+@pytest.fixture
+def status(nobody: Client) -> Callable[[str], int]:
+    def ask(token: str) -> int:
+        answer = nobody.post("/generate", {"no": "valid body"}, headers={"Authorization": f"Bearer {token}"})
+        if answer.status_code == 401:
+            assert answer.json["error"]["type"] == "authentication_error"
+        return answer.status_code
+
+    return ask
+
+
+def test_the_unchanged_token_is_good(forge: Callable[..., str], status: Callable[[str], int]) -> None:
+    assert status(forge()) == 422  # let in, and only then is the body looked at
+
+
+@pytest.mark.parametrize("changes", CLAIMS.values(), ids=CLAIMS)
+def test_wrong_claims_are_401(forge: Callable[..., str], status: Callable[[str], int], changes: dict[str, Any]) -> None:
+    assert status(forge(changes)) == 401
+
+
+@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
+def test_wrong_headers_are_401(
+    forge: Callable[..., str], status: Callable[[str], int], headers: dict[str, Any]
+) -> None:
+    assert status(forge(headers=headers)) == 401
+
+
+@pytest.mark.parametrize("algorithm", ["none", "nOnE", "HS512", "RS256"])
+def test_other_algorithms_are_401(
+    forge: Callable[..., str], status: Callable[[str], int], rooms: Services, algorithm: str
+) -> None:
+    if algorithm == "HS512":
+        token = forge(headers={"alg": "HS512"}, algorithm="HS512", key=rooms.jwt_key * 2)
+    elif algorithm == "RS256":
+        private = rsa.generate_private_key(65537, 2048)
+        pem = private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        token = forge(headers={"alg": "RS256"}, algorithm="RS256", key=pem)
+    else:
+        _, claims, _ = forge().split(".")
+        token = f"{encode({**GOOD_HEADER, 'alg': algorithm})}.{claims}."
+    assert status(token) == 401
+
+
+@pytest.mark.parametrize(
+    "garble",
+    [
+        lambda token: token[:-5] + ("A" if token[-5] != "A" else "B") + token[-4:],
+        lambda token: token.rpartition(".")[0] + ".",
+        lambda token: token.rpartition(".")[0],
+        lambda token: token.replace(".", ""),
+        lambda token: f"{encode(GOOD_HEADER)}.W10.{token.rpartition('.')[2]}",
+        lambda token: "." .join([encode("[" * 900), *token.split(".")[1:]]),
+        lambda token: base64.urlsafe_b64encode(b"[" * 2900).decode() + "." + ".".join(token.split(".")[1:]),
+        lambda token: token + "A" * 10_000,
+        lambda token: "é" + token,
+        lambda token: "",
+        lambda token: "a.b.c",
+    ],
+)  # fmt: skip
+def test_garbled_tokens_are_401(
+    forge: Callable[..., str], status: Callable[[str], int], garble: Callable[[str], str]
+) -> None:
+    assert status(garble(forge())) == 401
+
+
+def test_a_signature_by_another_key_is_401(forge: Callable[..., str], status: Callable[[str], int]) -> None:
+    assert status(forge(key=b"x" * 32)) == 401
+
+
+def test_only_the_authorization_header_counts(nobody: Client, forge: Callable[..., str]) -> None:
+    token = forge()
+    for place in ({"query_string": {"jwt": token, "access_token": token}}, {"headers": {"Cookie": f"jwt={token}"}}):
+        assert nobody.post("/generate", {"prompt": "hi"}, **place).status_code == 401
+    for scheme in ("Basic", "Token", "JWT"):
+        assert nobody.get("/keys", headers={"Authorization": f"{scheme} {token}"}).status_code == 401
+
+
+def test_a_body_is_not_even_read_without_a_token(nobody: Client) -> None:
+    for body in (b"", b"{", b"[" * 100_000, b"\xff"):
+        assert nobody.post("/generate", data=body, content_type="text/plain").status_code == 401
