@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ class Pieces:
 
     def __init__(self, data: bytes, cuts: list[int]) -> None:
         edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-        self.pieces = [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+        self.pieces = [data[start:end] for start, end in pairwise(edges)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.pieces[id] for id in ids).decode("utf-8", "replace")
