@@ -79,6 +79,17 @@ class Door:
         with self.open(method, path, body, headers, address) as response:
             return Answer(response.status, response.headers, response.read())
 
+    def login(self, password: str) -> Door:
+        """The same door for admin."""
+        answer = self.ask("POST", "/login", {"username": "admin", "password": password})
+        assert answer.status == 200, answer.body
+        return Door(self.stack, answer.json["access_token"])
+
+    def metric(self, name: str) -> float:
+        """One sample of /metrics, by its name with labels; 0 before its first event."""
+        lines = (line.rpartition(" ") for line in self.direct("/metrics").body.decode().splitlines())
+        return next((float(value) for sample, _, value in lines if sample == name), 0.0)
+
     def direct(self, path: str) -> Answer:
         """GET from the app itself, past nginx."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.stack.app, timeout=SECONDS)) as connection:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from ops.stack import Stack, StackError, free_port, program
-from tests.stack.client import Door
+from model.loader import fetch
+from model.registry import ModelError
+from ops.stack import ROOT, Stack, StackError, free_port, program
+from settings import Settings
+from tests.stack.client import Door, until
+
+PASSWORD = "correct horse battery staple"
+# The demo model, quickly there: little KV memory, no compiler beside it.
+SMALL = {"ADMIN_PASSWORD": PASSWORD, "SLOTS": "4", "MAX_CONTEXT": "1024", "COMPILE": "off"}
+LOADING = 100.0  # seconds, on a machine that is busy with other things
 
 
 def need(*programs: str) -> None:
@@ -30,3 +39,39 @@ def closed_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         Stack(folder / "stack", {}, free_port(), log, parts=["nginx"]) as stack,
     ):
         yield Door(stack)
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The repository's own data folder with the demo model, made on the first run of all (a minute) and kept."""
+    settings = Settings(data_dir=ROOT / "data")
+    try:
+        fetch(settings)
+    except ModelError as missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(missing))
+    return settings.data_dir
+
+
+@pytest.fixture
+def data_dir(models: Path, tmp_path: Path) -> Path:
+    """An empty data folder, but for the demo model."""
+    return with_model(models, tmp_path / "data")
+
+
+def with_model(models: Path, folder: Path) -> Path:
+    """Makes a data folder that shares the prepared models and nothing else."""
+    folder.mkdir()
+    (folder / "models").symlink_to(models / "models")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def door(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    """nginx, the app with the demo model, and Redis; signed in as admin."""
+    need("redis-server", "nginx", "openssl")
+    folder = tmp_path_factory.mktemp("stack")
+    settings = SMALL | {"DATA_DIR": str(with_model(models, folder / "data")), "PRELOAD": "true"}
+    with (folder / "log").open("wb") as log, Stack(folder / "stack", settings, free_port(), log) as stack:
+        stranger = Door(stack)
+        until(lambda: stranger.direct("/readyz").status == 200, seconds=LOADING)
+        yield stranger.login(PASSWORD)

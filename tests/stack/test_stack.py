@@ -1,0 +1,123 @@
+"""The whole: a client, TLS, nginx, gunicorn, the demo model and Redis, as docker compose runs them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import ssl
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import openai
+import pytest
+
+from ops.stack import Stack, free_port, program
+from tests.stack.client import Door, events, until
+from tests.stack.conftest import PASSWORD, SMALL, need
+
+LONG = {"prompt": "Tell a long story about the sea.", "max_new_tokens": 400, "cache": False, "seed": 1}
+CANCELLED = 'llm_requests_finished_total{reason="cancelled"}'
+
+
+def running(door: Door) -> float:
+    return door.metric("llm_requests_running")
+
+
+def test_a_question_is_answered_and_asked_again_comes_from_redis(door: Door) -> None:
+    question = {"prompt": "Why is the sky blue?", "max_new_tokens": 8, "temperature": 0}
+    first, again = door.ask("POST", "/generate", question), door.ask("POST", "/generate", question)
+    assert (first.status, first.headers["X-Cache"]) == (200, "miss")
+    assert (again.status, again.headers["X-Cache"]) == (200, "hit")
+    assert first.json["response"] == again.json["response"] != ""
+    assert door.metric('llm_cache_lookups_total{result="hit"}') == 1
+    assert not list((door.stack.folder.parent / "data").glob("cache.sqlite3"))  # so it was Redis
+
+
+def test_a_stream_arrives_token_by_token(door: Door) -> None:
+    with door.open("POST", "/stream", LONG | {"max_new_tokens": 24}) as response:
+        assert response.headers.get_all("Content-Type") == ["text/event-stream; charset=utf-8"]
+        arriving = events(response)
+        seen = [next(event for event in arriving if event[0] == "message")]
+        assert running(door) == 1  # the first word is here while the others are still being made
+        seen += arriving
+    words = [data["text"] for name, data in seen if name == "message"]
+    assert len(words) > 10 and seen[-1][0] == "done"
+
+
+def test_the_official_client_streams_through_it(door: Door) -> None:
+    trusted = ssl.create_default_context(cafile=door.stack.secrets / "tls.crt")
+    url = f"https://localhost:{door.stack.https}/v1"
+    with openai.OpenAI(
+        api_key=door.token, base_url=url, http_client=openai.DefaultHttpxClient(verify=trusted)
+    ) as client:
+        model = client.models.list().data[0].id
+        messages = [{"role": "user", "content": LONG["prompt"]}]
+        with client.chat.completions.create(model=model, messages=messages, max_tokens=24, stream=True) as chunks:
+            first = next(chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content)
+            assert first and running(door) == 1
+            assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in {"stop", "length"}
+
+
+@pytest.mark.parametrize("path", ["/stream", "/generate"])
+def test_a_client_that_hangs_up_frees_its_slot(door: Door, path: str) -> None:
+    cancelled = door.metric(CANCELLED)
+    with closing(door.connect()) as connection:
+        headers = {"Authorization": f"Bearer {door.token}", "Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(LONG), headers)
+        until(lambda: running(door) == 1)
+    until(lambda: running(door) == 0, seconds=5)
+    assert door.metric(CANCELLED) == cancelled + 1
+
+
+def test_one_header_of_each_kind_whoever_sets_it(door: Door) -> None:
+    headers = door.ask("GET", "/healthz").headers
+    for name in ("X-Content-Type-Options", "Referrer-Policy", "Content-Security-Policy", "X-Request-Id"):
+        assert len(headers.get_all(name) or []) == 1, name
+
+
+def test_the_request_id_is_one_from_client_to_app(door: Door) -> None:
+    assert door.ask("GET", "/healthz", headers={"X-Request-Id": "order-66"}).headers["X-Request-Id"] == "order-66"
+
+
+def test_the_app_s_own_errors_come_through_unchanged(door: Door) -> None:
+    answer = Door(door.stack).ask("POST", "/generate", {"prompt": "hello"})
+    assert (answer.status, answer.json["error"]["code"]) == (401, "unauthorized")
+
+
+def test_a_forged_forwarded_for_does_not_hide_a_guesser(door: Door) -> None:
+    def guess(last: int) -> int:
+        forged = {"X-Forwarded-For": f"10.1.1.{last}", "Forwarded": f"for=10.1.1.{last}", "X-Real-IP": f"10.1.1.{last}"}
+        guessed = {"username": "admin", "password": "not the password"}
+        return Door(door.stack).ask("POST", "/login", guessed, forged, address="127.0.0.9").status
+
+    assert [guess(number) for number in range(5)] == [401] * 5
+    # The sixth would be stopped by nginx; what the app itself counted is seen from the proxy's place.
+    with closing(http.client.HTTPConnection("127.0.0.1", door.stack.app, timeout=30)) as proxy:
+        headers = {"X-Forwarded-For": "127.0.0.9", "Content-Type": "application/json"}
+        proxy.request("POST", "/login", json.dumps({"username": "admin", "password": "not the password"}), headers)
+        with proxy.getresponse() as response:
+            assert (response.status, int(response.headers["Retry-After"]) > 60) == (429, True)
+
+
+def test_prometheus_can_read_every_metric(door: Door) -> None:
+    need("promtool")
+    scraped = door.direct("/metrics").body
+    checked = subprocess.run([program("promtool"), "check", "metrics"], input=scraped, capture_output=True)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+
+
+def test_sigterm_lets_a_stream_end_in_words(data_dir: Path, tmp_path: Path) -> None:
+    need("redis-server", "nginx", "openssl")
+    settings = SMALL | {"DATA_DIR": str(data_dir), "GRACE_PERIOD": "3"}
+    with (tmp_path / "log").open("wb") as log, Stack(tmp_path / "stack", settings, free_port(), log) as stack:
+        door = Door(stack).login(PASSWORD)
+        with door.open("POST", "/stream", LONG) as response:
+            arriving = events(response)
+            assert any(name == "message" for name, _ in arriving)
+            stack.processes["gunicorn"].send_signal(signal.SIGTERM)
+            until(lambda: door.direct("/readyz").status == 503, seconds=3)
+            last = list(arriving)[-1]
+        assert last[0] in {"done", "error"}
+        assert stack.processes["gunicorn"].wait(15) == 0
