@@ -176,10 +176,19 @@ def _open(folder: Path, device: torch.device, options: dict[str, Any]) -> PreTra
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             **options,
         )  # fmt: skip
-    # transformers fills what it misses with random numbers and a warning.
-    if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
+    # transformers fills what it misses with random numbers and a warning, and packs any shape into 4 bits.
+    if lacking := [*report["missing_keys"], *report["mismatched_keys"], *_misfits(model)]:
         raise ModelError(f"{folder}: {len(lacking)} tensors are missing or of a wrong shape, {lacking[0]} first")
     return model.eval().requires_grad_(False)
+
+
+def _misfits(model: PreTrainedModel) -> list[str]:
+    """4-bit matrices whose weights are of another shape than the config says."""
+    from torch.nn import Linear
+
+    linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
+    packed = [(name, layer) for name, layer in linears if getattr(layer.weight, "quant_state", None)]
+    return [name for name, layer in packed if layer.weight.quant_state.shape != (layer.out_features, layer.in_features)]
 
 
 def _is_nf4(source: Path) -> bool:
