@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from model.registry import ModelError
 from model.scheduler import Batch, Runner
 from model.sequence import Sequence
 from model.types import BackendStatus, GenerateRequest, ModelUnavailable, Overloaded, ServiceError, Status
@@ -63,7 +64,7 @@ class Engine:
             if self._stop_at is not None:
                 raise ModelUnavailable("the service is stopping", code="stopping", retry_after=5)
             if self._thread is None:
-                raise ModelUnavailable(f"the model is not available: {self._reason}", retry_after=RETRY_LOAD_AFTER)
+                raise self._unavailable()
             if len(self._waiting) >= self._max_queue:
                 raise Overloaded("the queue is full", retry_after=self._seconds_for(self._backlog()))
             sequence = Sequence(request, self._wake, self._clock())
@@ -113,6 +114,8 @@ class Engine:
             except BaseException as error:
                 crashes = 0 if batch.steps else crashes + 1
                 self._crashed(batch, error)
+            finally:
+                batch.runner.close()
         self._down(None if self._stop_at is not None else RuntimeError("the engine kept failing"))
 
     def _loaded(self) -> Batch:
@@ -133,17 +136,25 @@ class Engine:
 
     def _wait_for_work(self, batch: Batch) -> bool:
         """Sleep until there is something to do; False when the engine is stopped and has nothing left to end."""
+        while self._idle(batch):
+            if not batch.runner.adopt(idle=True):
+                self._sleep(batch)
         with self._changed:
-            while self._stop_at is None and not batch.running and not self._waiting:
-                if batch.runner.adopt():
-                    continue
-                self._changed.wait(timeout=1.0)  # wakes now and then for a step that was compiled meanwhile
             if self._stop_at is None:
                 return True
             self._fail(self._waiting, _stopping())
         if batch.running and self._clock() >= self._stop_at:
             batch.fail_all(_stopping())
         return bool(batch.running)
+
+    def _idle(self, batch: Batch) -> bool:
+        return self._stop_at is None and not batch.running and not self._waiting
+
+    def _sleep(self, batch: Batch) -> None:
+        """Until something changes, or for a second: a step may have been compiled meanwhile."""
+        with self._changed:
+            if self._idle(batch):
+                self._changed.wait(timeout=1.0)
 
     def _reap(self, batch: Batch) -> None:
         batch.reap()
@@ -191,25 +202,21 @@ class Engine:
     def _down(self, error: BaseException | None) -> None:
         """The thread ends here; a later request may start another one (see `start`)."""
         if error is not None:
-            _log.error("model is down: %s", error, exc_info=None if _explains_itself(error) else error)
+            _log.error("the model is down: %s", error, exc_info=None if isinstance(error, ModelError) else error)
         with self._changed:
             self._thread = self._batch = None
             self._failed_at = self._clock()
             self._stage = "failed" if error is not None else "stopped"
-            self._reason = str(error) if _explains_itself(error) else "an internal error, see the log"
-            self._fail(self._waiting, _stopping() if error is None else ModelUnavailable(
-                f"the model is not available: {self._reason}", retry_after=RETRY_LOAD_AFTER
-            ))  # fmt: skip
+            self._reason = "the model could not be loaded, see the log" if error is not None else ""
+            self._fail(self._waiting, _stopping() if error is None else self._unavailable())
+
+    def _unavailable(self) -> ModelUnavailable:
+        return ModelUnavailable(self._reason, retry_after=RETRY_LOAD_AFTER)
 
     def _fail(self, sequences: deque[Sequence], error: ServiceError) -> None:
         while sequences:
             sequences.popleft().finish(error)
         self._metrics.waiting.set(0)
-
-
-def _explains_itself(error: BaseException | None) -> bool:
-    """Whether the message was written for people (ModelError and its like), so that it may leave the process."""
-    return isinstance(error, ServiceError)
 
 
 def _stopping() -> ModelUnavailable:

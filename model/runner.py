@@ -37,11 +37,14 @@ class Bucket:
 class Compiler(Protocol):
     """Where compiled steps come from (compile.py)."""
 
-    def poll(self) -> tuple[Bucket, Step] | None:
-        """A step that has become available since the last call, or None. Never waits."""
+    def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
+        """A step that has become available since the last call, or None. Takes its time only when `idle`."""
 
     def state(self) -> dict[str, int]:
-        """wanted, adopted and failed: how many buckets."""
+        """wanted and failed: how many buckets."""
+
+    def close(self) -> None:
+        """Stop what runs beside the model thread."""
 
 
 class Runner:
@@ -130,9 +133,9 @@ class Runner:
         """Wipe the KV of a slot whose numbers went wrong."""
         self.kv.clear(slot)
 
-    def adopt(self) -> bool:
-        """Take over one compiled step if there is a new one; returns whether. Never waits for a compiler."""
-        found = self.compiler.poll() if self.compiler else None
+    def adopt(self, idle: bool) -> bool:
+        """Take over one compiled step if there is a new one; returns whether. idle: nobody waits meanwhile."""
+        found = self.compiler.poll(idle) if self.compiler else None
         if found:
             self.compiled[found[0]] = found[1]
         return found is not None
@@ -143,9 +146,14 @@ class Runner:
         self.compiled.clear()
         return had
 
+    def close(self) -> None:
+        """Stop what runs beside the model thread."""
+        if self.compiler:
+            self.compiler.close()
+
     def details(self) -> dict[str, str | int]:
         """What /readyz tells about the engine."""
-        state = self.compiler.state() if self.compiler else {"wanted": 0, "adopted": 0, "failed": 0}
+        state = self.compiler.state() if self.compiler else {"wanted": 0, "failed": 0}
         return {
             "device": self.device,
             "product": self.plan.product,

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from model.sequence import Finished, Sequence
 from model.slots import SlotTable
-from model.types import DeadlineExceeded, FinishReason, GenerationFailed, Sampling, ServiceError
+from model.types import DeadlineExceeded, FinishReason, GenerationFailed, InvalidRequest, Sampling, ServiceError
 from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
@@ -38,8 +38,9 @@ class Runner(Protocol):
     def step(self, active: List[int]) -> List[int | None]: ...
     def swap(self, a: int, b: int, tokens: int) -> None: ...
     def clear(self, slot: int) -> None: ...
-    def adopt(self) -> bool: ...
+    def adopt(self, idle: bool) -> bool: ...
     def abandon(self) -> bool: ...
+    def close(self) -> None: ...
     def details(self) -> Mapping[str, str | int]: ...
 
 
@@ -57,7 +58,10 @@ class Batch:
         metrics.kv_bytes.set(float(runner.details().get("kv_bytes", 0)))
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give a sequence a slot and the KV it can reuse; False when all are taken."""
+        """Give a sequence a slot and the KV it can reuse; False when all are taken. One that cannot fit is ended."""
+        if len(sequence.prompt) + sequence.request.max_new_tokens > self.runner.context:
+            self._close_out(sequence, InvalidRequest("prompt and max_new_tokens exceed the context", param="prompt"))
+            return True
         slot = self._table.allocate(sequence.request.owner, sequence.prompt)
         if slot is None:
             return False
@@ -84,7 +88,7 @@ class Batch:
     def ended(self, sequence: Sequence) -> bool:
         """Tell a closed or overdue sequence so; whether it was either."""
         if sequence.closed:
-            self._close_out(sequence, Finished(FinishReason.CANCELLED))
+            self._close_out(sequence, Finished(sequence.closed))
         elif self._clock() >= sequence.deadline:
             self._close_out(sequence, DeadlineExceeded("the request took longer than it may"))
         else:
@@ -114,7 +118,7 @@ class Batch:
         if not decoding:
             return
         self._compact()
-        self.runner.adopt()
+        self.runner.adopt(idle=False)
         before = self._clock()
         done = self._compute(decoding)
         now = self._clock()
@@ -125,9 +129,10 @@ class Batch:
             self._metrics.generated_tokens.inc(done)
 
     def fail_all(self, error: ServiceError) -> None:
-        for sequence in list(self.running):
-            self._close_out(sequence, error)
-            self._leave(sequence, keep=False)
+        """End every sequence, without a word to the runner: it may be what failed."""
+        while self.running:
+            self._close_out(self.running.pop(), error)
+        self._metrics.running.set(0)
 
     def _compute(self, decoding: list[Sequence]) -> int:
         """Step these sequences; when the step raises, find out whose fault it is by halving. Returns tokens made.

@@ -33,7 +33,7 @@ class Sequence:
         self.prompt = list(request.prompt_ids)
         self.submitted = now
         self.deadline = now + request.timeout
-        self.closed = False
+        self.closed: FinishReason | None = None  # set by the reader: how it left
         self.slot: Slot | None = None
         self.computed = 0  # prompt tokens whose KV is written
         self.cached = 0  # of these, how many were reused
@@ -80,7 +80,7 @@ class Sequence:
             raise item
         return item
 
-    def close(self) -> None:
-        """Give up: the engine frees the slot before its next step."""
-        self.closed = True
+    def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """Want no more: the engine frees the slot before its next step. The first reason counts."""
+        self.closed = self.closed or reason
         self._wake()

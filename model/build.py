@@ -1,0 +1,95 @@
+"""Checkpoint -> a Runner that fits this machine: device, product, slots and context are chosen here, once.
+
+Fetches nothing (loader.py) and serves nothing (engine.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from model import quant
+from model.kv import KvShape
+from model.loader import load_model, load_tokenizer, stop_ids
+from model.registry import DEFAULT_CONTEXT, ModelError
+from model.runner import Runner
+from model.types import Sampling
+from settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_CUDA_RESERVE = 2 << 30  # bytes left for activations, CUDA graphs and fragmentation
+_CPU_SHARE = 0.5  # of the available memory: the most that all slots, filled to the end, may take
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many requests at once, and how many tokens each (prompt and answer)."""
+
+    slots: int
+    context: int
+
+
+def build(
+    checkpoint: Path, settings: Settings, progress: Callable[[str, int], None], room: Room | None = None
+) -> Runner:
+    """Load `checkpoint` and try it out. `room` overrides what would be chosen here (compile.py repeats a choice).
+
+    Raises ModelError for a model that cannot be served here.
+    """
+    torch.set_num_threads(settings.compute_threads)
+    device = choose_device(settings.device)
+    plan = quant.plan(device, settings.quantization)
+    model = load_model(checkpoint, settings, torch.device(device), plan.dtype, progress)
+    progress("loading", 80)
+    room = room or fit(settings, model.config, plan.dtype, device)
+    eos = stop_ids(checkpoint, load_tokenizer(checkpoint))
+    runner = Runner(model, plan, room.slots, room.context, device, eos)
+    try_out(runner)
+    _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
+    return runner
+
+
+def choose_device(wanted: str) -> str:
+    """`cpu` or `cuda`. Raises ModelError where CUDA is asked for and missing."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("DEVICE=cuda, but PyTorch sees no CUDA device; install the driver or set DEVICE=cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> Room:
+    """As many slots of as much context as memory holds, within SLOTS and MAX_CONTEXT; first slots give way."""
+    model_context = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
+    context = min(settings.max_context or DEFAULT_CONTEXT, model_context)
+    if device == "cuda":
+        memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
+    else:
+        memory = int(psutil.virtual_memory().available * _CPU_SHARE)
+    tokens = memory // KvShape.of(config, dtype).bytes_per_token
+    if tokens < 256:
+        raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): a smaller model or QUANTIZATION=nf4 is needed")
+    room = Room(max(1, min(settings.slots, tokens // context)), min(context, tokens))
+    if room != Room(settings.slots, context):
+        _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d",
+                     room.slots, room.context, settings.slots, context)  # fmt: skip
+    return room
+
+
+def try_out(runner: Runner) -> None:
+    """One eager prefill and step: a model whose attention is not understood fails here, not in front of a user."""
+    try:
+        runner.begin(0, Sampling(temperature=0), 0, [0, 0])
+        runner.prefill(0, [0], 0)
+        runner.arm(0, 0, 1)
+        finite = runner.step([0])[0] is not None
+    except ValueError as error:
+        raise ModelError(f"this model cannot be served: {error}") from error
+    runner.idle(0, 0)
+    if not finite:
+        raise ModelError("the model's numbers are not finite: its weights are damaged or its dtype overflows")

@@ -1,0 +1,187 @@
+"""Compiled decode steps, one a bucket, made beside the engine so that it never waits for a compiler.
+
+On a CPU a child process runs torch.compile ahead of time and leaves one file a bucket in DATA_DIR; the model thread
+picks each up in a fraction of a second, and a later start finds them ready. On CUDA the step is compiled in place, as
+in PyTorch's own examples. Compiling changes how fast a step is, never what it computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+
+from model import attention, kv, quant, runner, sampler
+from model.build import Room, build
+from model.runner import Bucket, Runner, Step, make_step
+from settings import Settings
+
+_log = logging.getLogger(__name__)
+
+# guard_filter_fn: the caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
+_OPTIONS = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+_SECRETS = {"redis_url", "admin_password"}
+
+
+def buckets(slots: int, pages: int) -> list[Bucket]:
+    """The shapes worth compiling, the most useful first: one user, everybody, then what lies between and beyond.
+
+    Six at most; a longer context than the last runs eagerly.
+    """
+    short, long = min(2, pages), min(8, pages)
+    wanted = [(1, short), (slots, short), (8, short), (4, short), (1, long), (slots, long)]
+    return list(dict.fromkeys(Bucket(min(rows, slots), length) for rows, length in wanted))
+
+
+class BackgroundCompiler:
+    """Adopts what a child process compiles into `folder`. Belongs to the model thread, but for `close`."""
+
+    def __init__(self, engine: Runner, checkpoint: Path, settings: Settings) -> None:
+        self._model = engine.model
+        self._folder = settings.data_dir / "compiled" / fingerprint(engine, checkpoint, settings)
+        self._left = buckets(engine.slots, engine.kv.pages)
+        self._wanted = len(self._left)
+        self._failed = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        missing = [bucket for bucket in self._left if not _file(self._folder, bucket).exists()]
+        if missing:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._child = _start(Room(engine.slots, engine.context), missing, checkpoint, self._folder, settings)
+
+    def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
+        """One step whose file is there; a file that does not load is removed and counts as failed."""
+        for bucket in self._left:
+            file = _file(self._folder, bucket)
+            if file.exists():
+                self._left.remove(bucket)
+                return self._adopted(bucket, file)
+        if self._left and self._child is not None and self._child.poll() is not None:
+            self._give_up(self._child.returncode)
+        return None
+
+    def state(self) -> dict[str, int]:
+        return {"wanted": self._wanted, "failed": self._failed}
+
+    def close(self) -> None:
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+
+    def _adopted(self, bucket: Bucket, file: Path) -> tuple[Bucket, Step] | None:
+        try:
+            with file.open("rb") as stream:
+                step = torch.compiler.load_compiled_function(stream, external_data={"model": self._model})
+        except Exception as error:  # whatever a damaged or foreign file makes of unpickling: eager serves
+            _log.warning("compiled step %s cannot be used, staying eager: %s", file.name, error)
+            file.unlink(missing_ok=True)
+            self._failed += 1
+            return None
+        step.disable_guard_check()
+        return bucket, step
+
+    def _give_up(self, code: int) -> None:
+        log = self._folder / "compile.log"
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        _log.warning("torch.compile failed (exit %d), serving eagerly, slower: %s; see %s", code, lines[-1][:300], log)
+        self._failed += len(self._left)
+        self._left.clear()
+
+
+class InPlaceCompiler:
+    """Compiles on the model thread, a bucket at a time, while nobody waits: the plain way, for CUDA."""
+
+    def __init__(self, engine: Runner, mode: str = "reduce-overhead") -> None:
+        self._engine, self._mode = engine, mode
+        self._left = buckets(engine.slots, engine.kv.pages)
+        self._wanted, self._failed = len(self._left), 0
+        for tensor in (*engine.kv.keys, *engine.kv.values):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs take mutated tensors only at fixed addresses
+
+    def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
+        if not idle or not self._left:
+            return None
+        bucket = self._left.pop(0)
+        step = torch.compile(make_step(bucket.pages), mode=self._mode, fullgraph=True, dynamic=False)
+        try:
+            step(*_arguments(self._engine, bucket))
+        except Exception as error:  # compilers fail in many ways, and eager serves in each
+            _log.warning("torch.compile failed, serving eagerly, slower: %s", str(error).splitlines()[0])
+            self._failed += 1 + len(self._left)
+            self._left.clear()
+            return None
+        return bucket, step
+
+    def state(self) -> dict[str, int]:
+        return {"wanted": self._wanted, "failed": self._failed}
+
+    def close(self) -> None:
+        """Nothing runs beside the model thread."""
+
+
+def fingerprint(engine: Runner, checkpoint: Path, settings: Settings) -> str:
+    """Names everything that a compiled step depends on, so that none is ever used for another."""
+    facts: list[object] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    facts += [checkpoint.name, str(engine.model.config), engine.plan, engine.slots, engine.context]
+    facts += [settings.compute_threads]
+    facts += [Path(str(module.__file__)).read_text() for module in (attention, kv, quant, runner, sampler)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> None:
+    """Compile these buckets, most wanted first, each into a file of its own that appears when it is complete."""
+    for bucket in wanted:
+        step = torch.compile(make_step(bucket.pages), fullgraph=True, dynamic=False, options=_OPTIONS)
+        ready = step.aot_compile((_arguments(engine, bucket), {}))
+        ready.save_compiled_function(str(_file(folder, bucket)), external_data={"model": engine.model})
+
+
+def _arguments(engine: Runner, bucket: Bucket) -> tuple[object, ...]:
+    return (engine.model, engine.kv.keys, engine.kv.values, *engine.rows.first(bucket.rows).tensors())
+
+
+def _file(folder: Path, bucket: Bucket) -> Path:
+    return folder / f"{bucket.rows}x{bucket.pages}.step"
+
+
+def _start(
+    room: Room, missing: list[Bucket], checkpoint: Path, folder: Path, settings: Settings
+) -> subprocess.Popen[bytes]:
+    job = {
+        "settings": settings.model_dump(mode="json", exclude=_SECRETS),
+        "checkpoint": str(checkpoint),
+        "folder": str(folder),
+        "room": [room.slots, room.context],
+        "buckets": [[bucket.rows, bucket.pages] for bucket in missing],
+    }
+    with (folder / "compile.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "model.compile"], cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE, stdout=log, stderr=log,
+        )  # fmt: skip
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(job).encode() + b"\n")
+    child.stdin.flush()  # and left open: its end tells the child that the service is gone
+    return child
+
+
+def _main() -> None:
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    os.nice(10)
+    room = Room(*job["room"])
+    engine = build(Path(job["checkpoint"]), Settings(**job["settings"]), lambda stage, percent: None, room)
+    with torch.inference_mode():
+        compile_ahead(engine, [Bucket(*bucket) for bucket in job["buckets"]], Path(job["folder"]))
+
+
+if __name__ == "__main__":
+    _main()
