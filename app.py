@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     """The app, ready to serve. Exits with one line on stderr when a setting or the data folder is no good."""
     with _refusals():
         settings = settings or Settings.from_environment()
-        configure_logging(settings.log_level, settings.log_file)
+        _log_to(settings)
         metrics = Metrics()
         rooms = _services(settings, metrics, backend or _local(settings, metrics))
         _first_user(settings, rooms)
@@ -111,6 +111,13 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         logins=LoginGuard(),
         sanitise=sanitise if settings.sanitise == "strip" else str,
     )
+
+
+def _log_to(settings: Settings) -> None:
+    try:
+        configure_logging(settings.log_level, settings.log_file)
+    except OSError as error:
+        raise SettingsError(f"LOG_FILE: cannot write {settings.log_file}: {error.strerror}") from None
 
 
 def _local(settings: Settings, metrics: Metrics) -> Backend:

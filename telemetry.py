@@ -65,7 +65,10 @@ _SECRET = re.compile(r"(?i)(bearer\s+|ticket=)[^\s\"'&]+|eyJ[\w-]+\.[\w-]+\.[\w-
 
 
 def configure_logging(level: str = "info", file: Path | None = None) -> None:
-    """Every log line of the process, other libraries' too, as one JSON object: to stderr, or to a rotating file."""
+    """Every log line of the process, other libraries' too, as one JSON object: to stderr, or to a rotating file.
+
+    Raises OSError when the file cannot be written.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -82,7 +85,10 @@ def configure_logging(level: str = "info", file: Path | None = None) -> None:
     ]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=render))
     root = logging.getLogger()
-    root.handlers = [other for other in root.handlers if other.get_name() != _HANDLER] + [handler]
+    for earlier in [other for other in root.handlers if other.get_name() == _HANDLER]:
+        root.removeHandler(earlier)
+        earlier.close()
+    root.addHandler(handler)
     root.setLevel(level.upper())
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

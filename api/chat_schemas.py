@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
+from api.errors import invalid
 from api.schemas import (
     WHOLE,
     GenerateBody,
@@ -114,7 +115,7 @@ class ChatBody(Strict):
         return _without(fields, IGNORED)
 
     def generate(self) -> GenerateBody:
-        """The same request in our own words; what was not sent keeps our default."""
+        """The same request in our own words; what was not sent keeps our default. Raises InvalidRequest."""
         wanted: dict[str, Any] = {
             "messages": [turn.turn() for turn in self.messages],
             "model": self.model,
@@ -126,7 +127,10 @@ class ChatBody(Strict):
             "seed": self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
         }
-        return GenerateBody(**{name: value for name, value in wanted.items() if value is not None})
+        try:
+            return GenerateBody(**{name: value for name, value in wanted.items() if value is not None})
+        except ValidationError as error:  # what only the whole tells: a conversation without a word
+            invalid(error)
 
     @property
     def include_usage(self) -> bool:

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
-from flask import current_app, redirect, request, send_from_directory
+from flask import Response, current_app, redirect, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from api.errors import ErrorBody, Forbidden
+from api.errors import ErrorBody, Forbidden, NotFound
 from api.guards import Reply, public
-from api.schemas import HealthOut, ReadyOut
+from api.schemas import FilePath, HealthOut, ReadyOut
 from api.services import services
 
 _STATIC = Path(__file__).parent / "static"
+_PAGES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
 
 blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
 
@@ -62,13 +63,19 @@ def openapi() -> Reply:
 @blueprint.get("/docs", doc_ui=False)
 @public
 def docs() -> Reply:
-    return send_from_directory(_STATIC, "docs.html")
+    return _page("docs.html")
 
 
-@blueprint.get("/docs/<path:name>", doc_ui=False)
+@blueprint.get("/docs/<name>", doc_ui=False)
 @public
-def docs_file(name: str) -> Reply:
-    return send_from_directory(_STATIC, name)
+def docs_file(path: FilePath) -> Reply:
+    return _page(path.name)
+
+
+def _page(name: str) -> Response:
+    if name not in _PAGES:
+        raise NotFound("There is nothing at this address.")
+    return Response((_STATIC / name).read_bytes(), mimetype=_PAGES[name])
 
 
 def nearby(view: Callable[[], Reply]) -> Callable[[], Reply]:

@@ -85,6 +85,10 @@ class IdPath(BaseModel):
     id: str = Field(min_length=1, max_length=128)
 
 
+class FilePath(BaseModel):
+    name: str
+
+
 class TicketQuery(BaseModel):
     ticket: str = Field(min_length=1, max_length=256)
 

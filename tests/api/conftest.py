@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Client:
     def login(self, name: str = "admin", password: str = PASSWORD) -> Client:
         answer = self.post("/login", {"username": name, "password": password})
         assert answer.status_code == 200, answer.text
+        answer.close()
         return Client(self.app, answer.json["access_token"])
 
 
@@ -96,6 +98,15 @@ def add_user(rooms: Services, nobody: Client) -> Callable[..., Client]:
         return nobody.login(name)
 
     return add
+
+
+@pytest.fixture(autouse=True)
+def log_ends_with_the_test() -> Iterator[None]:
+    """The log's file or captured stderr belongs to one test."""
+    yield
+    for handler in [each for each in logging.getLogger().handlers if each.get_name() == "flask-llm"]:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")

@@ -33,17 +33,13 @@ class Server:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port: int = free.getsockname()[1]
         self.log = folder / "log"
-        own = {
-            "PORT": str(self.port),
-            "DATA_DIR": str(folder / "data"),
-            "ADMIN_PASSWORD": password,
-            "USER_RPM": "10000",
-        }
+        own = {"PORT": str(self.port), "DATA_DIR": str(folder / "data"), "ADMIN_PASSWORD": password}
+        environ = {**os.environ, **own, "USER_RPM": "10000", **settings}
+        command = [sys.executable, "-m", "gunicorn", "tests.api.served:create()"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "tests.api.served:create()"],
-                cwd=ROOT, env={**os.environ, **own, **settings}, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True
+            )
         self._password = password
         self.token = ""
 

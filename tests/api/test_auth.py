@@ -38,7 +38,7 @@ def test_login_gives_the_contracts_tokens(nobody: Client) -> None:
         ("admin", "wrong password"),
         ("nobody", PASSWORD),
         ("Admin", PASSWORD),
-        ("аdmin", PASSWORD),
+        ("\u0430dmin", PASSWORD),
         ("admin ", PASSWORD),
         ("' OR 1=1 --", PASSWORD),
         ("admin", PASSWORD + " "),

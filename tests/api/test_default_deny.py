@@ -1,0 +1,77 @@
+"""Who may reach which route: every rule of the URL map, for every kind of caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from flask import Flask
+
+from security.roles import Permission, Role, allowed
+from tests.api.conftest import Client
+
+PUBLIC = {
+    ("GET", "/"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("POST", "/login"),
+    ("POST", "/refresh"),
+    ("GET", "/docs"),
+    ("GET", "/docs/<name>"),
+    ("GET", "/openapi.json"),
+    ("GET", "/metrics"),
+    ("GET", "/stream"),
+}
+
+
+def routes(app: Flask) -> Iterator[tuple[str, str, object]]:
+    for rule in app.url_map.iter_rules():
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            yield method, rule.rule, app.view_functions[rule.endpoint]
+
+
+def test_exactly_the_listed_routes_are_public_and_every_other_names_its_permission(app: Flask) -> None:
+    for method, rule, view in routes(app):
+        is_public = (method, rule) in PUBLIC
+        assert getattr(view, "public", False) is is_public, (method, rule)
+        assert is_public or isinstance(getattr(view, "permission", None), Permission), (method, rule)
+    assert {(method, rule) for method, rule, _ in routes(app)} > PUBLIC
+
+
+def path_of(rule: str) -> str:
+    return rule.replace("<id>", "x").replace("<name>", "docs.js")
+
+
+@pytest.mark.parametrize("role", [None, *Role])
+def test_the_url_map_lets_in_whom_the_table_says(
+    app: Flask, nobody: Client, add_user: Callable[..., Client], role: Role | None
+) -> None:
+    if role:
+        add_user(f"some-{role}", role)
+    for method, rule, view in routes(app):
+        caller = nobody.login(f"some-{role}") if role else nobody  # anew each time: one of the routes logs out
+        status = caller.ask(method, path_of(rule)).status_code
+        if (method, rule) in PUBLIC:
+            assert status != 403 and (status != 401 or rule == "/refresh"), (method, rule, status)
+        elif role is None:
+            assert status == 401, (method, rule, status)
+        else:
+            let_in = allowed(role, view.permission)
+            assert (status not in {401, 403}) is let_in, (method, rule, status)
+
+
+def test_a_route_that_says_nothing_is_denied_to_everybody(app: Flask, admin: Client, nobody: Client) -> None:
+    app.view_functions["forgotten"] = lambda: "open"
+    app.url_map.add(app.url_rule_class("/forgotten", endpoint="forgotten"))
+    assert nobody.get("/forgotten").status_code == 401
+    assert admin.get("/forgotten").status_code == 403
+
+
+def test_options_and_head_need_a_token_too(nobody: Client) -> None:
+    assert nobody.ask("OPTIONS", "/generate").status_code == 401
+    assert nobody.ask("HEAD", "/keys").status_code == 401
+
+
+@pytest.mark.parametrize(("address", "status"), [("127.0.0.1", 200), ("172.18.0.4", 200), ("8.8.8.8", 403)])
+def test_metrics_are_for_this_machine_and_its_private_network(nobody: Client, address: str, status: int) -> None:
+    assert nobody.get("/metrics", environ_base={"REMOTE_ADDR": address}).status_code == status

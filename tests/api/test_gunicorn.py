@@ -1,0 +1,163 @@
+"""The app behind a real gunicorn with the real configuration: gone clients, hostile bytes, and stopping."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import PASSWORD
+from tests.api.server import ROOT, SECONDS, Server, eventually
+from tests.api.test_generate import events
+
+SILENT = {"prompt": "silent", "cache": False}
+
+
+def start_reading(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    response = connection.getresponse()
+    assert response.status == 200
+    response.readline()
+    return response
+
+
+@pytest.mark.parametrize("path", ["/generate", "/stream"])
+@pytest.mark.parametrize("prompt", ["silent", "slow " + "and on " * 400])
+def test_a_gone_client_frees_its_slot_while_nothing_or_something_is_said(
+    server: Server, path: str, prompt: str
+) -> None:
+    with closing(server.connect("POST", path, {"prompt": prompt, "max_new_tokens": 2000})) as connection:
+        eventually(lambda: server.open_streams() == 1)
+        if path == "/stream":
+            start_reading(connection)
+    gone = time.monotonic()
+    eventually(lambda: server.open_streams() == 0, 5)
+    assert time.monotonic() - gone < 1  # two looks a tenth of a second apart, on a busy machine
+
+
+def test_many_gone_clients_leave_nothing_behind(server: Server) -> None:
+    paths = ["/generate", "/stream"] * 4
+    connections = [server.connect("POST", path, SILENT) for path in paths]
+    eventually(lambda: server.open_streams() == len(paths))
+    for connection in connections:
+        connection.close()
+    eventually(lambda: server.open_streams() == 0, 5)
+
+
+def test_a_stream_arrives_word_by_word(server: Server) -> None:
+    with closing(server.connect("POST", "/stream", {"prompt": "slow " + "word " * 40})) as connection:
+        response = start_reading(connection)
+        assert b"data" in response.readline()
+        assert server.open_streams() == 1  # the first word is here and the last is not yet made
+        assert [name for name, _ in events(response.read().decode())][-1] == "done"
+
+
+LARGE = b"{" + b" " * (2 << 20) + b"}"
+POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HTTP: dict[str, tuple[set[int], bytes]] = {
+    "CL and TE": ({400}, POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "two CLs": ({400}, POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}  "),
+    "CL a word": ({400}, POST + b"Content-Length: four\r\n\r\n{}  "),
+    "40 KB header": ({400, 431}, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 40_960 + b"\r\n\r\n"),
+    "10 KB token": (
+        {401},
+        b"GET /keys HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + b"e" * 10_240 + b"\r\n\r\n",
+    ),
+    "TRACE": ({405}, b"TRACE /generate HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "wrong host": ({400}, b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"),
+    "climbing": ({404}, b"GET /docs/../../settings.py HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "climbing in disguise": ({404}, b"GET /%2e%2e/settings.py HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "garbage": ({400}, b"\x00\x01\x02\r\n\r\n"),
+    "a header in the request id": (
+        {200, 400},
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\r\n b: c\r\n\r\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("statuses", "request_bytes"), HTTP.values(), ids=HTTP)
+def test_hostile_bytes_are_refused(server: Server, statuses: set[int], request_bytes: bytes) -> None:
+    assert server.raw(request_bytes) in statuses
+    assert server.ask("GET", "/healthz") == {"status": "ok"}
+
+
+def test_a_chunked_body_over_the_limit_is_413(server: Server) -> None:
+    head = POST + f"Authorization: Bearer {server.token}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (LARGE[: 1 << 20], LARGE[1 << 20 :])) + b"0\r\n\r\n"
+    assert server.raw(head + body) == 413
+
+
+def test_sigterm_lets_running_streams_end_and_refuses_new_ones_meanwhile(tmp_path: Path) -> None:
+    with Server(tmp_path, PASSWORD, GRACE_PERIOD="10") as server:
+        body = {"prompt": "slow " + "word " * 30}
+        streams = [start_reading(server.connect("POST", "/stream", body)) for _ in range(4)]
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: server.ask("GET", "/readyz")["stage"] == "stopping", 2)
+        with closing(server.connect("POST", "/generate", {"prompt": "hi"})) as late:
+            assert late.getresponse().status == 503
+        for stream in streams:
+            assert [name for name, _ in events(stream.read().decode())][-1] == "done"
+        assert server.process.wait(SECONDS) == 0
+
+
+def test_what_outlives_the_grace_period_ends_with_an_error_event(tmp_path: Path) -> None:
+    with Server(tmp_path, PASSWORD, GRACE_PERIOD="0") as server:
+        stream = start_reading(server.connect("POST", "/stream", SILENT))
+        server.process.send_signal(signal.SIGTERM)
+        name, data = events(stream.read().decode())[-1]
+        assert (name, data["error"]["code"]) == ("error", "model_unavailable")
+        assert server.process.wait(SECONDS) == 0
+
+
+def test_ctrl_c_ends_streams_in_words_and_the_server_at_once(tmp_path: Path) -> None:
+    with Server(tmp_path, PASSWORD) as server:
+        stream = start_reading(server.connect("POST", "/stream", SILENT))
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert events(stream.read().decode())[-1][0] == "error"
+        assert server.process.wait(10) == 0
+
+
+def start(tmp_path: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "DATA_DIR": str(tmp_path / "data"), **settings}
+    command = [sys.executable, "-m", "gunicorn", "tests.api.served:create()"]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=SECONDS)
+
+
+def plain_lines(text: str) -> list[str]:
+    """What is not a line of the log."""
+    return [line for line in text.splitlines() if not line.startswith("{")]
+
+
+def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = start(tmp_path, PORT=port)
+    assert done.returncode != 0
+    assert plain_lines(done.stderr) == [
+        f"PORT: 127.0.0.1:{port} is in use: stop what listens there, or choose another (for example PORT=5001)"
+    ]
+
+
+def test_a_wrong_setting_is_one_line_that_names_it_and_not_its_value(tmp_path: Path) -> None:
+    done = start(tmp_path, ADMIN_PASSWORD="hunter2")
+    assert done.returncode != 0
+    (line,) = plain_lines(done.stderr)
+    assert line.startswith("ADMIN_PASSWORD: ") and "hunter2" not in done.stderr + done.stdout
+
+
+def test_a_data_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file, not a folder")
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = str(free.getsockname()[1])
+    done = start(tmp_path, PORT=port)
+    assert done.returncode != 0
+    (line,) = plain_lines(done.stderr)
+    assert line.startswith("DATA_DIR: ") and "Traceback" not in done.stderr

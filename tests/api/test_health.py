@@ -1,0 +1,96 @@
+"""Liveness, readiness, metrics, the headers of every answer, and the documentation."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from api.services import Services
+from tests.api.conftest import Client
+from tests.api.scripted import ScriptedBackend
+
+
+def test_alive_and_ready(nobody: Client, backend: ScriptedBackend) -> None:
+    assert nobody.get("/healthz").json == {"status": "ok"}
+    ready = nobody.get("/readyz")
+    assert ready.status_code == 200
+    assert set(ready.json) == {"ready", "stage", "percent", "reason", "details"}
+    backend.close(0)
+    stopping = nobody.get("/readyz")
+    assert (stopping.status_code, stopping.json["stage"]) == (503, "stopping")
+    assert nobody.get("/healthz").status_code == 200
+
+
+def test_a_stopping_service_refuses_with_a_time_to_come_back(admin: Client, backend: ScriptedBackend) -> None:
+    backend.close(0)
+    answer = admin.post("/generate", {"prompt": "hi"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+
+
+def test_metrics_count_by_route_and_never_by_what_a_client_wrote(admin: Client) -> None:
+    for path in ("/one", "/two?x=secret"):
+        admin.get(path)
+    admin.ask("DELETE", "/requests/some-id")
+    admin.ask("BREW", "/generate")
+    for _ in range(2):
+        admin.post("/generate", {"prompt": "hi", "temperature": 0})
+    text = admin.get("/metrics").text
+    assert 'url_rule="/requests/<id>"' in text and 'url_rule="/generate"' in text
+    assert 'llm_cache_lookups_total{result="hit"} 1.0' in text
+    assert not any(word in text for word in ("some-id", "/one", "/two", "secret", "BREW"))
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/keys", "/nowhere", "/docs", "/docs/docs.js", "/metrics"])
+def test_every_answer_carries_the_safe_headers(nobody: Client, path: str) -> None:
+    headers = nobody.get(path).headers
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self';")
+    assert headers["X-Request-Id"] and headers["Cache-Control"]
+
+
+def test_answers_are_not_stored_by_browsers(admin: Client) -> None:
+    assert admin.get("/keys").headers["Cache-Control"] == "no-store"
+
+
+def test_the_documentation_page_needs_nothing_from_elsewhere(nobody: Client) -> None:
+    page = nobody.get("/docs")
+    assert page.status_code == 200 and "<script>" not in page.text and "style=" not in page.text
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(links) >= 3
+    for link in links:
+        assert not link.startswith(("http:", "https:", "//"))
+        assert nobody.get("/" + link).status_code == 200
+    assert nobody.get("/").headers["Location"] == "/docs"
+
+
+def document(nobody: Client) -> dict[str, Any]:
+    answer = nobody.get("/openapi.json")
+    assert answer.status_code == 200
+    return answer.json
+
+
+def test_the_document_lists_every_route_with_its_token(nobody: Client, rooms: Services) -> None:
+    found = document(nobody)
+    assert found["openapi"].startswith("3.1")
+    rules = {rule.rule.replace("<id>", "{id}") for rule in nobody.app.url_map.iter_rules()}
+    undocumented = {"/", "/docs", "/docs/<name>", "/openapi.json", "/metrics"}
+    assert set(found["paths"]) == rules - undocumented
+    for path, methods in found["paths"].items():
+        for method, operation in methods.items():
+            is_public = (method, path) in {("post", "/login"), ("get", "/stream")} or path.endswith("z")
+            assert bool(operation.get("security")) is not is_public, (method, path)
+
+
+def test_every_reference_of_the_document_leads_somewhere(nobody: Client) -> None:
+    found = document(nobody)
+    names = set(re.findall(r'"#/components/schemas/([^"]+)"', nobody.get("/openapi.json").text))
+    assert names and names <= set(found["components"]["schemas"])
+
+
+def test_the_document_states_the_bounds(nobody: Client) -> None:
+    fields = document(nobody)["components"]["schemas"]["GenerateBody"]["properties"]
+    assert (fields["max_new_tokens"]["minimum"], fields["max_new_tokens"]["default"]) == (1, 256)
+    assert fields["top_k"]["maximum"] == 1 << 20
