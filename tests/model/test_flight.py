@@ -121,6 +121,15 @@ def test_a_reader_that_stops_reading_starves_nobody() -> None:
     assert list(events(idle)) == [*chunks(50)[1:], END]
 
 
+def test_one_event_wakes_everyone_who_waits() -> None:
+    flights, source = Flights(), Source()
+    readers = [flights.join("k", lambda: source)[0] for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(reader.get, 30) for reader in readers]
+        source.queue.put(Chunk("a"))
+        assert [answer.result(timeout=5) for answer in answers] == [Chunk("a")] * 4
+
+
 def test_close_wakes_a_reader_that_waits_in_another_thread() -> None:
     flights, source = Flights(), Source()
     waiting, _ = flights.join("k", lambda: source)

@@ -94,8 +94,11 @@ def test_a_stop_string_that_never_completes_is_given_out_at_the_end() -> None:
     assert split("abc\nUse", stop=("\nUser:",)) == ({"answer": "abc\nUse", "reasoning": ""}, False)
 
 
-def test_the_stop_string_that_is_complete_first_wins() -> None:
-    assert split("xabcd", stop=("abcd", "bc"))[0]["answer"] == "xa"
+@pytest.mark.parametrize("cuts", [[], [1, 2, 3, 4]])
+def test_the_stop_string_that_is_complete_first_wins(cuts: list[int]) -> None:
+    pieces = Pieces(b"xabcd", cuts)
+    assembler = TextAssembler(pieces.decode, ("abcd", "bc"), None, False)
+    assert run(assembler, range(len(pieces.pieces)))["answer"] == "xa"
 
 
 def test_stop_strings_do_not_end_the_reasoning() -> None:
