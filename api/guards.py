@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, current_app, g, request
-from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from api import bearer
@@ -54,10 +53,10 @@ class StrictRequest(Request):
         """The body as an object. Raises Malformed, UnsupportedMedia, TooLarge or InvalidRequest, never returns None."""
         if self.mimetype != "application/json" or self.content_encoding not in (None, "identity"):
             raise UnsupportedMedia("Send JSON with Content-Type: application/json and no Content-Encoding.")
-        try:
-            return read_json(self.get_data(cache=False))
-        except RequestEntityTooLarge:
-            raise TooLarge("The body is too large.") from None
+        raw = self.get_data(cache=False)
+        if len(raw) >= (self.max_content_length or 0):
+            raise TooLarge("The body is too large.")
+        return read_json(raw)
 
 
 def needs(permission: Permission) -> Callable[[View], View]:
@@ -131,7 +130,7 @@ def _check_host() -> None:
 
 def _check_size() -> None:
     limit = services().settings.max_body if request.path.startswith(_LARGE) else _SMALL_BODY
-    request.max_content_length = limit  # for bodies that do not say their length
+    request.max_content_length = limit + 1  # a body that does not say its length is cut there, without a word
     if (request.content_length or 0) > limit:
         raise TooLarge("The body is too large.")
 

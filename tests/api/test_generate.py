@@ -18,7 +18,7 @@ def events(text: str) -> list[tuple[str, dict[str, Any]]]:
     """A stream's events as (name, data); comments are left out."""
     found = []
     for block in text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line and line[0] != ":")
         if "data" in fields:
             found.append((fields.get("event", "message"), json.loads(fields["data"])))
     return found

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from tests.api.test_generate import events
 SILENT = {"prompt": "silent", "cache": False}
 
 
-def start_reading(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
-    response = connection.getresponse()
-    assert response.status == 200
-    response.readline()
-    return response
+@contextmanager
+def reading(server: Server, body: object, path: str = "/stream") -> Iterator[http.client.HTTPResponse]:
+    """A stream of which one line has been read; leaving hangs up."""
+    with closing(server.connect("POST", path, body)) as connection, connection.getresponse() as response:
+        assert response.status == 200 and response.readline()
+        yield response
 
 
 @pytest.mark.parametrize("path", ["/generate", "/stream"])
@@ -34,10 +36,9 @@ def start_reading(connection: http.client.HTTPConnection) -> http.client.HTTPRes
 def test_a_gone_client_frees_its_slot_while_nothing_or_something_is_said(
     server: Server, path: str, prompt: str
 ) -> None:
-    with closing(server.connect("POST", path, {"prompt": prompt, "max_new_tokens": 2000})) as connection:
+    body = {"prompt": prompt, "max_new_tokens": 2000}
+    with reading(server, body) if path == "/stream" else closing(server.connect("POST", path, body)):
         eventually(lambda: server.open_streams() == 1)
-        if path == "/stream":
-            start_reading(connection)
     gone = time.monotonic()
     eventually(lambda: server.open_streams() == 0, 5)
     assert time.monotonic() - gone < 1  # two looks a tenth of a second apart, on a busy machine
@@ -53,8 +54,7 @@ def test_many_gone_clients_leave_nothing_behind(server: Server) -> None:
 
 
 def test_a_stream_arrives_word_by_word(server: Server) -> None:
-    with closing(server.connect("POST", "/stream", {"prompt": "slow " + "word " * 40})) as connection:
-        response = start_reading(connection)
+    with reading(server, {"prompt": "slow " + "word " * 40}) as response:
         assert b"data" in response.readline()
         assert server.open_streams() == 1  # the first word is here and the last is not yet made
         assert [name for name, _ in events(response.read().decode())][-1] == "done"
@@ -96,9 +96,9 @@ def test_a_chunked_body_over_the_limit_is_413(server: Server) -> None:
 
 
 def test_sigterm_lets_running_streams_end_and_refuses_new_ones_meanwhile(tmp_path: Path) -> None:
-    with Server(tmp_path, PASSWORD, GRACE_PERIOD="10") as server:
+    with Server(tmp_path, PASSWORD, GRACE_PERIOD="10") as server, ExitStack() as open_streams:
         body = {"prompt": "slow " + "word " * 30}
-        streams = [start_reading(server.connect("POST", "/stream", body)) for _ in range(4)]
+        streams = [open_streams.enter_context(reading(server, body)) for _ in range(4)]
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: server.ask("GET", "/readyz")["stage"] == "stopping", 2)
         with closing(server.connect("POST", "/generate", {"prompt": "hi"})) as late:
@@ -109,8 +109,7 @@ def test_sigterm_lets_running_streams_end_and_refuses_new_ones_meanwhile(tmp_pat
 
 
 def test_what_outlives_the_grace_period_ends_with_an_error_event(tmp_path: Path) -> None:
-    with Server(tmp_path, PASSWORD, GRACE_PERIOD="0") as server:
-        stream = start_reading(server.connect("POST", "/stream", SILENT))
+    with Server(tmp_path, PASSWORD, GRACE_PERIOD="0") as server, reading(server, SILENT) as stream:
         server.process.send_signal(signal.SIGTERM)
         name, data = events(stream.read().decode())[-1]
         assert (name, data["error"]["code"]) == ("error", "model_unavailable")
@@ -118,8 +117,7 @@ def test_what_outlives_the_grace_period_ends_with_an_error_event(tmp_path: Path)
 
 
 def test_ctrl_c_ends_streams_in_words_and_the_server_at_once(tmp_path: Path) -> None:
-    with Server(tmp_path, PASSWORD) as server:
-        stream = start_reading(server.connect("POST", "/stream", SILENT))
+    with Server(tmp_path, PASSWORD) as server, reading(server, SILENT) as stream:
         os.killpg(server.process.pid, signal.SIGINT)
         assert events(stream.read().decode())[-1][0] == "error"
         assert server.process.wait(10) == 0
