@@ -114,7 +114,7 @@ class InPlaceCompiler:
         try:
             step(*_arguments(self._engine, bucket))
         except Exception as error:  # compilers fail in many ways, and eager serves in each
-            _log.warning("torch.compile failed, serving eagerly, slower: %s", str(error).splitlines()[0])
+            _log.warning("torch.compile failed, serving eagerly, slower: %s", " ".join(str(error).split())[:300])
             self._failed += 1 + len(self._left)
             self._left.clear()
             return None

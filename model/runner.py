@@ -133,6 +133,7 @@ class Runner:
         """Wipe the KV of a slot whose numbers went wrong."""
         self.kv.clear(slot)
 
+    @torch.inference_mode()
     def adopt(self, idle: bool) -> bool:
         """Take over one compiled step if there is a new one; returns whether. idle: nobody waits meanwhile."""
         found = self.compiler.poll(idle) if self.compiler else None

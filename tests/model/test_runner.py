@@ -1,0 +1,201 @@
+"""The batched step against transformers' own generate(), on tiny random float32 models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.attention import refuse_unknown
+from model.compile import InPlaceCompiler, buckets
+from model.kv import PAGE
+from model.quant import Plan
+from model.runner import Bucket, Runner
+from model.types import Sampling
+from tests.model.tiny import ARCHITECTURES, tiny_model
+
+DENSE = Plan("dense", torch.float32)
+PROMPTS = [[10, 11, 12], [(7 * i) % 290 for i in range(300)], [5], [(11 * i) % 290 for i in range(120)]]
+
+
+def runner(architecture: str = "LlamaForCausalLM", slots: int = 4, context: int = 1024, plan: Plan = DENSE) -> Runner:
+    return Runner(tiny_model(architecture), plan, slots, context, "cpu", frozenset())
+
+
+def start(engine: Runner, slot: int, prompt: list[int], sampling: Sampling, seed: int = 1, chunk: int = 64) -> None:
+    engine.begin(slot, sampling, seed, prompt)
+    for position in range(0, len(prompt) - 1, chunk):
+        engine.prefill(slot, prompt[position : min(position + chunk, len(prompt) - 1)], position)
+    engine.arm(slot, prompt[-1], len(prompt) - 1)
+
+
+def run(engine: Runner, active: list[int], count: int) -> list[list[int]]:
+    texts: list[list[int]] = [[] for _ in active]
+    for _ in range(count):
+        tokens = engine.step(active)
+        for text, slot in zip(texts, active, strict=True):
+            token = tokens[slot]
+            assert token is not None
+            text.append(token)
+    return texts
+
+
+def generated(architecture: str, prompt: list[int], count: int, **options: object) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = tiny_model(architecture).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None,
+        pad_token_id=0, **options,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_in_a_batch_is_greedy_alone_is_generate(architecture: str) -> None:
+    engine, alone = runner(architecture), runner(architecture, slots=1)
+    for slot, prompt in enumerate(PROMPTS):
+        start(engine, slot, prompt, Sampling(temperature=0))
+    together = run(engine, [0, 1, 2, 3], 24)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        assert text == generated(architecture, prompt, 24)
+        start(alone, 0, prompt, Sampling(temperature=0))
+        assert run(alone, [0], 24) == [text]
+
+
+def test_chunks_of_any_size_make_the_same_prompt() -> None:
+    want = generated("LlamaForCausalLM", PROMPTS[1], 8)
+    for chunk in (1, 7, PAGE - 1, PAGE, 512):
+        engine = runner(slots=1)
+        start(engine, 0, PROMPTS[1], Sampling(temperature=0), chunk=chunk)
+        assert run(engine, [0], 8) == [want]
+
+
+def test_a_text_grows_over_a_page_border() -> None:
+    engine = runner(slots=2)
+    prompt = PROMPTS[1][: PAGE - 5]
+    start(engine, 1, prompt, Sampling(temperature=0))
+    assert run(engine, [1], 20) == [generated("LlamaForCausalLM", prompt, 20)]
+
+
+def test_repetition_penalty_is_transformers_own() -> None:
+    engine = runner(slots=2)
+    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
+    start(engine, 1, PROMPTS[0], Sampling(temperature=0, repetition_penalty=1.5))
+    plain, penalised = run(engine, [0, 1], 24)
+    assert penalised == generated("LlamaForCausalLM", PROMPTS[0], 24, repetition_penalty=1.5) != plain
+
+
+def test_a_seeded_row_is_the_same_alone_and_among_strangers() -> None:
+    sampling = Sampling(temperature=1.0, top_k=40, top_p=0.9)
+    engine, alone = runner(), runner(slots=1)
+    for slot, prompt in enumerate(PROMPTS):
+        start(engine, slot, prompt, sampling, seed=100 + slot)
+    together = run(engine, [0, 1, 2, 3], 16)
+    start(alone, 0, PROMPTS[1], sampling, seed=101)
+    assert run(alone, [0], 16) == [together[1]]
+    start(alone, 0, PROMPTS[1], sampling, seed=102)
+    assert run(alone, [0], 16) != [together[1]]
+
+
+def test_a_row_without_any_cut_is_drawn_from_the_whole_vocabulary_and_spares_the_others() -> None:
+    engine = runner()
+    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
+    start(engine, 1, PROMPTS[0], Sampling(temperature=4.0, top_k=0, top_p=1.0), seed=5)
+    greedy, free = run(engine, [0, 1], 16)
+    assert greedy == generated("LlamaForCausalLM", PROMPTS[0], 16) != free
+
+
+def test_idle_rows_of_a_bucket_keep_their_kv() -> None:
+    """A step computes every row of its bucket: one in prefill or at rest must come out unharmed."""
+    engine = runner(slots=3)
+    resting, arriving = PROMPTS[3], PROMPTS[1]
+    start(engine, 0, resting, Sampling(temperature=0))
+    engine.idle(0, len(resting) - 1)
+    engine.begin(1, Sampling(temperature=0), 1, arriving)
+    engine.idle(1, 0)
+    start(engine, 2, PROMPTS[0], Sampling(temperature=0))
+    for position in range(0, len(arriving) - 1, 50):
+        engine.prefill(1, arriving[position : min(position + 50, len(arriving) - 1)], position)
+        run(engine, [2], 2)
+    engine.arm(1, arriving[-1], len(arriving) - 1)
+    engine.begin(0, Sampling(temperature=0), 1, resting)
+    engine.arm(0, resting[-1], len(resting) - 1)
+    texts = run(engine, [0, 1], 8)
+    assert texts == [generated("LlamaForCausalLM", resting, 8), generated("LlamaForCausalLM", arriving, 8)]
+
+
+def test_swapped_slots_go_on_as_if_nothing_happened() -> None:
+    engine = runner(slots=3)
+    start(engine, 2, PROMPTS[1], Sampling(temperature=1.0, repetition_penalty=1.2), seed=9)
+    start(engine, 0, PROMPTS[3], Sampling(temperature=0))
+    before = run(engine, [0, 2], 5)
+    engine.swap(2, 1, len(PROMPTS[1]) + 6)
+    after = run(engine, [0, 1], 5)
+    other = runner(slots=3)
+    start(other, 2, PROMPTS[1], Sampling(temperature=1.0, repetition_penalty=1.2), seed=9)
+    start(other, 0, PROMPTS[3], Sampling(temperature=0))
+    assert [a + b for a, b in zip(before, after, strict=True)] == run(other, [0, 2], 10)
+
+
+def test_numbers_that_are_not_finite_are_told_and_only_of_their_row() -> None:
+    engine = runner(slots=2)
+    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
+    start(engine, 1, PROMPTS[3], Sampling(temperature=0))
+    engine.kv.values[0][0, 1, :, 3] = torch.nan
+    tokens = engine.step([0, 1])
+    assert tokens[1] is None and tokens[0] == generated("LlamaForCausalLM", PROMPTS[0], 1)[0]
+    engine.clear(1)
+    start(engine, 1, PROMPTS[3], Sampling(temperature=0))
+    assert run(engine, [1], 4) == [generated("LlamaForCausalLM", PROMPTS[3], 4)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_compiled_buckets_answer_like_eager_in_any_order() -> None:
+    """Guards are skipped: a bucket that fell into another's graph would show here."""
+    engine, eager = runner(), runner()
+    compiler = engine.compiler = InPlaceCompiler(engine, mode="default")
+    compiler._left = [Bucket(1, 1), Bucket(4, 1), Bucket(4, 2)]
+    assert [engine.adopt(idle=False), *(engine.adopt(idle=True) for _ in range(4))] == [False, True, True, True, False]
+    assert engine.details()["compiled"] == f"3/{len(buckets(4, 4))}"
+    for each in (engine, eager):
+        for slot, prompt in enumerate(PROMPTS):
+            start(each, slot, prompt, Sampling(temperature=0))
+    for active in ([0], [0, 2], [0], [1], [0, 1, 2, 3], [2], [3, 0]):
+        assert run(engine, active, 3) == run(eager, active, 3)
+
+
+def test_steps_use_the_smallest_compiled_bucket_that_covers_them() -> None:
+    engine = runner()
+    used: list[Bucket] = []
+
+    def fake(bucket: Bucket):  # type: ignore[no-untyped-def]
+        def step(*arguments: object) -> object:
+            used.append(bucket)
+            raise RuntimeError("only asked which")
+
+        return step
+
+    engine.compiled = {bucket: fake(bucket) for bucket in (Bucket(4, 2), Bucket(1, 2), Bucket(4, 1))}
+    for slot, prompt in ((0, PROMPTS[0]), (2, PROMPTS[2])):
+        start(engine, slot, prompt, Sampling(temperature=0))
+    for active in ([0], [2], [0, 2]):
+        with pytest.raises(RuntimeError):
+            engine.step(active)
+    assert used == [Bucket(1, 2), Bucket(4, 1), Bucket(4, 1)]
+    assert engine.abandon() and not engine.abandon()
+
+
+def test_an_attention_argument_that_is_not_understood_is_refused() -> None:
+    refuse_unknown({"dropout": 0.0, "sliding_window": None, "position_ids": object()})
+    for argument in ({"softcap": 50.0}, {"sliding_window": 512}, {"dropout": 0.1}, {"brand_new": 1}):
+        with pytest.raises(ValueError, match=next(iter(argument))):
+            refuse_unknown(argument)
+
+
+def test_int8_products_keep_a_batch_bitwise_equal_to_one_alone() -> None:
+    plan = Plan("int8", torch.float32)
+    engine, alone = runner(plan=plan), runner(slots=1, plan=plan)
+    for slot, prompt in enumerate(PROMPTS):
+        start(engine, slot, prompt, Sampling(temperature=0))
+    together = run(engine, [0, 1, 2, 3], 16)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        start(alone, 0, prompt, Sampling(temperature=0))
+        assert run(alone, [0], 16) == [text]
