@@ -20,11 +20,11 @@ fail = { echo "make: $(1)" >&2; exit 1; }
 
 .PHONY: run test check model stack secrets bench clean services
 
-run: $(VENV)/installed
+run: model
 	@exec $(with_env) $(BIN)/gunicorn 'app:create_app()'
 
 model: $(VENV)/installed
-	@exec $(with_env) $(BIN)/python -m model.loader $(MODEL)
+	@exec $(with_env) $(BIN)/python -m model
 
 stack: $(VENV)/installed
 	@exec $(with_env) $(BIN)/python -m ops.stack

@@ -16,7 +16,7 @@ from typing import Any
 
 from ops.stack import Stack
 
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from settings import Settings
 from tests.stack.client import Door, until
 
 PASSWORD = "correct horse battery staple"
-# The demo model, quickly there: little KV memory, no compiler beside it.
-SMALL = {"ADMIN_PASSWORD": PASSWORD, "SLOTS": "4", "MAX_CONTEXT": "1024", "COMPILE": "off"}
+# The demo model, quickly there and steady on a busy machine: little KV memory, one thread, no compiler beside it.
+SMALL = {"ADMIN_PASSWORD": PASSWORD, "SLOTS": "4", "MAX_CONTEXT": "1024", "THREADS": "1", "COMPILE": "off"}
 LOADING = 100.0  # seconds, on a machine that is busy with other things
 
 

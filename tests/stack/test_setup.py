@@ -38,13 +38,14 @@ def interpreter(checkout: Path, script: str) -> str:
     return f"PYTHON={path}"
 
 
-def started(checkout: Path) -> None:
-    """Makes `.venv/bin/gunicorn` a program that tells its settings, as if the packages were installed."""
-    program = checkout / ".venv/bin/gunicorn"
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\necho "port $PORT for $1"\n')
-    program.chmod(0o755)
-    (program.parent / "dotenv").symlink_to(Path(sys.executable).parent / "dotenv")
+def set_up(checkout: Path) -> None:
+    """A `.venv` as if the packages were installed, whose gunicorn only tells what it was given."""
+    programs = checkout / ".venv/bin"
+    programs.mkdir(parents=True)
+    for name, script in (("python", "exit 0"), ("gunicorn", 'echo "port $PORT for $1"')):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    (programs / "dotenv").symlink_to(Path(sys.executable).parent / "dotenv")
     (checkout / ".venv/installed").touch()
 
 
@@ -83,14 +84,14 @@ def test_ctrl_c_in_the_middle_and_make_again_just_works(checkout: Path) -> None:
 
 
 def test_the_second_run_installs_nothing_until_the_requirements_change(checkout: Path) -> None:
-    started(checkout)
+    set_up(checkout)
     assert make(checkout, "-q", ".venv/installed").returncode == 0
     os.utime(checkout / "requirements.txt", (time.time() + 5, time.time() + 5))
     assert make(checkout, "-q", ".venv/installed").returncode == 1
 
 
 def test_settings_come_from_env_file_and_the_environment_wins(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started(checkout)
+    set_up(checkout)
     (checkout / ".env").write_text("PORT=6001\n")
     monkeypatch.delenv("PORT", raising=False)
     assert make(checkout, "run").stdout == "port 6001 for app:create_app()\n"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import ssl
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import openai
 import pytest
 
-from ops.stack import Stack, free_port, program
+from ops.stack import ROOT, Stack, free_port, listening, program
 from tests.stack.client import Door, events, until
 from tests.stack.conftest import PASSWORD, SMALL, need
 
@@ -115,9 +117,25 @@ def test_sigterm_lets_a_stream_end_in_words(data_dir: Path, tmp_path: Path) -> N
         door = Door(stack).login(PASSWORD)
         with door.open("POST", "/stream", LONG) as response:
             arriving = events(response)
-            assert any(name == "message" for name, _ in arriving)
+            assert next(event for event in arriving if event[0] != "status")[0] == "message"
             stack.processes["gunicorn"].send_signal(signal.SIGTERM)
             until(lambda: door.direct("/readyz").status == 503, seconds=3)
             last = list(arriving)[-1]
         assert last[0] in {"done", "error"}
         assert stack.processes["gunicorn"].wait(15) == 0
+
+
+def test_ctrl_c_ends_make_stack_and_all_that_it_started(data_dir: Path) -> None:
+    need("redis-server", "nginx", "openssl")
+    https = free_port()
+    environment = {**os.environ, **SMALL, "DATA_DIR": str(data_dir), "HTTPS_PORT": str(https)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "ops.stack"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(f"https://localhost:{https}" in line for line in process.stdout)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 3 and listening(https)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert not listening(https) and not any(Path(f"/proc/{child}").exists() for child in children)
