@@ -15,7 +15,7 @@ from flask_openapi3.models.tag import Tag
 
 from api import sse
 from api.calls import Call, Whole, open_call, read_all, stream
-from api.chat_schemas import ChatBody, ModelOut, ModelsOut
+from api.chat_schemas import IGNORED, ChatBody, ModelOut, ModelsOut
 from api.errors import ErrorBody, payload
 from api.guards import SECURED, Reply, needs
 from api.services import services
@@ -31,7 +31,11 @@ blueprint = APIBlueprint(
 )
 
 
-@blueprint.post("/v1/chat/completions", responses={200: sse.DOCUMENTED})
+@blueprint.post(
+    "/v1/chat/completions",
+    description="Taken and ignored: " + ", ".join(sorted(IGNORED)) + ". What else is unknown is refused by name.",
+    responses={200: sse.DOCUMENTED},
+)
 @needs(Permission.GENERATE)
 def chat(body: ChatBody) -> Reply:
     """Chat completion, streamed when `stream` is true."""
