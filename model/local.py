@@ -42,6 +42,7 @@ class LocalBackend:
         self._settings = settings
         self._spec = find(settings)
         self._prompt: Prompt | None = None
+        self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
         self._engine = Engine(self._load, settings.max_queue, metrics)
 
@@ -68,7 +69,8 @@ class LocalBackend:
         return TextStream(self._engine.submit(request), assembler)
 
     def fingerprint(self) -> str:
-        return f"{self._spec.name}@{self._spec.revision}+{self._settings.quantization}"
+        self._rendered()
+        return f"{self._files}+{self._settings.quantization}"
 
     def status(self) -> BackendStatus:
         return self._engine.status()
@@ -85,7 +87,7 @@ class LocalBackend:
             if self._prompt is None:
                 try:
                     folder = prepare_tokenizer(self._spec, self._settings)
-                    self._spec = completed(self._spec, folder)
+                    self._files, self._spec = folder.name, completed(self._spec, folder)
                     self._prompt = Prompt(load_tokenizer(folder), self._spec)
                 except ModelError as error:
                     raise ModelUnavailable("the model could not be prepared, see the log", retry_after=30) from error

@@ -1,0 +1,215 @@
+"""The whole local backend on tiny models: text in, text out, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from model.local import LocalBackend
+from model.types import (
+    Chunk,
+    DeadlineExceeded,
+    Done,
+    FinishReason,
+    GenerateRequest,
+    InvalidRequest,
+    Message,
+    Sampling,
+    Status,
+    Stream,
+    UnknownModel,
+)
+from settings import Settings
+from telemetry import Metrics
+from tests.model.test_engine import eventually
+from tests.model.tiny import ARCHITECTURES, tiny_checkpoint, tiny_model, tiny_tokenizer
+
+WAIT = 30.0
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def settings_for(checkpoint: Path, data: Path, **changes: object) -> Settings:
+    name = str(checkpoint)
+    return Settings(**({"model": name, "models_allowed": (name,), "data_dir": data, "quantization": "none",
+                        "compile": False, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backend(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBackend]:
+    backend = LocalBackend(settings_for(checkpoint, tmp_path_factory.mktemp("data")), Metrics())
+    yield backend
+    backend.close(0)
+
+
+def ask(backend: LocalBackend, text: str, count: int = 12, **changes: object) -> Stream:
+    fields = {"id": "r", "owner": "ann", "model": backend._spec.name, "messages": (Message("user", text),),
+              "max_new_tokens": count, "sampling": GREEDY}  # fmt: skip
+    return backend.submit(backend.prepare(GenerateRequest(**(fields | changes))))  # type: ignore[arg-type]
+
+
+def read(stream: Stream) -> tuple[str, Done]:
+    text = ""
+    while True:
+        event = stream.get(WAIT)
+        assert event is not None, "the backend went silent"
+        if isinstance(event, Done):
+            return text, event
+        if isinstance(event, Chunk):
+            text += event.text
+
+
+def test_the_text_is_what_transformers_generates(backend: LocalBackend) -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    messages = [{"role": "user", "content": "why is the sky blue?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    want = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    text, done = read(ask(backend, "why is the sky blue?", 40))
+    assert text == want and text
+    assert done.usage.prompt_tokens == ids.shape[1]
+
+
+def test_reasoning_and_answer_are_told_apart_and_counted(tmp_path: Path) -> None:
+    """R1's templates start inside <think>: without the closing tag all is reasoning."""
+    backend = LocalBackend(settings_for(tiny_checkpoint(tmp_path / "r1", style="r1"), tmp_path / "data"), Metrics())
+    stream = ask(backend, "hello", 10)
+    events = []
+    while not events or not isinstance(events[-1], Done):
+        events.append(stream.get(WAIT))
+    backend.close(0)
+    assert {event.channel for event in events if isinstance(event, Chunk)} == {"reasoning"}
+    assert events[-1].usage.reasoning_tokens == events[-1].usage.completion_tokens > 0
+
+
+def test_a_stop_string_ends_the_text_and_frees_the_slot(backend: LocalBackend) -> None:
+    whole, _ = read(ask(backend, "tell me more", 40))
+    stop = whole[6:9]
+    text, done = read(ask(backend, "tell me more", 40, stop=(stop,)))
+    assert (text, done.finish_reason) == (whole[: whole.index(stop)], FinishReason.STOP)
+    eventually(lambda: backend.status().details["running"] == 0)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_queued(backend: LocalBackend) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        ask(backend, "word " * 600)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(InvalidRequest) as refused:
+        ask(backend, "hi", 512)
+    assert refused.value.param == "max_new_tokens"
+    with pytest.raises(UnknownModel):
+        ask(backend, "hi", model="../../etc/passwd")
+
+
+def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) -> None:
+    backend = LocalBackend(settings_for(checkpoint, tmp_path), Metrics())
+    request = GenerateRequest("r", "ann", backend._spec.name, (Message("user", "hi"),))
+    assert backend.prepare(request).prompt_ids
+    assert backend.status().stage == "cold" and backend.fingerprint()
+    backend.close(0)
+
+
+def test_fifty_first_requests_load_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model import build
+
+    loads: list[str] = []
+
+    def counted(*arguments: object, load: Callable[..., object] = build.load_model) -> object:
+        loads.append(threading.current_thread().name)
+        return load(*arguments)
+
+    monkeypatch.setattr(build, "load_model", counted)
+    backend = LocalBackend(settings_for(checkpoint, tmp_path), Metrics())
+    with ThreadPoolExecutor(50) as pool:
+        texts = set(pool.map(lambda _: read(ask(backend, "all at once"))[0], range(50)))
+    backend.close(0)
+    assert loads == ["model"] and len(texts) == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_listed_architecture_serves(architecture: str, tmp_path: Path) -> None:
+    backend = LocalBackend(settings_for(tiny_checkpoint(tmp_path / "m", architecture), tmp_path / "d"), Metrics())
+    text, done = read(ask(backend, "hello", 8))
+    backend.close(0)
+    assert text and done.usage.completion_tokens == 8
+
+
+def test_two_hundred_mixed_requests_leave_nothing_behind(backend: LocalBackend) -> None:
+    """32 threads join, stop, cancel and overrun deadlines; what was complete is what it is alone."""
+    alone = {n: read(ask(backend, f"story {n}", 20 + n))[0] for n in range(5)}
+    read(ask(backend, "warm"))
+    gc.collect()
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    chance = random.Random(11)
+    plans = [(chance.choice(["whole", "whole", "stop", "cancel", "leave queued", "deadline"]), chance.randrange(5))
+             for _ in range(200)]  # fmt: skip
+
+    def one(plan: tuple[str, int]) -> str:
+        kind, n = plan
+        owner = f"user{n}"
+        if kind == "deadline":
+            with pytest.raises(DeadlineExceeded):
+                read(ask(backend, f"story {n}", 400, owner=owner, timeout=0.001))
+        elif kind == "leave queued":
+            ask(backend, f"story {n}", 400, owner=owner).close()
+        elif kind == "cancel":
+            stream = ask(backend, f"story {n}", 400, owner=owner)
+            while not isinstance(event := stream.get(WAIT), Chunk):
+                assert event is None or isinstance(event, Status)
+            stream.close()
+            assert read(stream)[1].finish_reason is FinishReason.CANCELLED
+        elif kind == "stop":
+            stop = alone[n][4:7]
+            text, done = read(ask(backend, f"story {n}", 20 + n, owner=owner, stop=(stop,)))
+            assert (text, done.finish_reason) == (alone[n][: alone[n].index(stop)], FinishReason.STOP)
+        else:
+            assert read(ask(backend, f"story {n}", 20 + n, owner=owner))[0] == alone[n]
+        return kind
+
+    with ThreadPoolExecutor(32) as pool:
+        kinds = list(pool.map(one, plans))
+    assert len(set(kinds)) == 5
+    eventually(lambda: (backend.status().details["running"], backend.status().details["waiting"]) == (0, 0))
+    gc.collect()
+    eventually(lambda: threading.active_count() <= threads)
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert read(ask(backend, "story 3", 23))[0] == alone[3]
+    assert not any(slot.busy for slot in backend._engine._batch._table.slots)  # type: ignore[union-attr]
+
+
+def test_only_the_model_thread_ever_imports_torch(checkpoint: Path, tmp_path: Path) -> None:
+    """In a fresh process: tokenising loads none of it, and the first submission does."""
+    settings = settings_for(checkpoint, tmp_path)
+    program = f"""
+import sys, threading
+from pathlib import Path
+from model.local import LocalBackend
+from model.types import GenerateRequest, Message
+from settings import Settings
+from telemetry import Metrics
+backend = LocalBackend(Settings(model={settings.model!r}, models_allowed=({settings.model!r},),
+    data_dir=Path({str(tmp_path)!r}), quantization="none", compile=False, max_context=256), Metrics())
+request = backend.prepare(GenerateRequest("r", "ann", backend._spec.name, (Message("user", "hi"),), max_new_tokens=2))
+assert "torch" not in sys.modules
+stream = backend.submit(request)
+while stream.get(30).__class__.__name__ != "Done": pass
+assert "torch" in sys.modules
+backend.close(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
