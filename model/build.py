@@ -73,7 +73,7 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
         memory = int(psutil.virtual_memory().available * _CPU_SHARE)
     tokens = memory // KvShape.of(config, dtype).bytes_per_token
     if tokens < 256:
-        raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): a smaller model or QUANTIZATION=nf4 is needed")
+        raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
     room = Room(max(1, min(settings.slots, tokens // context)), min(context, tokens))
     if room != Room(settings.slots, context):
         _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import transformers
 
 from model import attention, kv, quant, runner, sampler
 from model.build import Room, build
-from model.runner import Bucket, Runner, Step, make_step
+from model.runner import Bucket, Compiler, Runner, Step, make_step
 from settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,19 @@ def buckets(slots: int, pages: int) -> list[Bucket]:
     short, long = min(2, pages), min(8, pages)
     wanted = [(1, short), (slots, short), (8, short), (4, short), (1, long), (slots, long)]
     return list(dict.fromkeys(Bucket(min(rows, slots), length) for rows, length in wanted))
+
+
+def compiler_for(engine: Runner, checkpoint: Path, settings: Settings) -> Compiler | None:
+    """Where this engine's compiled steps come from; None when it stays eager, by COMPILE=off or for want of g++."""
+    if not settings.compile:
+        return None
+    if engine.device != "cpu":
+        return InPlaceCompiler(engine)
+    compiler = os.environ.get("CXX", "g++")  # as inductor finds it
+    if shutil.which(compiler) is None:
+        _log.warning("no C++ compiler (%s): serving eagerly, about half as fast; apt install g++ mends it", compiler)
+        return None
+    return BackgroundCompiler(engine, checkpoint, settings)
 
 
 class BackgroundCompiler:
@@ -176,7 +190,7 @@ def _start(
 def _main() -> None:
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    os.nice(10)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # only what the engine leaves over
     room = Room(*job["room"])
     engine = build(Path(job["checkpoint"]), Settings(**job["settings"]), lambda stage, percent: None, room)
     with torch.inference_mode():

@@ -137,7 +137,7 @@ class Engine:
     def _wait_for_work(self, batch: Batch) -> bool:
         """Sleep until there is something to do; False when the engine is stopped and has nothing left to end."""
         while self._idle(batch):
-            if not batch.runner.adopt(idle=True):
+            if not batch.adopt(idle=True):
                 self._sleep(batch)
         with self._changed:
             if self._stop_at is None:

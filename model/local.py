@@ -11,6 +11,7 @@ import time
 from collections import deque
 from dataclasses import replace
 
+from model import gpu
 from model.engine import Engine, Progress
 from model.loader import load_tokenizer, prepare, prepare_tokenizer
 from model.prompt import Prompt
@@ -39,7 +40,7 @@ class LocalBackend:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """Raises ModelError when MODEL names nothing that may be served; opens no file."""
-        self._settings = settings
+        self._settings, self._metrics = settings, metrics
         self._spec = find(settings)
         self._prompt: Prompt | None = None
         self._files = ""  # the prepared folder's name, which changes with the model's files
@@ -105,12 +106,12 @@ class LocalBackend:
             os.environ.setdefault(variable, str(caches / variable.split("_")[0].lower()))
         folder = prepare(self._spec, self._settings, progress)
         from model.build import build
-        from model.compile import BackgroundCompiler, InPlaceCompiler
+        from model.compile import compiler_for
 
         runner = build(folder, self._settings, progress)
-        if self._settings.compile:
-            on_cpu = runner.device == "cpu"
-            runner.compiler = BackgroundCompiler(runner, folder, self._settings) if on_cpu else InPlaceCompiler(runner)
+        runner.compiler = compiler_for(runner, folder, self._settings)
+        if runner.device != "cpu":
+            gpu.watch(self._metrics)
         return runner
 
 

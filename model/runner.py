@@ -53,7 +53,9 @@ class Runner:
     Raises whatever torch raises; a failed `step` has changed no row's state and may be tried again.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]
+    ) -> None:
         install(model, plan)
         model.set_attn_implementation(ATTENTION)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
@@ -98,7 +100,7 @@ class Runner:
 
     @torch.inference_mode()
     def idle(self, slot: int, position: int) -> None:
-        """Take `slot` out of the batch. Its row still computes in a bucket: it writes at `position`, which none reads."""
+        """Take `slot` out of the batch. Its row may still be computed: it writes at `position`, which none reads."""
         self.rows.position[slot] = min(position, self.context - 1)
 
     @torch.inference_mode()
@@ -146,6 +148,10 @@ class Runner:
         had = bool(self.compiled)
         self.compiled.clear()
         return had
+
+    def compile_state(self) -> tuple[int, int]:
+        """How many compiled steps are in use, and how many buckets stay eager because compiling failed."""
+        return len(self.compiled), self.compiler.state()["failed"] if self.compiler else 0
 
     def close(self) -> None:
         """Stop what runs beside the model thread."""

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 # Prompt tokens computed between two steps: while others stream, a chunk is a pause for them; alone, larger is faster.
 CHUNK_BESIDE_STREAMS = 64
 CHUNK_ALONE = 512
+_LOOK_EVERY = 1.0  # seconds between two looks for a step that was compiled meanwhile
 _SMOOTHING = 0.1  # of the tokens/s estimate, per step
 
 
@@ -40,6 +41,7 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None: ...
     def adopt(self, idle: bool) -> bool: ...
     def abandon(self) -> bool: ...
+    def compile_state(self) -> tuple[int, int]: ...
     def close(self) -> None: ...
     def details(self) -> Mapping[str, str | int]: ...
 
@@ -53,7 +55,8 @@ class Batch:
         self.speed = 50.0  # a first guess; the first steps correct it
         self.steps = 0
         self._table = SlotTable(runner.slots)
-        self._stepped = clock()
+        self._looked = clock()
+        self._compile_failures = 0
         metrics.slots.set(runner.slots)
         metrics.kv_bytes.set(float(runner.details().get("kv_bytes", 0)))
 
@@ -112,14 +115,25 @@ class Batch:
         if sequence.prefilled:
             self._arm(sequence)
 
+    def adopt(self, idle: bool) -> bool:
+        """Take over a compiled step that has become available; whether there was one."""
+        self._looked = self._clock()
+        adopted = self.runner.adopt(idle)
+        steps, failures = self.runner.compile_state()
+        self._metrics.compiled.set(steps)
+        self._metrics.compile_fallbacks.inc(failures - self._compile_failures)
+        self._compile_failures = failures
+        return adopted
+
     def step(self) -> None:
         """One token for everyone whose prompt is computed."""
         decoding = [s for s in self.running if s.prefilled]
         if not decoding:
             return
         self._compact()
-        self.runner.adopt(idle=False)
         before = self._clock()
+        if before - self._looked >= _LOOK_EVERY:
+            self.adopt(idle=False)
         done = self._compute(decoding)
         now = self._clock()
         if done:

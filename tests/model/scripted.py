@@ -69,6 +69,9 @@ class ScriptedRunner:
         had, self.has_compiled = self.has_compiled, False
         return had
 
+    def compile_state(self) -> tuple[int, int]:
+        return int(self.has_compiled), 0
+
     def close(self) -> None:
         self.closed = True
 

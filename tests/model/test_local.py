@@ -76,7 +76,8 @@ def test_the_text_is_what_transformers_generates(backend: LocalBackend) -> None:
     tokenizer, model = tiny_tokenizer(), tiny_model()
     messages = [{"role": "user", "content": "why is the sky blue?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    mask = ids.new_ones(ids.shape)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=0)
     want = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     text, done = read(ask(backend, "why is the sky blue?", 40))
     assert text == want and text
@@ -122,9 +123,7 @@ def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) ->
     backend.close(0)
 
 
-def test_fifty_first_requests_load_once(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fifty_first_requests_load_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from model import build
 
     loads: list[str] = []

@@ -1,0 +1,157 @@
+"""Compiling beside the engine: adopted when ready, found again, and never needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model import compile as compiling
+from model.build import Room, build
+from model.compile import BackgroundCompiler, buckets, compiler_for, fingerprint
+from model.loader import prepare
+from model.registry import find
+from model.runner import Bucket, Runner
+from model.types import Sampling
+from settings import Settings
+from tests.model.test_local import settings_for
+from tests.model.test_runner import PROMPTS, run, start
+from tests.model.tiny import tiny_checkpoint
+
+ROOM = Room(slots=4, context=512)
+GREEDY = Sampling(temperature=0)
+
+# torch's own, while it compiles or unpickles
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path]:
+    folder = tmp_path_factory.mktemp("compile")
+    settings = settings_for(tiny_checkpoint(folder / "tiny"), folder / "data", quantization="int8", threads=1)
+    return settings, prepare(find(settings), settings)
+
+
+def load(settings: Settings, checkpoint: Path) -> Runner:
+    return build(checkpoint, settings, lambda stage, percent: None, ROOM)
+
+
+def adopt_until(engine: Runner, done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 100
+    while not done():
+        if not engine.adopt(idle=False):
+            assert time.monotonic() < end, "no compiled step arrived"
+            time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough to tell one from another; six take minutes."""
+    monkeypatch.setattr(compiling, "buckets", lambda slots, pages: [Bucket(1, 1), Bucket(slots, pages)])
+
+
+@pytest.fixture
+def inductor_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+
+@pytest.mark.usefixtures("inductor_cache")
+def test_a_child_compiles_and_a_second_start_finds_it_done(prepared: tuple[Settings, Path]) -> None:
+    settings, checkpoint = prepared
+    engine, eager = load(settings, checkpoint), load(settings, checkpoint)
+    engine.compiler = BackgroundCompiler(engine, checkpoint, settings)
+    for slot, prompt in enumerate(PROMPTS):
+        for each in (engine, eager):
+            start(each, slot, prompt, GREEDY)
+    assert run(engine, [0], 3) == run(eager, [0], 3)  # the child has hardly begun: eager answers meanwhile
+    adopt_until(engine, lambda: engine.details()["compiled"] == "2/2")
+    engine.close()
+    for active in ([0], [0, 1, 2, 3], [0], [3]):
+        assert run(engine, active, 4) == run(eager, active, 4)
+
+    again = load(settings, checkpoint)
+    second = again.compiler = BackgroundCompiler(again, checkpoint, settings)
+    assert second._child is None
+    assert again.adopt(idle=False) and again.adopt(idle=False) and not again.adopt(idle=False)
+    start(again, 0, PROMPTS[0], GREEDY)
+    start(eager, 0, PROMPTS[0], GREEDY)
+    assert run(again, [0], 8) == run(eager, [0], 8)
+
+
+def test_when_compiling_fails_eager_serves_and_says_why(
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, checkpoint = prepared
+    settings = settings.model_copy(update={"data_dir": tmp_path})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'cannot compile anything' >&2\nexit 1\n")
+    broken.chmod(0o700)
+    monkeypatch.setenv("CXX", str(broken))
+    engine = load(settings, checkpoint)
+    engine.compiler = compiler_for(engine, checkpoint, settings)
+    adopt_until(engine, lambda: int(engine.details()["compile_failures"]) == 2)
+    start(engine, 0, PROMPTS[0], GREEDY)
+    assert len(run(engine, [0], 4)[0]) == 4
+    assert [record.levelname for record in caplog.records if "serving eagerly" in record.message] == ["WARNING"]
+
+
+def test_without_a_compiler_one_line_names_what_to_install(
+    prepared: tuple[Settings, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, checkpoint = prepared
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    engine = load(settings, checkpoint)
+    assert compiler_for(engine, checkpoint, settings.model_copy(update={"compile": False})) is None and not caplog.text
+    assert compiler_for(engine, checkpoint, settings) is None
+    assert "apt install g++" in caplog.text
+
+
+def test_a_damaged_step_is_thrown_away(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
+    settings, checkpoint = prepared
+    settings = settings.model_copy(update={"data_dir": tmp_path})
+    engine = load(settings, checkpoint)
+    folder = tmp_path / "compiled" / fingerprint(engine, checkpoint, settings)
+    folder.mkdir(parents=True)
+    files = [folder / "1x1.step", folder / "4x2.step"]
+    for file in files:
+        file.write_bytes(b"not a step")
+    engine.compiler = BackgroundCompiler(engine, checkpoint, settings)
+    assert not engine.adopt(idle=False) and not engine.adopt(idle=False)
+    assert engine.details()["compile_failures"] == 2 and not any(file.exists() for file in files)
+    start(engine, 0, PROMPTS[0], GREEDY)
+    assert len(run(engine, [0], 2)[0]) == 2
+
+
+def test_the_child_ends_with_the_service(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    child = compiler._child
+    assert child is not None and child.stdin is not None and child.poll() is None
+    child.stdin.close()  # as the end of this process would
+    assert child.wait(60) != 0
+
+
+def test_a_fingerprint_changes_with_what_a_step_depends_on(prepared: tuple[Settings, Path]) -> None:
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    one = fingerprint(engine, checkpoint, settings)
+    assert one == fingerprint(load(settings, checkpoint), checkpoint, settings)
+    assert one != fingerprint(engine, checkpoint, settings.model_copy(update={"threads": 3}))
+    assert one != fingerprint(engine, Path("another"), settings)
+    engine.context = 256
+    assert one != fingerprint(engine, checkpoint, settings)
+
+
+def test_a_secret_never_reaches_the_child() -> None:
+    assert {"redis_url", "admin_password"} <= compiling._SECRETS <= Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize(("slots", "pages"), [(1, 1), (4, 2), (16, 32), (64, 1)])
+def test_few_buckets_the_single_user_first(slots: int, pages: int) -> None:
+    wanted = buckets(slots, pages)
+    assert len(wanted) <= 6 and wanted[0].rows == 1 and max(bucket.rows for bucket in wanted) == slots
+    assert len(set(wanted)) == len(wanted) and all(bucket.pages <= pages for bucket in wanted)
