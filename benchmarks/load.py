@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 # Topics for prompts of about 30 tokens; a number makes each unlike any before, so that no prefix is reused.
-TOPICS = ("a lighthouse", "two rivers", "a clock", "the first snow", "an old map", "a blue door", "a train", "bees",
-          "a harbour", "a violin", "the desert", "a library", "a storm", "a garden", "the moon", "a bridge")  # fmt: skip
+TOPICS = ("a lighthouse", "two rivers", "a clock", "the first snow", "an old map", "bees", "a violin", "the desert")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 RETRY_LOAD_AFTER = 30.0  # seconds between a failed load and the next try, so that a broken model is no busy loop
 STALLED_AFTER = 60.0  # seconds without a turn of the loop before /readyz says so; a chunk takes one at most
+STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a step, or a load, cannot be cut short
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
 
 
@@ -79,10 +80,12 @@ class Engine:
         """Admit nothing more; running sequences may end within `grace` seconds, then they fail. Returns when done."""
         with self._changed:
             self._stop_at = self._clock() + grace
+            if self._batch is None:
+                self._fail(self._waiting, _stopping())  # nobody waits for a load that serves nobody
             self._changed.notify_all()
             thread = self._thread
         if thread:
-            thread.join(grace + STALLED_AFTER)
+            thread.join(grace + STOP_PATIENCE)
         self._stage = "stopped"
 
     def status(self) -> BackendStatus:

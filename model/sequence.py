@@ -41,7 +41,7 @@ class Sequence:
         self.generated = 0
         self.admitted = self.first = self.latest = now
         self._items: queue.SimpleQueue[Status | int | Finished | ServiceError] = queue.SimpleQueue()
-        self._announced: Status | None = None
+        self._announced: tuple[str, int | None, int | None] | None = None
         self._wake = wake
 
     @property
@@ -55,9 +55,10 @@ class Sequence:
         return len(self.prompt) - self.computed + self.request.max_new_tokens - self.generated
 
     def announce(self, status: Status) -> None:
-        """Tell the reader what it waits for, once for each change."""
-        if status != self._announced:
-            self._announced = status
+        """Tell the reader what it waits for, once for each stage, percent and position: the eta alone is no news."""
+        news = (status.stage, status.percent, status.position)
+        if news != self._announced:
+            self._announced = news
             self._items.put(status)
 
     def emit(self, token: int) -> None:

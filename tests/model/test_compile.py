@@ -23,8 +23,10 @@ from tests.model.tiny import tiny_checkpoint
 ROOM = Room(slots=4, context=512)
 GREEDY = Sampling(temperature=0)
 
-# torch's own, while it compiles or unpickles
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.timeout(400),  # half a minute a bucket, more on a busy machine
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles or unpickles
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def load(settings: Settings, checkpoint: Path) -> Runner:
 
 
 def adopt_until(engine: Runner, done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 100
+    end = time.monotonic() + 300
     while not done():
         if not engine.adopt(idle=False):
             assert time.monotonic() < end, "no compiled step arrived"

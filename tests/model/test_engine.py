@@ -426,3 +426,19 @@ def test_a_prompt_that_cannot_fit_never_takes_a_slot() -> None:
             read(engine.submit(request([1] * 60, count=10)))
         assert refused.value.status == 422 and not runner.steps
         assert read(engine.submit(request([1] * 60, count=4)))[1] is FinishReason.LENGTH
+
+
+def test_stopping_does_not_wait_for_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.engine.STOP_PATIENCE", 0.05)
+    go_on = threading.Event()
+
+    def load(progress: Callable[[str, int], None]) -> ScriptedRunner:
+        assert go_on.wait(WAIT)
+        return ScriptedRunner()
+
+    engine = Engine(load, 64, Metrics())
+    sequence = engine.submit(request([1]))
+    engine.stop(0.05)
+    with pytest.raises(ModelUnavailable, match="stopping"):
+        read(sequence)
+    go_on.set()

@@ -147,14 +147,15 @@ def test_numbers_that_are_not_finite_are_told_and_only_of_their_row() -> None:
     assert run(engine, [1], 4) == [generated("LlamaForCausalLM", PROMPTS[3], 4)]
 
 
+@pytest.mark.timeout(400)  # half a minute a bucket, more on a busy machine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_buckets_answer_like_eager_in_any_order() -> None:
     """Guards are skipped: a bucket that fell into another's graph would show here."""
     engine, eager = runner(), runner()
     compiler = engine.compiler = InPlaceCompiler(engine, mode="default")
-    compiler._left = [Bucket(1, 1), Bucket(4, 1), Bucket(4, 2)]
-    assert [engine.adopt(idle=False), *(engine.adopt(idle=True) for _ in range(4))] == [False, True, True, True, False]
-    assert engine.details()["compiled"] == f"3/{len(buckets(4, 4))}"
+    compiler._left = [Bucket(1, 1), Bucket(4, 2)]
+    assert [engine.adopt(idle=False), *(engine.adopt(idle=True) for _ in range(3))] == [False, True, True, False]
+    assert engine.details()["compiled"] == f"2/{len(buckets(4, 4))}"
     for each in (engine, eager):
         for slot, prompt in enumerate(PROMPTS):
             start(each, slot, prompt, Sampling(temperature=0))

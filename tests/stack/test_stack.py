@@ -48,6 +48,17 @@ def test_a_stream_arrives_token_by_token(door: Door) -> None:
     assert len(words) > 10 and seen[-1][0] == "done"
 
 
+def test_a_stream_says_what_the_whole_answer_says(door: Door) -> None:
+    question = {"prompt": "Écris un poème: 雨 ☔", "max_new_tokens": 48, "temperature": 0, "cache": False}
+    whole = door.ask("POST", "/generate", question).json
+    with door.open("POST", "/stream", question) as response:
+        seen = list(events(response))
+    text = "".join(data["text"] for name, data in seen if name == "message")
+    assert text == whole["response"] != "" and "\ufffd" not in text
+    (done,) = [data for name, data in seen if name == "done"]
+    assert done["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
 def test_the_official_client_streams_through_it(door: Door) -> None:
     trusted = ssl.create_default_context(cafile=door.stack.secrets / "tls.crt")
     url = f"https://localhost:{door.stack.https}/v1"
