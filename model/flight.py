@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from model.types import Chunk, Done, Event, FinishReason, Status, Stream, Usage
 
@@ -66,14 +67,26 @@ class _Flight:
             self._readers += 1
             return _Reader(self)
 
-    def leave(self) -> None:
-        with self.news:
-            self._readers -= 1
-            last = self._readers == 0 and not self._over
-            self._over |= last
-        if last:
-            self._on_end(self)
-            self._source.close()
+    def leave(self) -> bool:
+        """One reader less, while `news` is held. True for the last one, who then has to `abandon`."""
+        self._readers -= 1
+        last = self._readers == 0 and not self._over
+        self._over |= last
+        return last
+
+    def abandon(self) -> None:
+        self._on_end(self)
+        self._source.close()
+
+    def farewell(self) -> Done | None:
+        """What a closed reader hears; None while the source, closed with its last reader, has yet to count its tokens.
+
+        Where others read on, the tokens are theirs.
+        """
+        if self._readers or self.error is not None:
+            return Done(FinishReason.CANCELLED, Usage())
+        last = self.events[-1] if self.events else None
+        return replace(last, finish_reason=FinishReason.CANCELLED) if isinstance(last, Done) else None
 
     def wait(self, seconds: float) -> None:
         """Wait for news, for at most `seconds`; `news` is held before and after, and given up in between."""
@@ -130,13 +143,15 @@ class _Reader:
             if self._closed:
                 return
             self._closed = True
+            last = self._flight.leave()
             self._flight.news.notify_all()
-        self._flight.leave()
+        if last:
+            self._flight.abandon()
 
     def _next(self) -> Event | None:
         flight = self._flight
         if self._closed:
-            return Done(FinishReason.CANCELLED, Usage())
+            return flight.farewell()
         if self._position < len(flight.events):
             self._position += 1
             return flight.events[self._position - 1]

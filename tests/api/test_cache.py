@@ -113,3 +113,26 @@ def test_the_one_who_asked_first_may_leave_without_ending_the_others(admin: Clie
     first.close()
     assert events(second.text)[-1][1]["finish_reason"] == "stop"
     assert len(backend.submitted) == 1
+
+
+def test_a_cancelled_answer_tells_what_it_used_also_where_it_could_have_been_shared(
+    admin: Client, backend: ScriptedBackend
+) -> None:
+    body = {"prompt": "slow " + "word " * 100, "temperature": 0}
+    stream = admin.post("/stream", body, headers={"X-Request-Id": "mine"})
+    text = iter(stream.response)
+    while b'"text": " word"' not in next(text):
+        pass
+    assert admin.ask("DELETE", "/requests/mine").status_code == 204
+    name, done = events(b"".join(text).decode())[-1]
+    assert (name, done["finish_reason"]) == ("done", "cancelled")
+    assert done["usage"]["completion_tokens"] >= 2 and done["usage"]["prompt_tokens"] > 100
+    stream.close()
+
+
+def test_whoever_leaves_others_to_read_on_is_told_of_no_tokens(admin: Client) -> None:
+    body = {"prompt": "slow one two three", "temperature": 0}
+    leaves, stays = (admin.post("/stream", body, headers={"X-Request-Id": id}) for id in ("leaves", "stays"))
+    admin.ask("DELETE", "/requests/leaves")
+    assert events(leaves.text)[-1][1]["usage"]["completion_tokens"] == 0
+    assert events(stays.text)[-1][1]["usage"]["completion_tokens"] == 4
