@@ -20,6 +20,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from api import auth, bearer, errors, generate, guards, health, openai, trace
 from api.answers import Answers
+from api.places import LOGINS, Places
 from api.running import Running
 from api.services import NAME, Services
 from model.flight import Flights
@@ -32,7 +33,7 @@ from security.passwords import generate as random_password
 from security.roles import Role
 from security.sanitise import sanitise
 from security.tokens import TokenPolicy
-from settings import Settings, SettingsError
+from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST, Settings, SettingsError
 from store.breaker import Breaker
 from store.cache import Cache, RedisCache, SqliteCache
 from store.database import Database, StoreUnavailable
@@ -46,15 +47,16 @@ _APP_LOAD_ERROR = 4  # gunicorn's word for "do not try again"
 
 
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
-    """The app, ready to serve. Exits with one line on stderr when a setting or the data folder is no good."""
+    """The app, ready to serve. Exits with one line on stderr when a setting or the data folder is no good.
+
+    Loads no model: the first request does, or PRELOAD, which gunicorn.conf.py sees to.
+    """
     with _refusals():
         settings = settings or Settings.from_environment()
         _log_to(settings)
         metrics = Metrics()
         rooms = _services(settings, metrics, backend or _local(settings, metrics))
         _first_user(settings, rooms)
-    if settings.preload:
-        rooms.backend.preload()
     return _flask(settings, rooms, metrics)
 
 
@@ -72,7 +74,7 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     )
     app.extensions[NAME] = rooms
     trace.register(app)
-    PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.nearby)
+    PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
     guards.register(app)
     errors.register(app)
     bearer.register(app, rooms)
@@ -109,6 +111,8 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         rate=RequestRate(settings.user_rpm),
         streams=StreamLimit(settings.user_streams),
         logins=LoginGuard(),
+        calls=Places(settings.slots + settings.max_queue, retry_after=5),
+        guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
     )
 
@@ -129,7 +133,7 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
 def _cache(settings: Settings, metrics: Metrics) -> Cache:
     url = settings.redis_url
     if settings.redis_url_file is not None:
-        url = _read("REDIS_URL_FILE", settings.redis_url_file).decode()
+        url = _read_text("REDIS_URL_FILE", settings.redis_url_file)
     if not url:
         return SqliteCache(settings.data_dir / "cache.sqlite3")
     try:
@@ -151,9 +155,7 @@ def _secret(settings: Settings) -> bytes:
 def _first_user(settings: Settings, rooms: Services) -> None:
     if rooms.users.count():
         return
-    password = settings.admin_password
-    if settings.admin_password_file is not None:
-        password = _read("ADMIN_PASSWORD_FILE", settings.admin_password_file).decode()
+    password = _admin_password(settings)
     made = password or random_password()
     try:
         rooms.users.add("admin", Role.ADMIN, rooms.passwords.hash(made))
@@ -161,6 +163,23 @@ def _first_user(settings: Settings, rooms: Services) -> None:
         return  # another process was first
     if not password:
         print(f"First start: sign in as admin with the password {made} (it is not shown again)", file=sys.stderr)
+
+
+def _admin_password(settings: Settings) -> str | None:
+    if settings.admin_password_file is None:
+        return settings.admin_password
+    password = _read_text("ADMIN_PASSWORD_FILE", settings.admin_password_file)
+    if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
+        bounds = f"{PASSWORD_SHORTEST} to {PASSWORD_LONGEST}"
+        raise SettingsError(f"ADMIN_PASSWORD_FILE: needs {bounds} characters (for example from: openssl rand -hex 12)")
+    return password
+
+
+def _read_text(setting: str, file: Path) -> str:
+    try:
+        return _read(setting, file).decode()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{setting}: {file} is not text in UTF-8") from None
 
 
 def _read(setting: str, file: Path) -> bytes:

@@ -12,9 +12,11 @@ import sys
 import threading
 from typing import Any
 
+from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
+from api.places import LOGINS
 from api.services import NAME, Services
 from settings import Settings, SettingsError
 from telemetry import configure_logging
@@ -28,9 +30,10 @@ except SettingsError as error:
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 worker_class = "gthread"
 workers = 1
-# Every request that runs or waits in the queue holds a thread, and health must find one free too.
-threads = settings.slots + settings.max_queue + 16
-worker_connections = 1000
+# Generations and logins hold a thread while they run or wait, and api/places.py bounds both; everything else is short,
+# and among the threads left over health finds one free.
+threads = settings.slots + settings.max_queue + LOGINS + 16
+worker_connections = threads + 1000
 preload_app = False  # never fork after torch's threads have started
 control_socket_disable = True
 timeout = 120  # the main loop only accepts; importing and loading may hold it up
@@ -59,25 +62,48 @@ def on_starting(server: Any) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
-        except OSError as error:
-            busy = "is in use: stop what listens there, or choose another (for example PORT=5001)"
-            reason = busy if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            print(f"PORT: {settings.host}:{settings.port} {reason}", file=sys.stderr)
+        except (OSError, UnicodeError) as error:
+            print(_unusable(error), file=sys.stderr)
             sys.exit(1)
 
 
+def _unusable(error: OSError | UnicodeError) -> str:
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", "not a name")
+    if number == errno.EADDRINUSE:
+        reason = "is in use: stop what listens there, or choose another"
+    elif number != errno.EACCES:
+        return f"HOST: {settings.host} is no address of this machine: {reason} (for example HOST=127.0.0.1)"
+    return f"PORT: {settings.host}:{settings.port} {reason} (for example PORT=5001)"
+
+
 def post_worker_init(worker: Any) -> None:
-    """On SIGTERM the service drains while it still accepts, so that newcomers hear 503 instead of nothing."""
+    """On SIGTERM the service drains while it still accepts, so that newcomers hear 503 instead of nothing.
+
+    With PRELOAD it loads now; a model that cannot be loaded ends the service the same way.
+    """
     backend = _services(worker).backend
 
     def drain() -> None:
         backend.close(settings.grace_period)
         worker.handle_exit(signal.SIGTERM, None)
 
-    def stop(signum: int, frame: object) -> None:
+    def stop(*_: object) -> None:
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
+    def give_up(line: str) -> None:
+        print(line, file=sys.stderr)
+        worker.gave_up = True
+        stop()
+
     signal.signal(signal.SIGTERM, stop)
+    if settings.preload:
+        backend.preload(give_up)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """A restart would meet the same model: this status ends the master too, with the same one."""
+    if getattr(worker, "gave_up", False):
+        sys.exit(Arbiter.APP_LOAD_ERROR)
 
 
 def worker_int(worker: Any) -> None:

@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, IPvAnyNetwork, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Names = Annotated[tuple[str, ...], NoDecode]
+Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode]
+PASSWORD_SHORTEST, PASSWORD_LONGEST = 8, 1024  # characters
 
 
 class SettingsError(Exception):
@@ -30,8 +32,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", examples=["info"])
     log_file: Path | None = Field(None, examples=["/var/log/flask-llm.log"])
 
-    model: str = Field("smollm2-135m-instruct", min_length=1)
-    models_allowed: Names = Field((), examples=["/models/my-model,org/name"])
+    model: str = Field("smollm2-135m-instruct", min_length=1, examples=["smollm2-135m-instruct"])
+    models_allowed: Names = Field((), examples=["/models/my-model,org/name@<40-digit commit>"])
     quantization: Literal["nf4", "int8", "none"] = Field("nf4", examples=["nf4"])
     device: Literal["auto", "cpu", "cuda"] = Field("auto", examples=["auto"])
     threads: int = Field(0, ge=0, le=1024, examples=["4"])
@@ -48,6 +50,7 @@ class Settings(BaseSettings):
     max_body: int = Field(1 << 20, ge=1024, le=1 << 30, examples=["1048576"])
     allowed_hosts: Names = Field((), examples=["llm.example.org,localhost"])
     trusted_proxies: int = Field(0, ge=0, le=8, examples=["1"])
+    metrics_networks: Networks = Field((), examples=["10.1.0.0/16"])
     sanitise: Literal["strip", "off"] = Field("strip", examples=["strip"])
 
     redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6379/0"])
@@ -56,12 +59,14 @@ class Settings(BaseSettings):
     cache_shared: bool = Field(False, examples=["false"])
 
     jwt_secret_file: Path | None = Field(None, examples=["/run/secrets/jwt_secret"])
-    admin_password: str | None = Field(None, min_length=8, max_length=1024, repr=False, examples=["a long passphrase"])
+    admin_password: str | None = Field(
+        None, min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST, repr=False, examples=["a long passphrase"]
+    )
     admin_password_file: Path | None = Field(None, examples=["/run/secrets/admin_password"])
     access_ttl: int = Field(900, ge=30, le=86_400, examples=["900"])
     refresh_ttl: int = Field(604_800, ge=60, le=31_536_000, examples=["604800"])
 
-    @field_validator("models_allowed", "allowed_hosts", mode="before")
+    @field_validator("models_allowed", "allowed_hosts", "metrics_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value

@@ -39,9 +39,10 @@ blueprint = APIBlueprint(
 def login(body: LoginBody) -> Reply:
     """Tokens for a name and a password. Wrong name and wrong password are answered alike."""
     rooms, address = services(), request.remote_addr or ""
-    rooms.logins.attempt(address, body.username)
-    user = rooms.users.get(body.username)
-    right = rooms.passwords.verify(user.password_hash if user else None, body.password)
+    with rooms.guesses.take():
+        rooms.logins.attempt(address, body.username)
+        user = rooms.users.get(body.username)
+        right = rooms.passwords.verify(user.password_hash if user else None, body.password)
     if user is None or not right or user.disabled:
         raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
     rooms.logins.succeeded(address, body.username)

@@ -45,6 +45,7 @@ def open_call(body: GenerateBody) -> Call:
     """Start what `body` asks for in the name of the caller. Raises ServiceError and LimitExceeded."""
     rooms, caller, trace = services(), principal(), current()
     with ExitStack() as held:
+        held.enter_context(rooms.calls.take())
         held.callback(rooms.streams.take(caller.owner))
         wanted = _request(body, caller, trace.id)
         answer = rooms.answers.open(wanted, body.cache and not request.cache_control.no_store)

@@ -92,9 +92,10 @@ class ErrorBody(BaseModel):
 
 
 def register(app: Flask) -> None:
-    """Answer every exception of `app` in the contract's shape."""
+    """Answer every exception of `app` in the contract's shape, and every refusal for now with Retry-After."""
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, lambda error: respond(translate(error)))
+    app.after_request(_say_when)
 
 
 def respond(error: ServiceError) -> Response:
@@ -147,6 +148,13 @@ def _bug(error: Exception) -> ServiceError:
     plain = ServiceError("Something went wrong here; the request id finds it in the log.", code="internal_error")
     plain.status = 500
     return plain
+
+
+def _say_when(response: Response) -> Response:
+    """Whoever is turned away for now hears when to come back, also where nobody below could tell."""
+    if response.status_code in (429, 503):
+        response.headers.setdefault("Retry-After", "1")
+    return response
 
 
 def _http(error: HTTPException) -> ResponseReturnValue:

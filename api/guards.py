@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, current_app, g, request
+from flask.json.provider import DefaultJSONProvider
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from api import bearer
@@ -44,6 +45,13 @@ class Principal:
     family: str | None
     expires: float
     scopes: tuple[str, ...] | None = None
+
+
+class StrictJSON(DefaultJSONProvider):
+    """NaN is not JSON: an answer that holds one is a bug, and ends as a 500 instead of confusing its reader."""
+
+    def dumps(self, obj: Any, **options: Any) -> str:
+        return super().dumps(obj, allow_nan=False, **options)
 
 
 class StrictRequest(Request):
@@ -78,6 +86,7 @@ def public(view: View) -> View:
 def register(app: Flask) -> None:
     """Put the guards before every view of `app`, and the safe headers on every answer."""
     app.request_class = StrictRequest
+    app.json = StrictJSON(app)
     app.before_request(_check_host)
     app.before_request(_check_size)
     app.before_request(_check_caller)
@@ -120,10 +129,9 @@ def _check_host() -> None:
     An address or localhost cannot be rebound, and behind a proxy the names are the proxy's to know.
     """
     settings = services().settings
-    loopback = _is_address(settings.host) and ipaddress.ip_address(settings.host).is_loopback
-    if not settings.allowed_hosts and (settings.trusted_proxies or not loopback):
+    if not settings.allowed_hosts and (settings.trusted_proxies or not _is_loopback(settings.host)):
         return
-    name = urlsplit(f"//{request.host}").hostname or ""
+    name = _host_name()
     if name not in {"localhost", settings.host, *settings.allowed_hosts} and not _is_address(name):
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
@@ -159,6 +167,17 @@ def _principal() -> Principal:
     if key is None or key.owner != name:
         raise Unauthorized("The token is no longer valid.", code="invalid_token")
     return Principal(name, key.role, jti, None, expires, key.scopes)
+
+
+def _host_name() -> str:
+    try:
+        return urlsplit(f"//{request.host}").hostname or ""
+    except ValueError:  # brackets around what is no address
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _is_address(name: str) -> bool:

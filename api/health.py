@@ -78,14 +78,23 @@ def _page(name: str) -> Response:
     return Response((_STATIC / name).read_bytes(), mimetype=_PAGES[name])
 
 
-def nearby(view: Callable[[], Reply]) -> Callable[[], Reply]:
-    """Serve `view` to this machine and its private network only; nginx refuses it to everybody."""
+def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
+    """Serve `view` to this machine and METRICS_NETWORKS only; nginx refuses it to everybody."""
 
     @public
     @wraps(view)
     def guarded() -> Reply:
-        if not ipaddress.ip_address(request.remote_addr or "0.0.0.0").is_private:
-            raise Forbidden("Metrics are for this machine and its private network.")
+        if not _may_scrape(request.remote_addr or ""):
+            raise Forbidden("Metrics are for this machine; METRICS_NETWORKS adds others.")
         return view()
 
     return guarded
+
+
+def _may_scrape(address: str) -> bool:
+    try:
+        given = ipaddress.ip_address(address)
+    except ValueError:  # none, or what a client wrote into X-Forwarded-For
+        return False
+    ip = getattr(given, "ipv4_mapped", None) or given
+    return ip.is_loopback or any(ip in network for network in services().settings.metrics_networks)

@@ -8,18 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from api import sse
 from api.calls import Call, Whole, open_call, read_all, stream
-from api.chat_schemas import IGNORED, ChatBody, ModelOut, ModelsOut
+from api.chat_answers import ChatOut, ChatUsageOut, ChoiceOut, MessageOut, ModelOut, ModelsOut
+from api.chat_schemas import IGNORED, ChatBody
 from api.errors import ErrorBody, payload
 from api.guards import SECURED, Reply, needs
+from api.schemas import ModelPath
 from api.services import services
-from model.types import Chunk, Done, Event, ServiceError, Usage
+from model.types import Chunk, Done, Event, ServiceError, UnknownModel
 from security.roles import Permission
 
 blueprint = APIBlueprint(
@@ -34,7 +36,7 @@ blueprint = APIBlueprint(
 @blueprint.post(
     "/v1/chat/completions",
     description="Taken and ignored: " + ", ".join(sorted(IGNORED)) + ". What else is unknown is refused by name.",
-    responses={200: sse.DOCUMENTED},
+    responses={200: ChatOut},
 )
 @needs(Permission.GENERATE)
 def chat(body: ChatBody) -> Reply:
@@ -42,21 +44,31 @@ def chat(body: ChatBody) -> Reply:
     call = open_call(body.generate())
     if body.stream:
         return stream(call, ChatFrames(call.id, call.model, body.include_usage))
-    return _completion(call, read_all(call)), 200, {"X-Cache": call.cache}
+    return _completion(call, read_all(call)).model_dump(), 200, {"X-Cache": call.cache}
 
 
 @blueprint.get("/v1/models", responses={200: ModelsOut})
-@needs(Permission.GENERATE)
+@needs(Permission.READ_MODELS)
 def models() -> Reply:
     """The model that is served."""
     return ModelsOut(data=[ModelOut(id=services().model)]).model_dump()
 
 
-def _completion(call: Call, whole: Whole) -> dict[str, Any]:
-    message = {"role": "assistant", "content": whole.text, "refusal": None, **_reasoning(whole.reasoning)}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(whole.done)}
-    head = {"id": _chat_id(call.id), "object": "chat.completion", "created": int(time.time()), "model": call.model}
-    return {**head, "choices": [choice], "usage": _usage(whole.done.usage)}
+@blueprint.get("/v1/models/<path:id>", responses={200: ModelOut})
+@needs(Permission.READ_MODELS)
+def model(path: ModelPath) -> Reply:
+    """One model; a name of the hub has a slash in it."""
+    if path.id != services().model:
+        raise UnknownModel("This model is not served here.", param="model")
+    return ModelOut(id=path.id).model_dump()
+
+
+def _completion(call: Call, whole: Whole) -> ChatOut:
+    reasoning = whole.reasoning or None
+    message = MessageOut(content=whole.text, reasoning_content=reasoning, reasoning=reasoning)
+    choice = ChoiceOut(message=message, finish_reason=_reason(whole.done))
+    usage = ChatUsageOut.of(whole.done.usage)
+    return ChatOut(id=_chat_id(call.id), model=call.model, choices=[choice], usage=usage)
 
 
 @dataclass(slots=True)
@@ -71,14 +83,14 @@ class ChatFrames:
 
     def event(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Chunk):
-            text = {"content": event.text} if event.channel == "answer" else _reasoning(event.text)
+            names = ("content",) if event.channel == "answer" else ("reasoning_content", "reasoning")
             yield from self._role()
-            yield self._chunk(text)
+            yield self._chunk(dict.fromkeys(names, event.text))
         elif isinstance(event, Done):
             yield from self._role()
             yield self._chunk({}, _reason(event))
             if self.include_usage:
-                yield self._frame(choices=[], usage=_usage(event.usage))
+                yield self._frame(choices=[], usage=ChatUsageOut.of(event.usage).model_dump())
             yield sse.frame("[DONE]")
         else:
             yield sse.PING
@@ -104,21 +116,6 @@ def _chat_id(id: str) -> str:
     return f"chatcmpl-{id}"
 
 
-def _reasoning(text: str) -> dict[str, str]:
-    """Under both names that clients look for."""
-    return {"reasoning_content": text, "reasoning": text} if text else {}
-
-
-def _reason(done: Done) -> str:
+def _reason(done: Done) -> Literal["stop", "length"]:
     """OpenAI knows no `cancelled`: to its clients a stopped answer is one that stopped."""
     return "length" if done.finish_reason == "length" else "stop"
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }

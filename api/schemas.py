@@ -24,8 +24,15 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1), WHOLE]
 MaxTokens = Annotated[int, Field(ge=1, le=1 << 20), WHOLE]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=0, le=1 << 20, description="0 switches the filter off."), WHOLE]
+TopP = Annotated[
+    float,
+    Field(gt=0, le=1, allow_inf_nan=False, description="Acts among the 256 most likely tokens; 1 switches it off."),
+]
+TopK = Annotated[
+    int,
+    Field(ge=0, le=1 << 20, description="0 switches the filter off; more than 256 acts as 256."),
+    WHOLE,
+]
 Penalty = Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)]
 
 
@@ -83,6 +90,10 @@ class KeyBody(Strict):
 
 class IdPath(BaseModel):
     id: str = Field(min_length=1, max_length=128)
+
+
+class ModelPath(BaseModel):
+    id: str = Field(min_length=1, max_length=256)
 
 
 class FilePath(BaseModel):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flask import current_app
 
 from api.answers import Answers
+from api.places import Places
 from api.running import Running
 from model.types import Backend
 from security.crypto import Box
@@ -26,7 +27,10 @@ NAME = "flask-llm"
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold."""
+    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold.
+
+    `calls` and `guesses` are the places for generations, running or waiting, and for passwords being checked.
+    """
 
     settings: Settings
     model: str
@@ -42,6 +46,8 @@ class Services:
     rate: RequestRate
     streams: StreamLimit
     logins: LoginGuard
+    calls: Places
+    guesses: Places
     sanitise: Callable[[str], str]
 
 

@@ -51,6 +51,14 @@ class Client:
         return Client(self.app, answer.json["access_token"])
 
 
+def assert_refused(answer: TestResponse, status: int) -> None:
+    """The answer is this error, in the contract's shape, and says nothing about the inside."""
+    assert answer.status_code == status, answer.text
+    error = answer.json["error"]
+    assert {"message", "type", "code", "param"} <= set(error)
+    assert "Traceback" not in answer.text and ".py" not in answer.text
+
+
 @pytest.fixture
 def backend() -> ScriptedBackend:
     return ScriptedBackend()

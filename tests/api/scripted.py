@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from model.types import (
@@ -139,10 +140,10 @@ class ScriptedBackend:
         return "scripted-1"
 
     def status(self) -> BackendStatus:
-        details = {"open": len(self._open), "submitted": len(self.submitted)}
+        details = {"open": len(self._open), "submitted": len(self.submitted), "preloaded": self.preloaded}
         return BackendStatus(not self._stopping, "stopping" if self._stopping else "ready", 100, None, details)
 
-    def preload(self) -> None:
+    def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
         self.preloaded = True
 
     def close(self, grace: float) -> None:

@@ -39,7 +39,7 @@ def test_exactly_the_listed_routes_are_public_and_every_other_names_its_permissi
 
 
 def path_of(rule: str) -> str:
-    return rule.replace("<id>", "x").replace("<name>", "docs.js")
+    return rule.replace("<path:id>", "x").replace("<id>", "x").replace("<name>", "docs.js")
 
 
 @pytest.mark.parametrize("role", [None, *Role])
@@ -72,6 +72,32 @@ def test_options_and_head_need_a_token_too(nobody: Client) -> None:
     assert nobody.ask("HEAD", "/keys").status_code == 401
 
 
-@pytest.mark.parametrize(("address", "status"), [("127.0.0.1", 200), ("172.18.0.4", 200), ("8.8.8.8", 403)])
-def test_metrics_are_for_this_machine_and_its_private_network(nobody: Client, address: str, status: int) -> None:
+def test_an_auditor_sees_which_model_is_served_and_generates_nothing(add_user: Callable[..., Client]) -> None:
+    auditor = add_user("ann", Role.AUDITOR)
+    assert auditor.get("/v1/models").status_code == 200
+    assert auditor.post("/generate", {"prompt": "hi"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("127.0.0.9", 200),
+        ("::1", 200),
+        ("::ffff:127.0.0.1", 200),
+        ("10.1.2.3", 200),
+        ("::ffff:10.1.2.3", 200),
+        ("10.2.0.1", 403),
+        ("172.18.0.4", 403),
+        ("8.8.8.8", 403),
+        ("", 403),
+    ],
+)
+def test_metrics_are_for_this_machine_and_the_networks_listed(
+    make_app: Callable[..., Flask], address: str, status: int
+) -> None:
+    nobody = Client(make_app(metrics_networks="10.1.0.0/16"))
     assert nobody.get("/metrics", environ_base={"REMOTE_ADDR": address}).status_code == status
+
+
+def test_metrics_are_for_no_network_by_default(nobody: Client) -> None:
+    assert nobody.get("/metrics", environ_base={"REMOTE_ADDR": "10.1.2.3"}).status_code == 403

@@ -99,14 +99,14 @@ def test_a_prompt_of_nothing_but_html_is_refused(admin: Client, backend: Scripte
 @pytest.mark.parametrize("path", ["/generate", "/stream"])
 @pytest.mark.parametrize(
     ("prompt", "status", "code", "retry"),
-    [("refuse me", 503, "overloaded", "3"), ("fail now", 503, "generation_failed", None)],
+    [("refuse me", 503, "overloaded", "3"), ("fail now", 503, "generation_failed", "1")],
 )
 def test_an_early_failure_keeps_its_status(
-    admin: Client, path: str, prompt: str, status: int, code: str, retry: str | None
+    admin: Client, path: str, prompt: str, status: int, code: str, retry: str
 ) -> None:
     answer = admin.post(path, {"prompt": prompt})
     assert (answer.status_code, answer.json["error"]["code"]) == (status, code)
-    assert answer.headers.get("Retry-After") == retry
+    assert answer.headers["Retry-After"] == retry
     assert answer.json["error"]["request_id"] == answer.headers["X-Request-Id"]
 
 
@@ -135,8 +135,8 @@ def test_what_the_model_says_cannot_end_or_forge_an_event(admin: Client) -> None
 
 def test_an_unknown_model_is_404(admin: Client) -> None:
     answer = admin.post("/generate", {"prompt": "hi", "model": "../../etc/passwd"})
-    assert (answer.status_code, answer.json["error"]["code"]) == (404, "model_not_found")
-    assert "etc" not in answer.text
+    assert answer.status_code == 404
+    assert (answer.json["error"]["code"], answer.json["error"]["param"]) == ("model_not_found", "model")
 
 
 def test_one_stream_too_many_is_429_and_a_closed_one_makes_room(make_app: Callable[..., Any]) -> None:

@@ -73,6 +73,7 @@ HTTP: dict[str, tuple[set[int], bytes]] = {
     ),
     "TRACE": ({405}, b"TRACE /generate HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     "wrong host": ({400}, b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"),
+    "brackets around no address": ({400}, b"GET /healthz HTTP/1.1\r\nHost: [:::]\r\n\r\n"),
     "climbing": ({404}, b"GET /docs/../../settings.py HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     "climbing in disguise": ({404}, b"GET /%2e%2e/settings.py HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     "garbage": ({400}, b"\x00\x01\x02\r\n\r\n"),
@@ -142,6 +143,20 @@ def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
     assert plain_lines(done.stderr) == [
         f"PORT: 127.0.0.1:{port} is in use: stop what listens there, or choose another (for example PORT=5001)"
     ]
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "127.0.0..1", "2001:db8::1"])
+def test_a_host_that_is_not_ours_is_one_line_that_names_it(tmp_path: Path, host: str) -> None:
+    done = start(tmp_path, HOST=host)
+    assert done.returncode != 0
+    (line,) = plain_lines(done.stderr)
+    assert line.startswith(f"HOST: {host} is no address of this machine: ") and "HOST=127.0.0.1" in line
+
+
+def test_a_model_loads_at_the_start_only_with_preload(server: Server, tmp_path: Path) -> None:
+    assert not server.ask("GET", "/readyz")["details"]["preloaded"]
+    with Server(tmp_path, PASSWORD, PRELOAD="true") as eager:
+        assert eager.ask("GET", "/readyz")["details"]["preloaded"]
 
 
 def test_a_wrong_setting_is_one_line_that_names_it_and_not_its_value(tmp_path: Path) -> None:

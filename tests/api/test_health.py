@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 import pytest
+from flask import Flask
 
+from api.guards import public
 from api.services import Services
 from tests.api.conftest import Client
 from tests.api.scripted import ScriptedBackend
@@ -19,7 +21,7 @@ def test_alive_and_ready(nobody: Client, backend: ScriptedBackend) -> None:
     assert set(ready.json) == {"ready", "stage", "percent", "reason", "details"}
     backend.close(0)
     stopping = nobody.get("/readyz")
-    assert (stopping.status_code, stopping.json["stage"]) == (503, "stopping")
+    assert (stopping.status_code, stopping.json["stage"], stopping.headers["Retry-After"]) == (503, "stopping", "1")
     assert nobody.get("/healthz").status_code == 200
 
 
@@ -75,8 +77,8 @@ def document(nobody: Client) -> dict[str, Any]:
 def test_the_document_lists_every_route_with_its_token(nobody: Client, rooms: Services) -> None:
     found = document(nobody)
     assert found["openapi"].startswith("3.1")
-    rules = {rule.rule.replace("<id>", "{id}") for rule in nobody.app.url_map.iter_rules()}
-    undocumented = {"/", "/docs", "/docs/<name>", "/openapi.json", "/metrics"}
+    rules = {re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule) for rule in nobody.app.url_map.iter_rules()}
+    undocumented = {"/", "/docs", "/docs/{name}", "/openapi.json", "/metrics"}
     assert set(found["paths"]) == rules - undocumented
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
@@ -93,4 +95,11 @@ def test_every_reference_of_the_document_leads_somewhere(nobody: Client) -> None
 def test_the_document_states_the_bounds(nobody: Client) -> None:
     fields = document(nobody)["components"]["schemas"]["GenerateBody"]["properties"]
     assert (fields["max_new_tokens"]["minimum"], fields["max_new_tokens"]["default"]) == (1, 256)
-    assert fields["top_k"]["maximum"] == 1 << 20
+    assert fields["top_k"]["maximum"] == 1 << 20 and "256" in fields["top_k"]["description"]
+
+
+def test_an_answer_with_a_number_that_is_none_is_a_500_and_never_sent(app: Flask, nobody: Client) -> None:
+    app.view_functions["nan"] = public(lambda: {"value": float("nan")})
+    app.url_map.add(app.url_rule_class("/nan", endpoint="nan"))
+    answer = nobody.get("/nan")
+    assert (answer.status_code, answer.json["error"]["type"]) == (500, "server_error")

@@ -97,6 +97,11 @@ def test_our_own_sampling_fields_come_through_extra_body(client: openai.OpenAI) 
 
 def test_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    for unknown in ("gpt-4", "org/name", "../healthz"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.models.retrieve(unknown)
+        assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
 
 
 def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI, server: Server) -> None:

@@ -95,11 +95,25 @@ def test_a_short_secret_is_refused(make_app: MakeApp, tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err.startswith("JWT_SECRET_FILE: ")
 
 
-def test_preload_starts_loading_and_its_absence_does_not(make_app: MakeApp, backend: ScriptedBackend) -> None:
-    make_app()
-    assert not backend.preloaded
-    make_app(preload=True)
-    assert backend.preloaded
+@pytest.mark.parametrize(
+    ("setting", "content"),
+    [
+        ("admin_password_file", b"hunter2\n"),
+        ("admin_password_file", b""),
+        ("admin_password_file", b"hunter2" * 1000),
+        ("admin_password_file", b"hunter2 hunter2 \xff"),
+        ("redis_url_file", b"redis://:hunter2\xff@127.0.0.1"),
+    ],
+    ids=repr,
+)
+def test_a_file_that_holds_no_such_thing_is_one_line_that_does_not_tell_it(
+    make_app: MakeApp, tmp_path: Path, capfd: pytest.CaptureFixture[str], setting: str, content: bytes
+) -> None:
+    (tmp_path / "given").write_bytes(content)
+    with pytest.raises(SystemExit):
+        make_app(admin_password=None, **{setting: tmp_path / "given"})
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{setting.upper()}: ") and "hunter2" not in line
 
 
 def test_two_apps_in_one_process_do_not_share_anything(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""However many wait for a model or a password, a thread is left for everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from threading import Event
+
+import pytest
+from flask import Flask
+
+from api.places import LOGINS, Places
+from model.types import Overloaded
+from tests.api.conftest import PASSWORD, Client
+from tests.api.scripted import ScriptedBackend
+from tests.api.server import Server, eventually
+
+TWIN = {"prompt": "silent", "temperature": 0}  # twins share one generation: neither a slot nor the queue counts them
+
+
+def test_a_place_is_free_again_whatever_happened_on_it() -> None:
+    places = Places(1, retry_after=3)
+    with pytest.raises(KeyError), places.take():
+        raise KeyError
+    with places.take(), pytest.raises(Overloaded) as refused, places.take():
+        pass
+    assert refused.value.retry_after == 3
+
+
+def test_more_than_slots_and_queue_hold_are_503_and_a_closed_one_makes_room(
+    make_app: Callable[..., Flask], backend: ScriptedBackend
+) -> None:
+    admin = Client(make_app(slots=1, max_queue=2)).login()
+    running = [admin.post("/stream", TWIN) for _ in range(3)]
+    refused = admin.post("/stream", TWIN)
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "overloaded")
+    assert (refused.headers["Retry-After"], len(backend.submitted)) == ("5", 1)
+    running.pop().close()
+    assert admin.post("/generate", {"prompt": "hi"}).status_code == 200
+    for stream in running:
+        stream.close()
+
+
+def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
+    nobody: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, go = [], Event()
+
+    def slow(*_: object) -> bool:
+        waiting.append(1)
+        return go.wait(10)
+
+    monkeypatch.setattr("security.passwords.Passwords.verify", slow)
+
+    def login(number: int) -> int:
+        address = {"REMOTE_ADDR": f"192.0.2.{number}"}
+        return nobody.post("/login", {"username": "admin", "password": PASSWORD}, environ_base=address).status_code
+
+    with ThreadPoolExecutor(LOGINS) as pool:
+        first = pool.map(login, range(LOGINS))
+        eventually(lambda: len(waiting) == LOGINS)
+        assert [login(99) for _ in range(9)] == [503] * 9
+        go.set()
+        assert set(first) == {200}
+    assert login(99) == 200
+
+
+def test_health_answers_while_everybody_else_waits(tmp_path: Path) -> None:
+    few = {"SLOTS": "1", "MAX_QUEUE": "1", "USER_STREAMS": "1000"}
+    with Server(tmp_path, PASSWORD, **few) as server, ExitStack() as waiting:
+        for _ in range(60):
+            waiting.enter_context(closing(server.connect("POST", "/generate", TWIN)))
+        assert server.ask("GET", "/healthz") == {"status": "ok"}
+        assert server.open_streams() == 1
