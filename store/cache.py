@@ -36,11 +36,12 @@ class Cache(Protocol):
 class RedisCache:
     """A Redis at `url`, left alone by the breaker while it is down. Raises ValueError for a malformed URL.
 
-    `timeout` (seconds) bounds connecting and each reply. A lost connection is tried once more, since Redis may just
-    have been restarted; a timeout is not, or a request would wait twice.
+    `timeout` (seconds) bounds connecting and each reply. A request asks twice, to look up and to keep, and may wait a
+    quarter of a second in all. A lost connection is tried once more, since Redis may just have been restarted; a
+    timeout is not.
     """
 
-    def __init__(self, url: str, breaker: Breaker | None = None, timeout: float = 0.2) -> None:
+    def __init__(self, url: str, breaker: Breaker | None = None, timeout: float = 0.1) -> None:
         self._breaker = breaker or Breaker()
         self._redis = redis.Redis.from_url(
             url,

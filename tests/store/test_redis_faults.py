@@ -14,7 +14,7 @@ from store.breaker import Breaker
 from store.cache import RedisCache
 from tests.faults import FaultProxy, Mode
 
-UNTIL_OPEN, AFTER = 0.25, 0.005  # seconds a request may take longer
+UNTIL_OPEN, AFTER = 0.25, 0.005  # seconds a request, which looks up and then keeps, may take longer
 SLACK = 0.1  # for a machine that is busy with other things
 
 
@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def breaker(clock: Clock) -> Breaker:
-    return Breaker(faults=3, clock=clock)
+    return Breaker(faults=6, clock=clock)
 
 
 @pytest.fixture
@@ -51,26 +51,24 @@ def cache(proxy: FaultProxy, breaker: Breaker) -> Iterator[RedisCache]:
     cache.close()
 
 
-def cost(cache: RedisCache, put: bool = False) -> float:
+def cost(cache: RedisCache) -> float:
+    """Seconds that the cache takes from one request."""
     started = time.perf_counter()
-    if put:
-        cache.put("k", b"other", 60)
-    else:
-        assert cache.get("k") is None
+    assert cache.get("k") is None
+    cache.put("k", b"other", 60)
     return time.perf_counter() - started
 
 
-@pytest.mark.parametrize("put", [False, True], ids=["get", "put"])
 @pytest.mark.parametrize("mode", ["refuse", "black hole", "slow", "garbage"])
 def test_a_fault_is_a_short_miss_and_then_a_free_one(
-    cache: RedisCache, proxy: FaultProxy, breaker: Breaker, clock: Clock, mode: Mode, put: bool
+    cache: RedisCache, proxy: FaultProxy, breaker: Breaker, clock: Clock, mode: Mode
 ) -> None:
     proxy.mode = mode
-    costs = [cost(cache, put) for _ in range(3)]
-    assert proxy.injected >= 3 and breaker.opened, "the fault was not injected"
+    costs = [cost(cache) for _ in range(3)]
+    assert proxy.injected >= 6 and breaker.opened, "the fault was not injected"
     assert median(costs) < UNTIL_OPEN and max(costs) < UNTIL_OPEN + SLACK
     injected = proxy.injected
-    free = [cost(cache, put) for _ in range(50)]
+    free = [cost(cache) for _ in range(50)]
     assert median(free) < AFTER and max(free) < AFTER + SLACK
     assert proxy.injected == injected, "an open breaker still asked"
 
