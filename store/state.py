@@ -77,11 +77,6 @@ class State:
             _add_refresh(connection, new_jti, row["family"], row["owner"], expires)
             return str(row["family"])
 
-    def family_of(self, jti: str) -> str | None:
-        """The living family of a refresh token, or None."""
-        row = self._db.row("SELECT family FROM refresh_tokens WHERE jti = ?", jti)
-        return None if row is None else row["family"]
-
     def family_alive(self, family: str, now: float) -> bool:
         """Whether some token of the family can still be refreshed: its access tokens are good no longer than that."""
         sql = "SELECT 1 FROM refresh_tokens WHERE family = ? AND NOT spent AND expires > ?"
