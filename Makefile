@@ -1,5 +1,5 @@
 # make run    set up what is missing and serve on http://127.0.0.1:5000
-# make test   all tests (as root on Debian, installs redis-server, nginx and prometheus for them)
+# make test   all tests (as root on Debian, installs g++, redis-server, nginx and prometheus for them)
 # make check  linters, types, and the configuration files
 # make model  fetch and quantise MODEL now, with progress
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
@@ -26,7 +26,7 @@ run: model
 model: $(VENV)/installed
 	@exec $(with_env) $(BIN)/python -m model
 
-stack: $(VENV)/installed
+stack: model
 	@exec $(with_env) $(BIN)/python -m ops.stack
 
 bench: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""What several rooms' tests need: a real Redis.
+"""What several rooms' tests need: a real Redis, and one way to miss what a machine lacks.
 
 Holds no fixture that only one room uses; those live in the room's own conftest.
 """
@@ -11,16 +11,19 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 
+def lacking(reason: str) -> NoReturn:
+    """Skips the test for what this machine does not have or allow; with CI=true it fails."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
 def program(name: str) -> str:
-    """Where `name` is installed. Without it the test is skipped by name; with CI=true it fails."""
-    found = shutil.which(name)
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail(f"{name} is not installed")
-    return found or pytest.skip(f"{name} is not installed")
+    """Where `name` is installed; without it the test is `lacking`."""
+    return shutil.which(name) or lacking(f"{name} is not installed")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from model.loader import fetch
 from model.registry import ModelError
 from ops.stack import ROOT, Stack, StackError, free_port, program
 from settings import Settings
+from tests.conftest import lacking
 from tests.stack.client import Door, until
 
 PASSWORD = "correct horse battery staple"
@@ -26,7 +26,7 @@ def need(*programs: str) -> None:
         try:
             program(name)
         except StackError as missing:
-            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(missing))
+            lacking(str(missing))
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def models() -> Path:
     try:
         fetch(settings)
     except ModelError as missing:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(missing))
+        lacking(str(missing))
     return settings.data_dir
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from ops.stack import ROOT
 from settings import Settings
 from telemetry import Metrics
+from tests.conftest import program
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -36,6 +36,13 @@ def test_only_nginx_can_be_reached_from_outside() -> None:
 def test_redis_and_the_app_s_inside_are_on_networks_without_a_way_out() -> None:
     inner = {name for name, network in COMPOSE["networks"].items() if network.get("internal")}
     assert set(SERVICES["redis"]["networks"]) | set(SERVICES["prometheus"]["networks"]) <= inner
+
+
+def test_prometheus_is_on_the_network_that_may_read_metrics() -> None:
+    (inner,) = SERVICES["prometheus"]["networks"]
+    assert inner in SERVICES["api"]["networks"]
+    (pinned,) = COMPOSE["networks"][inner]["ipam"]["config"]
+    assert SERVICES["api"]["environment"]["METRICS_NETWORKS"] == pinned["subnet"]
 
 
 def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
@@ -70,10 +77,9 @@ def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     assert names and names - labelled <= known
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit = tmp_path / "flask-llm.service"
     text = (ROOT / "ops/systemd/flask-llm.service").read_text()
     unit.write_text(text.replace("/opt/flask-llm/.venv/bin/gunicorn", "/bin/true"))
-    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    checked = subprocess.run([program("systemd-analyze"), "verify", unit], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")

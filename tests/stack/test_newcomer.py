@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ops.stack import ROOT, Stack, free_port
+from tests.conftest import lacking
 from tests.stack.client import until
 from tests.stack.conftest import LOADING, PASSWORD, SMALL
 
@@ -49,11 +50,11 @@ def test_a_data_folder_that_cannot_be_is_one_line() -> None:
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own with a few free bytes left."""
     if os.geteuid() or not shutil.which("mount"):
-        pytest.skip("mounting a small disk needs root")
+        lacking("mounting a small disk needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
-        pytest.skip("this machine may not mount a disk")
+        lacking("this machine may not mount a disk")
     try:
         with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
             while True:
@@ -66,6 +67,15 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line(full_disk: Path) -> None:
     (line,) = start(DATA_DIR=str(full_disk), PORT=str(free_port()))
     assert str(full_disk) in line and "No space left on device" in line
+
+
+def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_service_in_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad-model"
+    bad.mkdir()
+    (bad / "config.json").write_text("{")
+    place = {"DATA_DIR": str(tmp_path / "data"), "PORT": str(free_port()), "ADMIN_PASSWORD": PASSWORD}
+    (line,) = start(MODEL=str(bad), MODELS_ALLOWED=str(bad), PRELOAD="true", **place)
+    assert "config.json" in line
 
 
 def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_path: Path) -> None:

@@ -99,6 +99,13 @@ def test_settings_come_from_env_file_and_the_environment_wins(checkout: Path, mo
     assert make(checkout, "run").stdout == "port 6002 for app:create_app()\n"
 
 
+@pytest.mark.parametrize("target", ["run", "stack"])
+def test_the_model_is_prepared_before_anything_serves_it(checkout: Path, target: str) -> None:
+    set_up(checkout)
+    planned = make(checkout, "-n", target).stdout.splitlines()
+    assert "python -m model" in planned[0] and len(planned) == 2
+
+
 def secrets(folder: Path, domain: str = "llm.example.org") -> subprocess.CompletedProcess[str]:
     return subprocess.run([ROOT / "ops/make-secrets", folder, domain], capture_output=True, text=True)
 
