@@ -46,10 +46,18 @@ def build(
     torch.set_num_threads(settings.compute_threads)
     device = choose_device(settings.device)
     plan = quant.plan(device, settings.quantization)
-    model = load_model(checkpoint, settings, torch.device(device), plan.dtype, progress)
-    progress("loading", 80)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(
+        checkpoint,
+        settings,
+        torch.device(device),
+        plan.dtype,
+        lambda stage, percent: progress(stage, percent * 9 // 10),
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     room = room or fit(settings, model.config, plan.dtype, device)
-    eos = stop_ids(checkpoint, load_tokenizer(checkpoint))
+    eos = stop_ids(checkpoint, tokenizer)
     runner = Runner(model, plan, room.slots, room.context, device, eos)
     try_out(runner)
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
@@ -68,13 +76,16 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
     model_context = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
     context = min(settings.max_context or DEFAULT_CONTEXT, model_context)
     if device == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
         memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
     else:
         memory = int(psutil.virtual_memory().available * _CPU_SHARE)
     tokens = memory // KvShape.of(config, dtype).bytes_per_token
     if tokens < 256:
         raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
-    room = Room(max(1, min(settings.slots, tokens // context)), min(context, tokens))
+    possible = min(settings.slots, max(1, tokens // context))
+    # A power of two where memory decides: compiled steps depend on it, and free memory is never twice the same.
+    room = Room(settings.slots if possible == settings.slots else 1 << possible.bit_length() - 1, min(context, tokens))
     if room != Room(settings.slots, context):
         _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d",
                      room.slots, room.context, settings.slots, context)  # fmt: skip

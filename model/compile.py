@@ -11,15 +11,17 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
+from torch._inductor import config
 
 from model import attention, kv, quant, runner, sampler
 from model.build import Room, build
@@ -41,16 +43,16 @@ def buckets(slots: int, pages: int) -> list[Bucket]:
 
 
 def compiler_for(engine: Runner, checkpoint: Path, settings: Settings) -> Compiler | None:
-    """Where this engine's compiled steps come from; None when it stays eager, by COMPILE=off or for want of g++."""
+    """Where this engine's compiled steps come from; None when COMPILE=off."""
     if not settings.compile:
         return None
     if engine.device != "cpu":
         return InPlaceCompiler(engine)
-    compiler = os.environ.get("CXX", "g++")  # as inductor finds it
-    if shutil.which(compiler) is None:
-        _log.warning("no C++ compiler (%s): serving eagerly, about half as fast; apt install g++ mends it", compiler)
+    try:
+        return BackgroundCompiler(engine, checkpoint, settings)
+    except OSError as error:  # a full disk, no process left: a model that loads is served all the same
+        _log.warning("nothing can be compiled here, serving eagerly, about half as fast: %s", error)
         return None
-    return BackgroundCompiler(engine, checkpoint, settings)
 
 
 class BackgroundCompiler:
@@ -63,9 +65,17 @@ class BackgroundCompiler:
         self._wanted = len(self._left)
         self._failed = 0
         self._child: subprocess.Popen[bytes] | None = None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _forget_old(self._folder)
         missing = [bucket for bucket in self._left if not _file(self._folder, bucket).exists()]
-        if missing:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        compiler = config.cpp.cxx[1]
+        if missing and shutil.which(compiler) is None:
+            _log.warning(
+                "no C++ compiler (%s): serving eagerly, about half as fast; apt install g++ mends it", compiler
+            )
+            self._failed = len(missing)
+            self._left = [bucket for bucket in self._left if bucket not in missing]
+        elif missing:
             self._child = _start(Room(engine.slots, engine.context), missing, checkpoint, self._folder, settings)
 
     def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
@@ -83,7 +93,8 @@ class BackgroundCompiler:
         return {"wanted": self._wanted, "failed": self._failed}
 
     def close(self) -> None:
-        if self._child is not None and self._child.poll() is None:
+        if self._child is not None and self._child.stdin is not None:
+            self._child.stdin.close()
             self._child.kill()
             self._child.wait()
 
@@ -101,7 +112,7 @@ class BackgroundCompiler:
 
     def _give_up(self, code: int) -> None:
         log = self._folder / "compile.log"
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        lines = (log.read_text(errors="replace") if log.exists() else "").strip().splitlines() or ["no output"]
         _log.warning("torch.compile failed (exit %d), serving eagerly, slower: %s; see %s", code, lines[-1][:300], log)
         self._failed += len(self._left)
         self._left.clear()
@@ -161,6 +172,14 @@ def _arguments(engine: Runner, bucket: Bucket) -> tuple[object, ...]:
     return (engine.model, engine.kv.keys, engine.kv.values, *engine.rows.first(bucket.rows).tensors())
 
 
+def _forget_old(folder: Path, keep: int = 4) -> None:
+    """Remove the steps of fingerprints that have not served for longest: each change of version leaves some."""
+    folder.touch()
+    known = [other for other in folder.parent.iterdir() if re.fullmatch(r"[0-9a-f]{16}", other.name)]
+    for other in sorted(known, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
+        shutil.rmtree(other, ignore_errors=True)
+
+
 def _file(folder: Path, bucket: Bucket) -> Path:
     return folder / f"{bucket.rows}x{bucket.pages}.step"
 
@@ -178,12 +197,17 @@ def _start(
     with (folder / "compile.log").open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "model.compile"], cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE, stdout=log, stderr=log,
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=_without_secrets(os.environ),
         )  # fmt: skip
     assert child.stdin is not None
     child.stdin.write(json.dumps(job).encode() + b"\n")
     child.stdin.flush()  # and left open: its end tells the child that the service is gone
     return child
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The child compiles and needs no password. Its settings come with the job."""
+    return {name: value for name, value in environment.items() if name.lower() not in _SECRETS}
 
 
 def _main() -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from model.registry import ModelError
 from model.scheduler import Batch, Runner
 from model.sequence import Sequence
-from model.types import BackendStatus, GenerateRequest, ModelUnavailable, Overloaded, ServiceError, Status
+from model.types import BackendStatus, GenerateRequest, ModelUnavailable, Overloaded
+from model.waiting import WaitingLine
 from telemetry import Metrics
 
 Progress = Callable[[str, int], None]  # stage, percent
@@ -42,17 +42,22 @@ class Engine:
     def __init__(self, load: Load, max_queue: int, metrics: Metrics, clock: Clock = time.monotonic) -> None:
         self._load, self._max_queue, self._metrics, self._clock = load, max_queue, metrics, clock
         self._changed = threading.Condition()
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine(metrics)
         self._thread: threading.Thread | None = None
         self._batch: Batch | None = None
         self._stage, self._percent, self._reason = "cold", 0, ""
-        self._failed_at = -RETRY_LOAD_AFTER
+        self._failed_at = clock() - RETRY_LOAD_AFTER
+        self._on_failure: Callable[[str], None] | None = None
         self._stop_at: float | None = None
         self._turn = clock()
 
-    def start(self) -> None:
-        """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago."""
+    def start(self, on_failure: Callable[[str], None] | None = None) -> None:
+        """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago.
+
+        on_failure: called on that thread, with one line, when the model cannot be served.
+        """
         with self._changed:
+            self._on_failure = on_failure or self._on_failure
             if self._thread is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
                 self._stage, self._percent, self._reason, self._turn = "loading", 0, "", self._clock()
                 self._thread = threading.Thread(target=self._main, name="model", daemon=True)
@@ -67,12 +72,11 @@ class Engine:
             if self._thread is None:
                 raise self._unavailable()
             if len(self._waiting) >= self._max_queue:
-                raise Overloaded("the queue is full", retry_after=self._seconds_for(self._backlog()))
-            sequence = Sequence(request, self._wake, self._clock())
+                raise Overloaded("the queue is full", retry_after=self._seconds_for(self._waiting.tokens))
+            sequence = Sequence(request, self._wake, self._clock(), self._metrics)
+            self._waiting.join(sequence)
             if self._batch is None:
-                sequence.announce(Status("loading", percent=self._percent))
-            self._waiting.append(sequence)
-            self._metrics.waiting.set(len(self._waiting))
+                self._waiting.tell_percent(self._percent)
             self._changed.notify_all()
         return sequence
 
@@ -81,12 +85,28 @@ class Engine:
         with self._changed:
             self._stop_at = self._clock() + grace
             if self._batch is None:
-                self._fail(self._waiting, _stopping())  # nobody waits for a load that serves nobody
+                self._waiting.dismiss(_stopping(), self._clock())  # nobody waits for a load that serves nobody
             self._changed.notify_all()
-            thread = self._thread
+            thread, serving = self._thread, self._batch is not None
         if thread:
-            thread.join(grace + STOP_PATIENCE)
+            thread.join(grace * serving + STOP_PATIENCE)
+            if thread.is_alive():
+                self._abandon()
         self._stage = "stopped"
+
+    def _abandon(self) -> None:
+        """The model thread hangs: tell every reader, in its place, that nothing follows."""
+        with self._changed:
+            self._waiting.dismiss(_stopping(), self._clock())
+            batch = self._batch
+        for sequence in list(batch.running) if batch else ():
+            sequence.finish(_stopping(), self._clock())
+
+    @property
+    def context(self) -> int | None:
+        """Tokens a slot holds, once that is known."""
+        batch = self._batch
+        return batch.runner.context if batch else None
 
     def status(self) -> BackendStatus:
         """The truth for /readyz, from any thread."""
@@ -101,38 +121,47 @@ class Engine:
         return BackendStatus(stage == "ready", stage, percent, reason or None, details)
 
     def _wake(self) -> None:
+        """A reader left. While a model loads, nobody else would make room in the queue."""
         with self._changed:
+            if self._batch is None:
+                self._waiting.sweep(self._clock())
             self._changed.notify_all()
 
     def _main(self) -> None:
         """The thread's boundary: whatever happens below, every reader hears of it and the status tells it."""
         crashes = 0
-        while self._stop_at is None and crashes <= MAX_RECOVERIES:
+        while self._stop_at is None:
             try:
-                batch = self._loaded()
+                served = self._life()
             except BaseException as error:
                 return self._down(error)
-            try:
-                self._serve(batch)
-            except BaseException as error:
-                crashes = 0 if batch.steps else crashes + 1
-                self._crashed(batch, error)
-            finally:
-                batch.runner.close()
-        self._down(None if self._stop_at is not None else RuntimeError("the engine kept failing"))
+            crashes = 0 if served else crashes + 1
+            if crashes > MAX_RECOVERIES:
+                return self._down(RuntimeError("the engine kept failing"))
+        self._down(None)
 
-    def _loaded(self) -> Batch:
+    def _life(self) -> bool:
+        """Load, and serve until stopped or crashed; whether anything was served. Raises what loading raises.
+
+        What was loaded is let go here, so that the next life finds its memory free.
+        """
         self._set_progress("loading", 0)
         batch = Batch(self._load(self._set_progress), self._metrics, self._clock)
         with self._changed:
-            self._batch, self._stage, self._percent = batch, "ready", 100
-        return batch
+            self._batch, self._stage, self._percent, self._reason = batch, "ready", 100, ""
+        try:
+            self._serve(batch)
+        except BaseException as error:
+            self._crashed(batch, error)
+        finally:
+            batch.runner.close()
+        return batch.steps > 0
 
     def _serve(self, batch: Batch) -> None:
         """One turn: let go of what ended, admit, compute one chunk of one prompt, step everyone else."""
         while self._wait_for_work(batch):
             self._turn = self._clock()
-            self._reap(batch)
+            batch.reap()
             self._admit(batch)
             batch.prefill()
             batch.step()
@@ -145,7 +174,7 @@ class Engine:
         with self._changed:
             if self._stop_at is None:
                 return True
-            self._fail(self._waiting, _stopping())
+            self._waiting.dismiss(_stopping(), self._clock())
         if batch.running and self._clock() >= self._stop_at:
             batch.fail_all(_stopping())
         return bool(batch.running)
@@ -157,28 +186,16 @@ class Engine:
         """Until something changes, or for a second: a step may have been compiled meanwhile."""
         with self._changed:
             if self._idle(batch):
+                self._metrics.tokens_per_second.set(0)
                 self._changed.wait(timeout=1.0)
 
-    def _reap(self, batch: Batch) -> None:
-        batch.reap()
-        with self._changed:
-            gone = [sequence for sequence in self._waiting if batch.ended(sequence)]
-            for sequence in gone:
-                self._waiting.remove(sequence)
-
     def _admit(self, batch: Batch) -> None:
-        """Move waiting sequences to free slots, in order of arrival, and tell the others where they stand."""
+        """Move waiting sequences to free slots, and tell the others where they stand."""
         with self._changed:
-            while self._waiting and batch.admit(self._waiting[0]):
-                self._waiting.popleft()
-            ahead = 0
-            for position, sequence in enumerate(self._waiting, 1):
-                sequence.announce(Status("queued", position=position, eta_seconds=self._seconds_for(ahead)))
-                ahead += sequence.left
-            self._metrics.waiting.set(len(self._waiting))
-
-    def _backlog(self) -> int:
-        return sum(sequence.left for sequence in self._waiting)
+            self._waiting.sweep(self._clock())
+            while self._waiting and not batch.full:
+                batch.admit(self._waiting.first())
+            self._waiting.tell_positions(self._seconds_for)
 
     def _seconds_for(self, tokens: int) -> float:
         """Time until a slot is free after `tokens` more, at the speed measured so far; never under a second."""
@@ -192,15 +209,15 @@ class Engine:
         self._turn = self._clock()
         with self._changed:
             self._stage, self._percent = stage, percent
-            for sequence in self._waiting:
-                sequence.announce(Status("loading", percent=percent))
+            self._waiting.sweep(self._clock())
+            self._waiting.tell_percent(percent)
 
     def _crashed(self, batch: Batch, error: BaseException) -> None:
         _log.error("engine crashed, loading again", exc_info=error)
         self._metrics.engine_failures.inc()
         with self._changed:
             self._batch, self._stage, self._reason = None, "loading", "recovering from a crash"
-        batch.fail_all(ModelUnavailable("the engine failed and is starting again", code="engine_failed", retry_after=5))
+        batch.fail_all(ModelUnavailable("the engine failed and starts again", code="engine_failed", retry_after=5))
 
     def _down(self, error: BaseException | None) -> None:
         """The thread ends here; a later request may start another one (see `start`)."""
@@ -211,15 +228,13 @@ class Engine:
             self._failed_at = self._clock()
             self._stage = "failed" if error is not None else "stopped"
             self._reason = "the model could not be loaded, see the log" if error is not None else ""
-            self._fail(self._waiting, _stopping() if error is None else self._unavailable())
+            self._waiting.dismiss(_stopping() if error is None else self._unavailable(), self._clock())
+            on_failure = self._on_failure
+        if error is not None and on_failure is not None:
+            on_failure(str(error))
 
     def _unavailable(self) -> ModelUnavailable:
         return ModelUnavailable(self._reason, retry_after=RETRY_LOAD_AFTER)
-
-    def _fail(self, sequences: deque[Sequence], error: ServiceError) -> None:
-        while sequences:
-            sequences.popleft().finish(error)
-        self._metrics.waiting.set(0)
 
 
 def _stopping() -> ModelUnavailable:

@@ -1,6 +1,6 @@
-"""Files of a pinned model from the Hugging Face hub, kept in the hub's own cache.
+"""Files of a pinned model from the Hugging Face hub, kept in the library's layout below DATA_DIR.
 
-Opens none of them. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they always mean: the library reads them.
+Opens none of them. HF_HUB_OFFLINE and HF_TOKEN mean what they always mean: the library reads them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from model.registry import ModelError, ModelSpec
 
 
-def snapshot(spec: ModelSpec, patterns: list[str], progress: Callable[[int], None]) -> Path:
+def snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Callable[[int], None]) -> Path:
     """The folder with the matching files, at exactly the pinned revision. Raises ModelError, or what a disk raises."""
     try:
         return Path(
             snapshot_download(
-                spec.source, revision=spec.revision, allow_patterns=patterns, tqdm_class=_percent_bar(progress)
+                spec.source, revision=spec.revision, allow_patterns=patterns, cache_dir=cache,
+                tqdm_class=_percent_bar(progress),
             )
-        )
+        )  # fmt: skip
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
         raise ModelError(
             f"{spec.source} is not in the local cache, and the hub cannot be asked (offline, or HF_HUB_OFFLINE=1)"

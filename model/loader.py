@@ -53,6 +53,11 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -
     return final
 
 
+def tokenizer_is_ready(spec: ModelSpec, settings: Settings) -> bool:
+    """Whether `prepare_tokenizer` would fetch nothing."""
+    return checkpoint.is_ready(_home(settings) / _key(spec, "tokenizer"))
+
+
 def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -> Path:
     """A folder with the tokenizer (and where there is one, the config), ready long before the weights are.
 
@@ -66,7 +71,7 @@ def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = 
                     _quiet()
                     demo.save_tokenizer(_wheel(settings, progress), folder)
                 else:
-                    source = _originals(spec, ["*.json", "*.jinja"], progress)
+                    source = _originals(spec, settings, ["*.json", "*.jinja"], progress)
                     checkpoint.adopt(source, folder, *checkpoint.TEXT_FILES)
         checkpoint.verify(final)
     return final
@@ -118,23 +123,23 @@ def load_model(
 
 @contextmanager
 def _source(spec: ModelSpec, settings: Settings, near: Path, progress: Progress) -> Iterator[Path]:
-    """The folder of the original weights: a local directory, the hub's cache, or the demo's, unpacked for a moment."""
+    """The folder of the original weights: a local directory, the hub's, or the demo's, unpacked for a moment."""
     if spec.source == DEMO_WHEEL:
         _quiet()
         with TemporaryDirectory(dir=near) as folder:
             demo.save_dense(_wheel(settings, progress), Path(folder))
             yield Path(folder)
     else:
-        yield _originals(spec, ["*.json", "*.jinja", "*.safetensors"], progress)
+        yield _originals(spec, settings, ["*.json", "*.jinja", "*.safetensors"], progress)
 
 
-def _originals(spec: ModelSpec, patterns: list[str], progress: Progress) -> Path:
+def _originals(spec: ModelSpec, settings: Settings, patterns: list[str], progress: Progress) -> Path:
     if spec.revision is None:
         source = Path(spec.source)
     else:
         from model import hub
 
-        source = hub.snapshot(spec, patterns, lambda percent: progress("fetching", percent))
+        source = hub.snapshot(spec, patterns, settings.data_dir / "hub", lambda done: progress("fetching", done))
     checkpoint.check_config(source)
     return source
 

@@ -5,17 +5,19 @@ Imports torch only on the model thread. Speaks no HTTP and stores nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from model import gpu
 from model.engine import Engine, Progress
-from model.loader import load_tokenizer, prepare, prepare_tokenizer
+from model.loader import load_tokenizer, prepare, prepare_tokenizer, tokenizer_is_ready
 from model.prompt import Prompt
-from model.registry import DEFAULT_CONTEXT, ModelError, ModelSpec, completed, find
+from model.registry import DEFAULT_CONTEXT, ModelError, completed, find
 from model.scheduler import Runner
 from model.sequence import Finished, Sequence
 from model.text import TextAssembler
@@ -34,6 +36,10 @@ from model.types import (
 from settings import Settings
 from telemetry import Metrics
 
+_log = logging.getLogger(__name__)
+
+_GLANCE = 0.2  # seconds between two looks whether a fetch has failed
+
 
 class LocalBackend:
     """Serves the one model that settings name. Its weights load when the first request is submitted."""
@@ -45,12 +51,13 @@ class LocalBackend:
         self._prompt: Prompt | None = None
         self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
+        self._tokenizer_ready = threading.Event()
         self._engine = Engine(self._load, settings.max_queue, metrics)
 
     def prepare(self, request: GenerateRequest) -> GenerateRequest:
         if request.model != self._spec.name:
-            raise UnknownModel(f"there is no model {request.model[:64]!r} here", param="model")
-        ids = self._rendered().render(request.messages)
+            raise UnknownModel("there is no such model here", param="model")
+        ids = self._rendered(request.timeout).render(request.messages)
         room = self._context() - len(ids)
         if room <= 0:
             raise InvalidRequest(
@@ -65,45 +72,63 @@ class LocalBackend:
         return replace(request, prompt_ids=ids)
 
     def submit(self, request: GenerateRequest) -> TextStream:
-        prompt = self._rendered()
+        prompt = self._rendered(request.timeout)
         assembler = TextAssembler(prompt.decode, request.stop, prompt.think, prompt.think_open)
         return TextStream(self._engine.submit(request), assembler)
 
     def fingerprint(self) -> str:
-        self._rendered()
+        self._rendered(self._settings.request_timeout)
         return f"{self._files}+{self._settings.quantization}"
 
     def status(self) -> BackendStatus:
         return self._engine.status()
 
-    def preload(self) -> None:
-        self._engine.start()
+    def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
+        self._engine.start(on_failure)
 
     def close(self, grace: float) -> None:
         self._engine.stop(grace)
 
-    def _rendered(self) -> Prompt:
-        """The tokenizer, loaded by the first that needs it; weights are not waited for."""
-        with self._lock:
-            if self._prompt is None:
-                try:
-                    folder = prepare_tokenizer(self._spec, self._settings)
-                    self._files, self._spec = folder.name, completed(self._spec, folder)
-                    self._prompt = Prompt(load_tokenizer(folder), self._spec)
-                except ModelError as error:
-                    raise ModelUnavailable("the model could not be prepared, see the log", retry_after=30) from error
-            return self._prompt
+    def _rendered(self, timeout: float) -> Prompt:
+        """The tokenizer, loaded by the first that needs it; weights are not waited for.
+
+        What is not on disk yet is fetched by the model thread, and waited for here. Raises ModelUnavailable.
+        """
+        if self._prompt is None:
+            self._await_tokenizer(time.monotonic() + timeout)
+            with self._lock:
+                self._prompt = self._prompt or self._load_prompt()
+        return self._prompt
+
+    def _await_tokenizer(self, deadline: float) -> None:
+        while not tokenizer_is_ready(self._spec, self._settings):
+            self._engine.start()
+            status = self._engine.status()
+            if status.stage in ("failed", "stopping", "stopped") or time.monotonic() > deadline:
+                raise ModelUnavailable(status.reason or "the model is still being fetched", retry_after=30)
+            self._tokenizer_ready.wait(_GLANCE)
+
+    def _load_prompt(self) -> Prompt:
+        try:
+            folder = prepare_tokenizer(self._spec, self._settings)
+            self._files, self._spec = folder.name, completed(self._spec, folder)
+            return Prompt(load_tokenizer(folder), self._spec)
+        except ModelError as error:
+            _log.error("the tokenizer cannot be used: %s", error)
+            raise ModelUnavailable("the model cannot be used, see the log", retry_after=30) from error
 
     def _context(self) -> int:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
-        fitted = self._engine.status().details.get("context")
-        return int(fitted) if fitted else context_limit(self._settings, self._spec)
+        allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
+        return self._engine.context or allowed
 
     def _load(self, progress: Progress) -> Runner:
         """On the model thread, which alone imports torch."""
         caches = self._settings.data_dir.resolve() / "compiled"
         for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             os.environ.setdefault(variable, str(caches / variable.split("_")[0].lower()))
+        prepare_tokenizer(self._spec, self._settings, progress)
+        self._tokenizer_ready.set()
         folder = prepare(self._spec, self._settings, progress)
         from model.build import build
         from model.compile import compiler_for
@@ -156,8 +181,3 @@ class TextStream:
             reasoning_tokens=self._assembler.reasoning_tokens,
         )
         self._pending.append(Done(reason, usage))
-
-
-def context_limit(settings: Settings, spec: ModelSpec) -> int:
-    """Tokens a slot may hold if memory allows it."""
-    return min(settings.max_context or DEFAULT_CONTEXT, spec.context or DEFAULT_CONTEXT)

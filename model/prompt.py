@@ -124,7 +124,7 @@ def _scanner(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """Finds added tokens as the tokenizer does: the longest at the leftmost place, with the space it swallows."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     tokens.sort(key=lambda token: len(token.content), reverse=True)
-    patterns = (r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens)
+    patterns = (r"(?<!\s)\s*+" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens)
     return re.compile("|".join(patterns) or r"(?!)")
 
 

@@ -2,12 +2,13 @@
 
 bitsandbytes stores the weights; this module only chooses the product. It quantises no checkpoint and knows no HTTP.
 
-Four products:
+Five products:
 
 - `bitsandbytes`: CUDA, the library's own modules, untouched.
 - `nf4`: a CPU with AVX512-BF16, bitsandbytes' packed kernel called without its per-call Python.
 - `int8`: any other x86 CPU, where that kernel is missing and the stock path would dequantise the whole matrix at
   every call. NF4 (or int8) weights become int8, per output channel, once; FBGEMM multiplies.
+- `dequantised`: a CPU without FBGEMM (Arm): floats again, once; large, but never unpacked at every call.
 - `dense`: unquantised weights.
 """
 
@@ -31,6 +32,8 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), 
 # Activations are 7-bit in [-63, 63], offset 64: AVX2's u8 x i8 pair sums (127 * 127 * 2) then fit 16 bits.
 _INT8_STEPS, _INT8_OFFSET = 63, 64
 
+_HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+
 _ops = torch.library.Library("slots", "DEF")
 _ops.define("int8_product(Tensor x, Tensor handle, int rows) -> Tensor")
 _ops.define("nf4_product(Tensor x, Tensor weight, Tensor absmax, int rows, int blocksize) -> Tensor")
@@ -42,7 +45,7 @@ _handles = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """product: one of the four above; dtype: of activations, norms and KV."""
+    """product: one of the five above; dtype: of activations, norms and KV."""
 
     product: str
     dtype: torch.dtype
@@ -56,6 +59,8 @@ def plan(device: str, quantization: str, avx512_bf16: bool | None = None) -> Pla
     dtype = torch.bfloat16 if kernel else torch.float32  # AVX2 emulates bf16: float32 measured 2 to 4 times faster
     if quantization == "none":
         return Plan("dense", dtype)
+    if not _HAS_FBGEMM:
+        return Plan("dequantised", dtype)
     return Plan("nf4", dtype) if kernel and quantization == "nf4" else Plan("int8", torch.float32)
 
 
@@ -111,13 +116,24 @@ class Nf4Linear(nn.Module):
         return y.view(*x.shape[:-1], self.rows)
 
 
+class FloatLinear(nn.Module):
+    """weight float [rows, k], as it is."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 class Fused(nn.Module):
     """Linear layers over one input, multiplied together at the first part's call; each part hands out its slice."""
 
-    def __init__(self, parts: list[nn.Linear], product: type[nn.Module]) -> None:
+    def __init__(self, parts: list[nn.Linear], product: type[nn.Module], dtype: torch.dtype) -> None:
         super().__init__()
         self.sizes = [part.out_features for part in parts]
-        self.linear = product(torch.cat([dense_weight(part) for part in parts]))
+        self.linear = product(torch.cat([dense_weight(part) for part in parts]).to(dtype))
         biases = [part.bias for part in parts]
         self.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
         self.pending: tuple[torch.Tensor, ...] = ()
@@ -157,21 +173,25 @@ def dense_weight(layer: nn.Linear) -> torch.Tensor:
 def install(model: nn.Module, chosen: Plan) -> None:
     """Replace the linear layers of a transformers causal LM by the chosen product, in place.
 
-    The output head becomes int8 on every quantised CPU path: measured faster than an NF4 head, at a tenth of its
+    The output head becomes int8 wherever the body is quantised: measured faster than an NF4 head, at a tenth of its
     error. Raises nothing of its own; a layer that is named otherwise stays as it is.
     """
     if chosen.product in ("bitsandbytes", "dense"):
         return
-    product = Nf4Linear if chosen.product == "nf4" else Int8Linear
+    product = _PRODUCTS[chosen.product]
     for owner in list(model.modules()):
         for names in FUSED:
             if all(isinstance(getattr(owner, name, None), nn.Linear) for name in names):
-                _fuse(owner, names, product)
-    model.lm_head = Part(Fused([model.get_output_embeddings()], Int8Linear), 0)
+                _fuse(owner, names, product, chosen.dtype)
+    if product is not FloatLinear:
+        model.lm_head = Part(Fused([model.get_output_embeddings()], Int8Linear, chosen.dtype), 0)
 
 
-def _fuse(owner: nn.Module, names: Iterable[str], product: type[nn.Module]) -> None:
-    fused = Fused([getattr(owner, name) for name in names], product)
+_PRODUCTS: dict[str, type[nn.Module]] = {"nf4": Nf4Linear, "int8": Int8Linear, "dequantised": FloatLinear}
+
+
+def _fuse(owner: nn.Module, names: Iterable[str], product: type[nn.Module], dtype: torch.dtype) -> None:
+    fused = Fused([getattr(owner, name) for name in names], product, dtype)
     for index, name in enumerate(names):
         setattr(owner, name, Part(fused, index))
 

@@ -5,6 +5,8 @@ Decides nothing: whom to serve, when to stop and what a token means is the engin
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +19,8 @@ from model.kv import BatchCache, ChunkCache, KvPages, KvShape
 from model.quant import Plan, install
 from model.sampler import Rows, choose, choose_unfiltered
 from model.types import Sampling
+
+_log = logging.getLogger(__name__)
 
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -67,6 +71,16 @@ class Runner:
         self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
         self._unfiltered: set[int] = set()
         self._active: tuple[int, ...] = ()
+        self._broken = 0  # compiled steps that were given up
+        self._facts: dict[str, str | int] = {
+            "device": device,
+            "product": plan.product,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "slots": slots,
+            "context": context,
+            "kv_bytes": self.kv.bytes,
+            "kv_bytes_per_token": self.kv.shape.bytes_per_token,
+        }
 
     @torch.inference_mode()
     def begin(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
@@ -76,21 +90,22 @@ class Runner:
         (self._unfiltered.add if unfiltered else self._unfiltered.discard)(slot)
 
     @torch.inference_mode()
-    def prefill(self, slot: int, ids: Sequence[int], start: int) -> None:
-        """Compute the KV of `ids` at positions `start`, `start + 1`, … of `slot`."""
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> bool:
+        """Compute the KV of `ids` at positions `start`, `start + 1`, … of `slot`; whether all numbers are finite."""
         n, end = len(ids), start + len(ids)
         cache = ChunkCache(self.kv, slot, start, n)
         positions = torch.arange(start, end, device=self.device)
         columns = torch.arange(-(-end // self.kv.size) * self.kv.size, device=self.device)
         mask = torch.where(columns[None] <= positions[:, None], 0.0, _MASKED)[None, None]
-        self.model.model(
+        hidden = self.model.model(
             input_ids=torch.tensor([ids], dtype=torch.int64, device=self.device),
             position_ids=positions[None],
             past_key_values=cache,
             attention_mask=mask,
             use_cache=True,
-        )
+        ).last_hidden_state
         self.rows.position[slot] = end
+        return bool(hidden.isfinite().all())
 
     @torch.inference_mode()
     def arm(self, slot: int, token: int, position: int) -> None:
@@ -111,11 +126,8 @@ class Runner:
         """
         self._activate(tuple(active))
         longest = int(self.rows.position[list(active)].max()) + 1
-        need = Bucket(max(active) + 1, -(-longest // self.kv.size))
-        bucket, run = self._fastest(need)
-        rows = self._views[bucket.rows]
-        tokens, finite, logits = run(self.model, self.kv.keys, self.kv.values, *rows.tensors())
-        if self._unfiltered:
+        rows, (tokens, finite, logits) = self._computed(Bucket(max(active) + 1, -(-longest // self.kv.size)))
+        if not self._unfiltered.isdisjoint(active):
             free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
             tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
         advance(rows, tokens, finite)
@@ -143,35 +155,25 @@ class Runner:
             self.compiled[found[0]] = found[1]
         return found is not None
 
-    def abandon(self) -> bool:
-        """Go back to eager after a step that raised; returns whether there was anything to abandon."""
-        had = bool(self.compiled)
-        self.compiled.clear()
-        return had
-
     def compile_state(self) -> tuple[int, int]:
         """How many compiled steps are in use, and how many buckets stay eager because compiling failed."""
-        return len(self.compiled), self.compiler.state()["failed"] if self.compiler else 0
+        return len(self.compiled), self._broken + (self.compiler.state()["failed"] if self.compiler else 0)
 
     def close(self) -> None:
-        """Stop what runs beside the model thread."""
+        """Stop what runs beside the model thread, and free the memory. Nothing else may be called afterwards."""
         if self.compiler:
             self.compiler.close()
+        del self.model, self.kv, self.rows, self._views
+        self.compiled.clear()
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
 
     def details(self) -> dict[str, str | int]:
-        """What /readyz tells about the engine."""
-        state = self.compiler.state() if self.compiler else {"wanted": 0, "failed": 0}
-        return {
-            "device": self.device,
-            "product": self.plan.product,
-            "dtype": str(self.plan.dtype).removeprefix("torch."),
-            "slots": self.slots,
-            "context": self.context,
-            "kv_bytes": self.kv.bytes,
-            "kv_bytes_per_token": self.kv.shape.bytes_per_token,
-            "compiled": f"{len(self.compiled)}/{state['wanted']}",
-            "compile_failures": state["failed"],
-        }
+        """What /readyz tells about the engine; touches no tensor, for other threads ask."""
+        steps, failures = self.compile_state()
+        wanted = self.compiler.state()["wanted"] if self.compiler else 0
+        return self._facts | {"compiled": f"{steps}/{wanted}", "compile_failures": failures}
 
     def _activate(self, active: tuple[int, ...]) -> None:
         if active != self._active:
@@ -179,12 +181,27 @@ class Runner:
             self.rows.active[list(active)] = True
             self._active = active
 
-    def _fastest(self, need: Bucket) -> tuple[Bucket, Step]:
+    def _computed(self, need: Bucket) -> tuple[Rows, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The step over `need`, compiled where a bucket covers it; and the rows it was computed for.
+
+        When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.
+        """
         covering = [bucket for bucket in self.compiled if bucket.covers(need)]
-        if covering:
-            bucket = min(covering)
-            return bucket, self.compiled[bucket]
-        return need, make_step(need.pages)
+        if not covering:
+            return self._run(make_step(need.pages), need)
+        bucket = min(covering)
+        try:
+            return self._run(self.compiled[bucket], bucket)
+        except Exception as error:
+            outcome = self._run(make_step(need.pages), need)
+            _log.warning("a compiled step failed and is given up for the eager one", exc_info=error)
+            del self.compiled[bucket]
+            self._broken += 1
+            return outcome
+
+    def _run(self, step: Step, shape: Bucket) -> tuple[Rows, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        rows = self._views[shape.rows]
+        return rows, step(self.model, self.kv.keys, self.kv.values, *rows.tensors())
 
 
 def make_step(pages: int) -> Step:

@@ -12,8 +12,8 @@ from collections.abc import Sequence as List
 from typing import Protocol
 
 from model.sequence import Finished, Sequence
-from model.slots import SlotTable
-from model.types import DeadlineExceeded, FinishReason, GenerationFailed, InvalidRequest, Sampling, ServiceError
+from model.slots import Slot, SlotTable
+from model.types import FinishReason, GenerationFailed, InvalidRequest, Sampling, ServiceError
 from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 CHUNK_BESIDE_STREAMS = 64
 CHUNK_ALONE = 512
 _LOOK_EVERY = 1.0  # seconds between two looks for a step that was compiled meanwhile
+_BARREN = 8  # steps that fail in a row for one sequence after another: then it is the engine that is broken
 _SMOOTHING = 0.1  # of the tokens/s estimate, per step
 
 
@@ -33,14 +34,13 @@ class Runner(Protocol):
     eos: frozenset[int]
 
     def begin(self, slot: int, sampling: Sampling, seed: int, prompt: List[int]) -> None: ...
-    def prefill(self, slot: int, ids: List[int], start: int) -> None: ...
+    def prefill(self, slot: int, ids: List[int], start: int) -> bool: ...
     def arm(self, slot: int, token: int, position: int) -> None: ...
     def idle(self, slot: int, position: int) -> None: ...
     def step(self, active: List[int]) -> List[int | None]: ...
     def swap(self, a: int, b: int, tokens: int) -> None: ...
     def clear(self, slot: int) -> None: ...
     def adopt(self, idle: bool) -> bool: ...
-    def abandon(self) -> bool: ...
     def compile_state(self) -> tuple[int, int]: ...
     def close(self) -> None: ...
     def details(self) -> Mapping[str, str | int]: ...
@@ -56,47 +56,50 @@ class Batch:
         self.steps = 0
         self._table = SlotTable(runner.slots)
         self._looked = clock()
-        self._compile_failures = 0
+        self._compile_failures = self._barren = 0
         metrics.slots.set(runner.slots)
         metrics.kv_bytes.set(float(runner.details().get("kv_bytes", 0)))
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Give a sequence a slot and the KV it can reuse; False when all are taken. One that cannot fit is ended."""
+    @property
+    def full(self) -> bool:
+        """Whether all slots are taken."""
+        return len(self.running) >= self.runner.slots
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give a sequence a slot and the KV it can reuse; one that cannot fit, or cannot begin, is ended.
+
+        Not to be called when the batch is full.
+        """
         if len(sequence.prompt) + sequence.request.max_new_tokens > self.runner.context:
-            self._close_out(sequence, InvalidRequest("prompt and max_new_tokens exceed the context", param="prompt"))
-            return True
-        slot = self._table.allocate(sequence.request.owner, sequence.prompt)
-        if slot is None:
-            return False
-        sequence.slot, sequence.admitted = slot, self._clock()
+            too_long = InvalidRequest("prompt and max_new_tokens exceed the context", param="prompt")
+            return sequence.finish(too_long, self._clock())
+        sequence.slot = slot = self._table.allocate(sequence.request.owner, sequence.prompt)
+        sequence.admitted = self._clock()
         sequence.computed = sequence.cached = len(slot.tokens)
         self.running.append(sequence)
         self._metrics.queue_wait.observe(sequence.admitted - sequence.submitted)
         self._metrics.cached_tokens.inc(sequence.cached)
+        self._metrics.running.set(len(self.running))
+        try:
+            self._begin(sequence, slot)
+        except Exception as error:
+            self._fail(sequence, error)
+
+    def _begin(self, sequence: Sequence, slot: Slot) -> None:
         seed = sequence.request.sampling.seed
-        self.runner.begin(slot.index, sequence.request.sampling, secrets.randbits(63) if seed is None else seed,
-                          sequence.prompt)  # fmt: skip
+        seed = secrets.randbits(63) if seed is None else seed
+        self.runner.begin(slot.index, sequence.request.sampling, seed, sequence.prompt)
         self.runner.idle(slot.index, sequence.computed)
         if sequence.prefilled:
             self._arm(sequence)
-        self._metrics.running.set(len(self.running))
-        return True
 
     def reap(self) -> None:
         """Let go of those that were closed or ran out of time."""
+        now = self._clock()
         for sequence in list(self.running):
-            if self.ended(sequence):
+            if ending := sequence.ending(now):
+                sequence.finish(ending, now)
                 self._leave(sequence, keep=True)
-
-    def ended(self, sequence: Sequence) -> bool:
-        """Tell a closed or overdue sequence so; whether it was either."""
-        if sequence.closed:
-            self._close_out(sequence, Finished(sequence.closed))
-        elif self._clock() >= sequence.deadline:
-            self._close_out(sequence, DeadlineExceeded("the request took longer than it may"))
-        else:
-            return False
-        return True
 
     def prefill(self) -> None:
         """Compute one chunk of the oldest prompt that is not complete."""
@@ -106,9 +109,11 @@ class Batch:
         size = CHUNK_BESIDE_STREAMS if any(s.prefilled for s in self.running) else CHUNK_ALONE
         ids = sequence.prompt[sequence.computed : min(sequence.computed + size, len(sequence.prompt) - 1)]
         try:
-            self.runner.prefill(sequence.slot.index, ids, sequence.computed)
+            finite = self.runner.prefill(sequence.slot.index, ids, sequence.computed)
         except Exception as error:
             return self._fail(sequence, error)
+        if not finite:
+            return self._spoiled(sequence)
         sequence.slot.tokens += ids
         sequence.computed += len(ids)
         self._metrics.prompt_tokens.inc(len(ids))
@@ -145,36 +150,34 @@ class Batch:
     def fail_all(self, error: ServiceError) -> None:
         """End every sequence, without a word to the runner: it may be what failed."""
         while self.running:
-            self._close_out(self.running.pop(), error)
+            self.running.pop().finish(error, self._clock())
         self._metrics.running.set(0)
 
     def _compute(self, decoding: list[Sequence]) -> int:
         """Step these sequences; when the step raises, find out whose fault it is by halving. Returns tokens made.
 
-        A failed step has changed nothing, so it may be repeated: first without compiled code, then in parts (which
-        also serves a batch too large for the memory), until one sequence fails alone.
+        A failed step has changed nothing, so it may be repeated in parts (which also serves a batch too large for the
+        memory), until one sequence fails alone. When one after another does, the error is raised: heal the engine.
         """
         try:
             tokens = self.runner.step([s.slot.index for s in decoding if s.slot])
         except Exception as error:
             self._metrics.engine_failures.inc()
-            if self.runner.abandon():
-                _log.warning("a compiled step failed, going on eagerly", exc_info=error)
-                self._metrics.compile_fallbacks.inc()
-                return self._compute(decoding)
-            if len(decoding) == 1:
-                self._fail(decoding[0], error)
-                return 0
-            half = len(decoding) // 2
-            return self._compute(decoding[:half]) + self._compute(decoding[half:])
+            if len(decoding) > 1:
+                half = len(decoding) // 2
+                return self._compute(decoding[:half]) + self._compute(decoding[half:])
+            self._barren += 1
+            if self._barren >= _BARREN:
+                raise
+            self._fail(decoding[0], error)
+            return 0
+        self._barren = 0
         return sum(self._take(sequence, tokens[sequence.slot.index]) for sequence in decoding if sequence.slot)
 
     def _take(self, sequence: Sequence, token: int | None) -> bool:
         """Hand a step's token to its sequence; whether it was one (the end token is none)."""
         if token is None:
-            self._metrics.engine_failures.inc()
-            self.runner.clear(sequence.slot.index)  # type: ignore[union-attr]  # it holds a slot, or was not stepped
-            self._fail(sequence, ArithmeticError("logits were not finite"))
+            self._spoiled(sequence)
             return False
         sequence.slot.tokens.append(sequence.next)  # type: ignore[union-attr]
         sequence.next = token
@@ -210,20 +213,20 @@ class Batch:
             self._table.swap(last, free)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._close_out(sequence, Finished(reason))
+        sequence.finish(Finished(reason), self._clock())
         self._leave(sequence, keep=True)
+
+    def _spoiled(self, sequence: Sequence) -> None:
+        """Its numbers are not finite: wipe its KV, or the slot's next owner would read them too."""
+        self._metrics.engine_failures.inc()
+        if sequence.slot:
+            self.runner.clear(sequence.slot.index)
+        self._fail(sequence, ArithmeticError("numbers were not finite"))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         _log.error("request %s failed in the model", sequence.request.id, exc_info=error)
-        self._close_out(sequence, GenerationFailed("the model could not compute this request"))
+        sequence.finish(GenerationFailed("the model could not compute this request", retry_after=1), self._clock())
         self._leave(sequence, keep=False)
-
-    def _close_out(self, sequence: Sequence, ending: Finished | ServiceError) -> None:
-        sequence.finish(ending)
-        self._metrics.finished.labels(ending.reason.value if isinstance(ending, Finished) else ending.code).inc()
-        self._metrics.e2e.observe(self._clock() - sequence.submitted)
-        if sequence.generated:
-            self._metrics.decode.observe(self._clock() - sequence.first)
 
     def _leave(self, sequence: Sequence, *, keep: bool) -> None:
         self.running.remove(sequence)

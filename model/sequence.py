@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from model.slots import Slot
 from model.types import DeadlineExceeded, FinishReason, GenerateRequest, ServiceError, Status
+from telemetry import Metrics
 
 # How long past its deadline a reader waits for the engine's own word before it gives up by itself: only a model
 # thread that hangs is ever this late.
@@ -28,7 +29,7 @@ class Finished:
 class Sequence:
     """The model thread owns everything but `get` and `close`, which belong to the reader."""
 
-    def __init__(self, request: GenerateRequest, wake: Callable[[], None], now: float) -> None:
+    def __init__(self, request: GenerateRequest, wake: Callable[[], None], now: float, metrics: Metrics) -> None:
         self.request = request
         self.prompt = list(request.prompt_ids)
         self.submitted = now
@@ -42,7 +43,7 @@ class Sequence:
         self.admitted = self.first = self.latest = now
         self._items: queue.SimpleQueue[Status | int | Finished | ServiceError] = queue.SimpleQueue()
         self._announced: tuple[str, int | None, int | None] | None = None
-        self._wake = wake
+        self._wake, self._metrics = wake, metrics
 
     @property
     def prefilled(self) -> bool:
@@ -64,8 +65,19 @@ class Sequence:
     def emit(self, token: int) -> None:
         self._items.put(token)
 
-    def finish(self, ending: Finished | ServiceError) -> None:
+    def ending(self, now: float) -> Finished | ServiceError | None:
+        """How it ends by its reader's will or for want of time; None while it goes on."""
+        if self.closed:
+            return Finished(self.closed)
+        return DeadlineExceeded("the request took longer than it may") if now >= self.deadline else None
+
+    def finish(self, ending: Finished | ServiceError, now: float) -> None:
+        """Tell the reader that nothing follows, and count it."""
         self._items.put(ending)
+        self._metrics.finished.labels(ending.reason.value if isinstance(ending, Finished) else ending.code).inc()
+        self._metrics.e2e.observe(now - self.submitted)
+        if self.generated:
+            self._metrics.decode.observe(now - self.first)
 
     def get(self, timeout: float) -> Status | int | Finished | None:
         """The next item, or None when `timeout` seconds brought none. Raises the ServiceError that ended it."""

@@ -35,14 +35,13 @@ class SlotTable:
     def busy(self) -> int:
         return sum(slot.busy for slot in self.slots)
 
-    def allocate(self, owner: str, prompt: Sequence[int]) -> Slot | None:
-        """A free slot, or None. `slot.tokens` is cut to the prefix that `prompt` shares with this owner's last use.
+    def allocate(self, owner: str, prompt: Sequence[int]) -> Slot:
+        """A free slot. `slot.tokens` is cut to the prefix that `prompt` shares with this owner's last use.
 
         At least one prompt token is left to compute, for the step that makes the first new token needs it.
+        Raises ValueError when none is free.
         """
         free = [slot for slot in self.slots if not slot.busy]
-        if not free:
-            return None
         slot = max(free, key=lambda s: (self._shared(s, owner, prompt), -s.used, -s.index))
         del slot.tokens[self._shared(slot, owner, prompt) :]
         self._clock += 1

@@ -5,7 +5,7 @@ Imports no torch, no Flask and no storage, so that the HTTP side can use it with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
@@ -127,7 +127,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
-    """What /readyz tells. stage: cold, fetching, loading, ready, failed, stopping or stopped.
+    """What /readyz tells. stage: cold, fetching, loading, ready, stalled, failed, stopping or stopped.
 
     details: plain figures for operators (compiled buckets, slots, KV bytes, the 4-bit product in use).
     """
@@ -157,8 +157,11 @@ class Backend(Protocol):
 
     def status(self) -> BackendStatus: ...
 
-    def preload(self) -> None:
-        """Start loading the weights now, in the background; later calls do nothing."""
+    def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
+        """Start loading the weights now, in the background; later calls do nothing.
+
+        on_failure: called once, from another thread and with one line, if the model cannot be served after all.
+        """
 
     def close(self, grace: float) -> None:
         """Admit nothing more, let running streams finish for `grace` seconds, then end the rest with an error."""

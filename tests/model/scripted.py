@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from model.types import Sampling
 
 END = 0
+UNFIT, NOT_FINITE = 90_001, 90_002  # prompt tokens that a runner chokes on
 
 
 class ScriptedRunner:
@@ -25,15 +26,21 @@ class ScriptedRunner:
         self.prefilled: list[tuple[int, int, int]] = []  # slot, start, count
         self.before_step: Callable[[tuple[int, ...]], None] = lambda active: None
         self.spoil: Callable[[int], bool] = lambda slot: False
-        self.has_compiled = self.closed = False
+        self.compiled = (0, 0)
+        self.closed = False
 
     def begin(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
         self._here()
+        if prompt[0] == UNFIT:
+            raise IndexError("injected: no such token")
 
-    def prefill(self, slot: int, ids: Sequence[int], start: int) -> None:
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> bool:
         self._here()
+        if UNFIT in ids:
+            raise IndexError("injected: no such token")
         self.prefilled.append((slot, start, len(ids)))
         self.written[slot].update(enumerate(ids, start))
+        return NOT_FINITE not in ids
 
     def arm(self, slot: int, token: int, position: int) -> None:
         self.armed[slot] = (token, position)
@@ -65,12 +72,8 @@ class ScriptedRunner:
     def adopt(self, idle: bool) -> bool:
         return False
 
-    def abandon(self) -> bool:
-        had, self.has_compiled = self.has_compiled, False
-        return had
-
     def compile_state(self) -> tuple[int, int]:
-        return int(self.has_compiled), 0
+        return self.compiled
 
     def close(self) -> None:
         self.closed = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,21 @@ def adopt_until(engine: Runner, done: Callable[[], bool]) -> None:
         if not engine.adopt(idle=False):
             assert time.monotonic() < end, "no compiled step arrived"
             time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def no_child_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made: list[BackgroundCompiler] = []
+    begin = BackgroundCompiler.__init__
+
+    def noted(self: BackgroundCompiler, *arguments: Any) -> None:
+        begin(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(BackgroundCompiler, "__init__", noted)
+    yield
+    for compiler in made:
+        compiler.close()
 
 
 @pytest.fixture(autouse=True)
@@ -92,23 +109,35 @@ def test_when_compiling_fails_eager_serves_and_says_why(
     broken.write_text("#!/bin/sh\necho 'cannot compile anything' >&2\nexit 1\n")
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
-    engine = load(settings, checkpoint)
+    engine, eager = load(settings, checkpoint), load(settings, checkpoint)
     engine.compiler = compiler_for(engine, checkpoint, settings)
-    adopt_until(engine, lambda: int(engine.details()["compile_failures"]) == 2)
-    start(engine, 0, PROMPTS[0], GREEDY)
-    assert len(run(engine, [0], 4)[0]) == 4
+    adopt_until(engine, lambda: engine.compile_state() == (0, 2))
+    for each in (engine, eager):
+        start(each, 0, PROMPTS[0], GREEDY)
+    assert run(engine, [0], 4) == run(eager, [0], 4)
     assert [record.levelname for record in caplog.records if "serving eagerly" in record.message] == ["WARNING"]
 
 
 def test_without_a_compiler_one_line_names_what_to_install(
-    prepared: tuple[Settings, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings, checkpoint = prepared
-    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
     engine = load(settings, checkpoint)
     assert compiler_for(engine, checkpoint, settings.model_copy(update={"compile": False})) is None and not caplog.text
-    assert compiler_for(engine, checkpoint, settings) is None
+    engine.compiler = compiler_for(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
     assert "apt install g++" in caplog.text
+    assert engine.details()["compiled"] == "0/2" and engine.compile_state() == (0, 2)
+
+
+def test_a_disk_that_takes_no_compiled_step_does_not_cost_the_model(
+    prepared: tuple[Settings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    (tmp_path / "compiled").write_text("a file where a folder should be")
+    assert compiler_for(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path})) is None
+    assert "nothing can be compiled here" in caplog.text
 
 
 def test_a_damaged_step_is_thrown_away(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
@@ -134,7 +163,7 @@ def test_the_child_ends_with_the_service(prepared: tuple[Settings, Path], tmp_pa
     child = compiler._child
     assert child is not None and child.stdin is not None and child.poll() is None
     child.stdin.close()  # as the end of this process would
-    assert child.wait(60) != 0
+    assert child.wait(60) == 1
 
 
 def test_a_fingerprint_changes_with_what_a_step_depends_on(prepared: tuple[Settings, Path]) -> None:
@@ -148,8 +177,32 @@ def test_a_fingerprint_changes_with_what_a_step_depends_on(prepared: tuple[Setti
     assert one != fingerprint(engine, checkpoint, settings)
 
 
-def test_a_secret_never_reaches_the_child() -> None:
-    assert {"redis_url", "admin_password"} <= compiling._SECRETS <= Settings.model_fields.keys()
+def test_no_secret_reaches_the_child(
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, checkpoint = prepared
+    monkeypatch.setenv("ADMIN_PASSWORD", "open sesame")
+    monkeypatch.setenv("REDIS_URL", "redis://:open-sesame@127.0.0.1/0")
+    secret = settings.model_copy(update={"data_dir": tmp_path, "admin_password": "open sesame"})
+    compiler = BackgroundCompiler(load(settings, checkpoint), checkpoint, secret)
+    assert compiler._child is not None
+    seen = Path(f"/proc/{compiler._child.pid}/environ").read_bytes()
+    compiler.close()
+    assert b"sesame" not in seen and b"PATH=" in seen
+
+
+def test_steps_of_long_ago_are_removed(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
+    settings, checkpoint = prepared
+    for age in range(6):
+        folder = tmp_path / "compiled" / f"{age:016x}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (1000 - age, 1000 - age))
+    compiler = BackgroundCompiler(
+        load(settings, checkpoint), checkpoint, settings.model_copy(update={"data_dir": tmp_path})
+    )
+    compiler.close()
+    left = {folder.name for folder in (tmp_path / "compiled").iterdir()}
+    assert left == {f"{age:016x}" for age in range(3)} | {compiler._folder.name}
 
 
 @pytest.mark.parametrize(("slots", "pages"), [(1, 1), (4, 2), (16, 32), (64, 1)])

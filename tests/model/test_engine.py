@@ -11,6 +11,7 @@ import pytest
 
 from model.engine import Engine
 from model.registry import ModelError
+from model.scheduler import _BARREN, Batch
 from model.sequence import Finished, Sequence
 from model.types import (
     DeadlineExceeded,
@@ -24,7 +25,7 @@ from model.types import (
     Status,
 )
 from telemetry import Metrics
-from tests.model.scripted import ScriptedRunner, continuation
+from tests.model.scripted import NOT_FINITE, UNFIT, ScriptedRunner, continuation
 
 WAIT = 10.0
 
@@ -130,6 +131,21 @@ def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
         gate.open()
         for sequence in sequences:
             assert read(sequence)[1] is FinishReason.LENGTH
+
+
+def test_the_time_to_come_back_grows_with_the_backlog() -> None:
+    runner = ScriptedRunner(slots=1)
+    gate = Gate(runner)
+    with serving(runner) as engine:
+        engine.submit(request([1], count=100))
+        assert gate.reached.wait(WAIT)
+        times = []
+        for _ in range(3):
+            engine.submit(request([1], count=1000))
+            times.append(engine._seconds_for(engine._waiting.tokens))
+        # One lane at the first guess of 50 tokens/s: 20 seconds for each thousand.
+        assert times == [pytest.approx(22, abs=0.5), pytest.approx(42, abs=0.5), pytest.approx(62, abs=0.5)]
+        gate.open()
 
 
 def test_a_closed_stream_frees_its_slot_within_two_steps() -> None:
@@ -270,19 +286,68 @@ def test_a_row_without_finite_numbers_fails_alone_and_its_kv_is_wiped() -> None:
         eventually(lambda: all(500 not in written.values() for written in runner.written))
 
 
-def test_a_compiled_step_that_fails_is_given_up_for_the_eager_one() -> None:
+def test_a_prompt_that_the_model_chokes_on_fails_alone() -> None:
+    """At the first touch, in the middle of its prefill, or by numbers that are not finite."""
     runner = ScriptedRunner(slots=2)
-    runner.has_compiled = True
-
-    def broken(active: tuple[int, ...]) -> None:
-        if runner.has_compiled:
-            raise RuntimeError("injected")
-
-    runner.before_step = broken
     with serving(runner) as engine:
-        assert read(engine.submit(request([1], count=6)))[0] == continuation([1], 6)
-        assert not runner.has_compiled
-        assert engine._metrics.compile_fallbacks._value.get() == 1
+        good = engine.submit(request([1], count=60))
+        for prompt in ([UNFIT, 1], [1, UNFIT, 1], [1] * 70 + [NOT_FINITE, 1]):
+            with pytest.raises(GenerationFailed):
+                read(engine.submit(request(prompt)))
+        assert read(good)[0] == continuation([1], 60)
+        assert not any(NOT_FINITE in written.values() for written in runner.written)
+        assert engine.status().ready
+
+
+def test_a_step_that_fails_for_everyone_makes_the_engine_load_again() -> None:
+    runners: list[ScriptedRunner] = []
+
+    def load(progress: Callable[[str, int], None]) -> ScriptedRunner:
+        runners.append(ScriptedRunner())
+        if len(runners) == 1:
+            runners[0].before_step = _break
+        return runners[-1]
+
+    engine = Engine(load, 64, Metrics())
+    for _ in range(_BARREN):
+        with pytest.raises(ServiceError):
+            read(engine.submit(request([1])))
+    assert read(engine.submit(request([2], count=3)))[0] == continuation([2], 3)
+    assert len(runners) == 2 and engine.status().reason is None
+    engine.stop(0)
+
+
+def _break(active: tuple[int, ...]) -> None:
+    raise RuntimeError("injected: the device is lost")
+
+
+def test_metrics_follow_what_is_compiled_and_what_could_not_be() -> None:
+    runner = ScriptedRunner()
+    metrics = Metrics()
+    batch = Batch(runner, metrics, time.monotonic)
+    for runner.compiled in ((1, 0), (1, 2), (3, 2)):
+        batch.adopt(idle=True)
+    assert metrics.registry.get_sample_value("llm_compiled_buckets") == 3
+    assert metrics.registry.get_sample_value("llm_compile_fallbacks_total") == 2
+
+
+def test_whoever_leaves_during_the_load_makes_room_at_once() -> None:
+    go_on = threading.Event()
+
+    def load(progress: Callable[[str, int], None]) -> ScriptedRunner:
+        assert go_on.wait(WAIT)
+        return ScriptedRunner()
+
+    engine = Engine(load, 2, Metrics())
+    for _ in range(10):
+        leaving = [engine.submit(request([1])) for _ in range(2)]
+        for sequence in leaving:
+            sequence.close()
+            assert read(sequence) == ([], FinishReason.CANCELLED)
+    staying = engine.submit(request([2], count=2))
+    go_on.set()
+    assert read(staying)[0] == continuation([2], 2)
+    engine.stop(0)
 
 
 def test_the_model_loads_once_however_many_ask_together() -> None:
@@ -338,10 +403,13 @@ def test_a_model_that_does_not_load_says_so_and_is_not_tried_in_a_loop() -> None
         raise ModelError("/secret/path: shard is cut short")
 
     engine = Engine(load, 64, Metrics())
+    told: list[str] = []
+    engine.start(told.append)
     with pytest.raises(ModelUnavailable) as refused:
         read(engine.submit(request([1])))
     assert "/secret" not in refused.value.message
     eventually(lambda: engine.status().stage == "failed")
+    assert told == ["/secret/path: shard is cut short"]
     for _ in range(20):
         with pytest.raises(ModelUnavailable):
             engine.submit(request([1]))

@@ -1,5 +1,6 @@
 """GPU gauges: the card's own figures where there is one, zeros elsewhere."""
 
+import math
 from types import SimpleNamespace
 
 import pynvml
@@ -30,3 +31,17 @@ def test_the_gauges_follow_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     figures.used = 2 << 30
     assert metrics.registry.get_sample_value("llm_gpu_memory_bytes") == 2 << 30
     assert metrics.registry.get_sample_value("llm_gpu_utilisation_ratio") == 0.4
+
+
+def test_a_card_that_fails_does_not_take_the_metrics_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(gpu: object) -> SimpleNamespace:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", unsupported)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", unsupported)
+    metrics = Metrics()
+    assert watch(metrics)
+    value = metrics.registry.get_sample_value("llm_gpu_utilisation_ratio")
+    assert value is not None and math.isnan(value)

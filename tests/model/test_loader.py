@@ -309,8 +309,7 @@ def test_another_process_is_waited_for(source: Path) -> None:
 @pytest.fixture
 def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
+    return tmp_path / "data" / "hub"
 
 
 def test_a_pinned_model_in_the_hubs_cache_serves_offline(tmp_path: Path, offline_hub: Path) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from model.loader import prepare_tokenizer
 from model.local import LocalBackend
+from model.registry import find
 from model.types import (
     Chunk,
     DeadlineExceeded,
@@ -23,6 +25,7 @@ from model.types import (
     GenerateRequest,
     InvalidRequest,
     Message,
+    ModelUnavailable,
     Sampling,
     Status,
     Stream,
@@ -116,7 +119,9 @@ def test_what_cannot_fit_is_refused_before_it_is_queued(backend: LocalBackend) -
 
 
 def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) -> None:
-    backend = LocalBackend(settings_for(checkpoint, tmp_path), Metrics())
+    settings = settings_for(checkpoint, tmp_path)
+    prepare_tokenizer(find(settings), settings)  # as every start but the very first finds it
+    backend = LocalBackend(settings, Metrics())
     request = GenerateRequest("r", "ann", backend._spec.name, (Message("user", "hi"),))
     assert backend.prepare(request).prompt_ids
     assert backend.status().stage == "cold" and backend.fingerprint()
@@ -138,6 +143,20 @@ def test_fifty_first_requests_load_once(checkpoint: Path, tmp_path: Path, monkey
         texts = set(pool.map(lambda _: read(ask(backend, "all at once"))[0], range(50)))
     backend.close(0)
     assert loads == ["model"] and len(texts) == 1
+
+
+def test_a_model_that_cannot_be_fetched_is_told_to_whoever_waits_for_its_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tiny_checkpoint(tmp_path / "tiny")
+    (broken / "tokenizer.json").unlink()
+    backend = LocalBackend(settings_for(broken, tmp_path / "data"), Metrics())
+    for _ in range(2):
+        with pytest.raises(ModelUnavailable) as refused:
+            ask(backend, "hello")
+        assert refused.value.retry_after and str(tmp_path) not in refused.value.message
+    assert backend.status().stage == "failed" and "tokenizer.json is missing" in caplog.text
+    backend.close(0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -194,6 +213,7 @@ def test_two_hundred_mixed_requests_leave_nothing_behind(backend: LocalBackend) 
 def test_only_the_model_thread_ever_imports_torch(checkpoint: Path, tmp_path: Path) -> None:
     """In a fresh process: tokenising loads none of it, and the first submission does."""
     settings = settings_for(checkpoint, tmp_path)
+    prepare_tokenizer(find(settings), settings)
     program = f"""
 import sys, threading
 from pathlib import Path

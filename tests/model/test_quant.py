@@ -72,6 +72,17 @@ def test_the_product_is_chosen_by_machine(device, quantization, kernel, product,
     assert quant.plan(device, quantization, kernel) == quant.Plan(product, dtype)
 
 
+def test_without_fbgemm_weights_become_floats_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant, "_HAS_FBGEMM", False)
+    chosen = quant.plan("cpu", "nf4", avx512_bf16=False)
+    assert chosen == quant.Plan("dequantised", torch.float32)
+    dense, fused = tiny_model(), tiny_model()
+    quant.install(fused, chosen)
+    ids = torch.tensor([[5, 90, 17, 33]])
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(ids).logits, dense(ids).logits)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fused_int8_layers_answer_like_the_dense_model(architecture: str) -> None:
     dense, fused = tiny_model(architecture), tiny_model(architecture)

@@ -9,7 +9,7 @@ from model.attention import refuse_unknown
 from model.compile import InPlaceCompiler, buckets
 from model.kv import PAGE
 from model.quant import Plan
-from model.runner import Bucket, Runner
+from model.runner import Bucket, Runner, Step, make_step
 from model.types import Sampling
 from tests.model.tiny import ARCHITECTURES, tiny_model
 
@@ -141,6 +141,7 @@ def test_numbers_that_are_not_finite_are_told_and_only_of_their_row() -> None:
     start(engine, 1, PROMPTS[3], Sampling(temperature=0))
     engine.kv.values[0][0, 1, :, 3] = torch.nan
     tokens = engine.step([0, 1])
+    assert not engine.prefill(1, [3], len(PROMPTS[3])) and engine.prefill(0, [3], len(PROMPTS[0]))
     assert tokens[1] is None and tokens[0] == generated("LlamaForCausalLM", PROMPTS[0], 1)[0]
     engine.clear(1)
     start(engine, 1, PROMPTS[3], Sampling(temperature=0))
@@ -167,21 +168,45 @@ def test_steps_use_the_smallest_compiled_bucket_that_covers_them() -> None:
     engine = runner()
     used: list[Bucket] = []
 
-    def fake(bucket: Bucket):  # type: ignore[no-untyped-def]
-        def step(*arguments: object) -> object:
+    def noted(bucket: Bucket) -> Step:
+        def step(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             used.append(bucket)
-            raise RuntimeError("only asked which")
+            return make_step(bucket.pages)(*arguments)
 
         return step
 
-    engine.compiled = {bucket: fake(bucket) for bucket in (Bucket(4, 2), Bucket(1, 2), Bucket(4, 1))}
+    engine.compiled = {bucket: noted(bucket) for bucket in (Bucket(4, 2), Bucket(1, 2), Bucket(4, 1))}
     for slot, prompt in ((0, PROMPTS[0]), (2, PROMPTS[2])):
         start(engine, slot, prompt, Sampling(temperature=0))
     for active in ([0], [2], [0, 2]):
-        with pytest.raises(RuntimeError):
-            engine.step(active)
+        engine.step(active)
     assert used == [Bucket(1, 2), Bucket(4, 1), Bucket(4, 1)]
-    assert engine.abandon() and not engine.abandon()
+
+
+def test_compiled_code_that_fails_is_given_up_and_the_text_goes_on() -> None:
+    engine = runner()
+
+    def broken(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise RuntimeError("injected")
+
+    engine.compiled = {Bucket(4, 4): broken}
+    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
+    assert run(engine, [0], 8) == [generated("LlamaForCausalLM", PROMPTS[0], 8)]
+    assert engine.compile_state() == (0, 1)
+
+
+def test_rows_that_fail_eagerly_too_cost_nobody_the_compiled_code() -> None:
+    engine = runner()
+
+    def out_of_memory(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise MemoryError("injected")
+
+    engine.compiled = {Bucket(4, 4): out_of_memory}
+    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
+    engine.arm(0, 10_000, 2)  # no such token: eager raises as well
+    with pytest.raises(IndexError):
+        engine.step([0])
+    assert engine.compile_state() == (1, 0)
 
 
 def test_an_attention_argument_that_is_not_understood_is_refused() -> None:
