@@ -47,8 +47,16 @@ class Turn(Strict):
     content: str
 
 
+_ONE_SOURCE = [
+    {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+    {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+]
+
+
 class GenerateBody(Strict):
     """One of `prompt` and `messages`; `prompt` is one user message."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_SOURCE})
 
     prompt: str | None = Field(None, min_length=1, examples=["Why is the sky blue?"])
     messages: list[Turn] | None = Field(None, min_length=1, max_length=256)
