@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from model.types import FinishReason, Sampling, ServedBy, Usage
 
@@ -47,7 +47,7 @@ class Turn(Strict):
     content: str
 
 
-_ONE_SOURCE = [
+_ONE_SOURCE: list[JsonValue] = [
     {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
     {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
 ]
