@@ -18,12 +18,14 @@ from api.guards import SECURED, Reply, needs, principal, public
 from api.schemas import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
 from api.services import services
 from api.trace import current
+from model.types import InvalidRequest
 from security.roles import Permission
 from security.tokens import TokenType
 from store.state import ApiKey
 from store.users import User
 
 _DAY = 86_400
+_MOST_KEYS = 100  # that work at the same time, for one user
 _KEY_SCOPES = (Permission.GENERATE.value, Permission.READ_MODELS.value)  # a key can never make another key
 
 blueprint = APIBlueprint(
@@ -56,6 +58,7 @@ def login(body: LoginBody) -> Reply:
 def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
     rooms, claims = services(), bearer.claims(TokenType.REFRESH)
+    rooms.rate.hit(claims["sub"])
     user = rooms.users.get(claims["sub"])
     now, seconds = time.time(), rooms.policy.refresh_ttl
     token, jti = bearer.mint(TokenType.REFRESH, claims["sub"], seconds)
@@ -81,6 +84,8 @@ def logout() -> Reply:
 def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
     caller, now = principal(), time.time()
+    if len(_living_keys(caller.owner)) >= _MOST_KEYS:
+        raise InvalidRequest(f"You have {_MOST_KEYS} keys already: revoke one first.", code="too_many_keys")
     seconds = body.expires_in_days * _DAY
     token, jti = bearer.mint(TokenType.KEY, caller.owner, seconds)
     key = ApiKey(token_hex(8), caller.owner, body.name, _KEY_SCOPES, caller.role, now, now + seconds)
@@ -92,9 +97,7 @@ def add_key(body: KeyBody) -> Reply:
 @needs(Permission.MANAGE_KEYS)
 def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
-    now = time.time()
-    alive = [key for key in services().state.keys(principal().owner) if not key.revoked and key.expires > now]
-    return KeysOut(keys=[_shown(key) for key in alive]).model_dump()
+    return KeysOut(keys=[_shown(key) for key in _living_keys(principal().owner)]).model_dump()
 
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
@@ -104,6 +107,11 @@ def drop_key(path: IdPath) -> Reply:
     if not services().state.revoke_key(path.id, principal().owner):
         raise NotFound("You have no key of this id.", param="id")
     return Response(status=204)
+
+
+def _living_keys(owner: str) -> list[ApiKey]:
+    now = time.time()
+    return [key for key in services().state.keys(owner) if not key.revoked and key.expires > now]
 
 
 def _tokens(user: User, refresh_token: str, family: str) -> dict[str, object]:

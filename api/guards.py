@@ -87,6 +87,7 @@ def register(app: Flask) -> None:
     """Put the guards before every view of `app`, and the safe headers on every answer."""
     app.request_class = StrictRequest
     app.json = StrictJSON(app)
+    app.before_request(_check_label)
     app.before_request(_check_host)
     app.before_request(_check_size)
     app.before_request(_check_caller)
@@ -123,6 +124,12 @@ def recheck(caller: Principal) -> Callable[[], None]:
     return check
 
 
+def _check_label() -> None:
+    """Before anything may refuse: a method that HTTP does not know is a client's word, and must not become a label."""
+    if request.method not in _METHODS:
+        request.prom_do_not_track = True  # type: ignore[attr-defined]
+
+
 def _check_host() -> None:
     """Refuse names that are not ours: with none listed, on loopback (a page elsewhere may rebind its name to here).
 
@@ -144,8 +151,6 @@ def _check_size() -> None:
 
 
 def _check_caller() -> None:
-    if request.method not in _METHODS:
-        request.prom_do_not_track = True  # type: ignore[attr-defined]  # or a client's word becomes a label
     if request.routing_exception is not None:
         return  # 404 or 405 follows
     view = current_app.view_functions[request.endpoint or ""]

@@ -213,7 +213,7 @@ def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 def _main() -> None:
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # only what the engine leaves over
+    os.nice(10)  # behind the engine, but not without end: a service that is always busy needs compiled steps most
     room = Room(*job["room"])
     engine = build(Path(job["checkpoint"]), Settings(**job["settings"]), lambda stage, percent: None, room)
     with torch.inference_mode():

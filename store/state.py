@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass
 
-from store.database import Database
+from store.database import Database, StoreUnavailable
 
 _LAST_USED_STEP = 60.0  # seconds; a synced write for every request would cost more than the figure is worth
 
@@ -104,7 +105,8 @@ class State:
         if row is None:
             return None
         if row["last_used"] is None or now - row["last_used"] >= _LAST_USED_STEP:
-            self._db.write("UPDATE api_keys SET last_used = ? WHERE id = ?", now, row["id"])
+            with suppress(StoreUnavailable):  # the key was read and is good: a full disk must not refuse it
+                self._db.write("UPDATE api_keys SET last_used = ? WHERE id = ?", now, row["id"])
         return _key(row)
 
     def revoke_key(self, id: str, owner: str) -> bool:

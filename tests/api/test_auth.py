@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from api import auth
 from api.services import Services
 from store.database import StoreUnavailable
-from tests.api.conftest import PASSWORD, Client
+from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import ScriptedBackend
 from tests.api.test_generate import events
 
@@ -192,3 +193,29 @@ def test_the_stored_ticket_holds_no_prompt_that_can_be_read(admin: Client, rooms
     admin.post("/stream/ticket", {"prompt": "a very private prompt"})
     written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.iterdir())
     assert b"tickets" in written and b"private" not in written
+
+
+def test_nobody_collects_keys_or_refreshes_without_end(
+    admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_MOST_KEYS", 2)
+    first = admin.post("/keys", {"name": "a"}).json
+    assert admin.post("/keys", {"name": "b"}).status_code == 201
+    assert_refused(admin.post("/keys", {"name": "c"}), 422)
+    admin.ask("DELETE", f"/keys/{first['id']}")
+    assert admin.post("/keys", {"name": "c"}).status_code == 201
+
+    token = nobody.post("/login", {"username": "admin", "password": PASSWORD}).json["refresh_token"]
+    for _ in range(rooms.settings.user_rpm):
+        answer = Client(nobody.app, token).post("/refresh")
+        if answer.status_code == 429:
+            break
+        token = answer.json["refresh_token"]
+    assert_refused(Client(nobody.app, token).post("/refresh"), 429)
+
+
+@pytest.mark.parametrize("refused_for", [{"Host": "evil.example"}, {"Content-Length": "70000"}])
+def test_a_clients_word_never_becomes_a_label(nobody: Client, refused_for: dict[str, str]) -> None:
+    nobody.ask("QXZ", "/login", headers=refused_for)
+    page = nobody.get("/metrics").text
+    assert "llm_slots" in page and "QXZ" not in page

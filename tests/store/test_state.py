@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from store.database import Database
+from store.database import Database, StoreUnavailable
 from store.state import ApiKey, State, Ticket
 
 NOW = 1_800_000_000.0
@@ -155,3 +155,15 @@ def test_two_processes_never_take_the_same_ticket(state: State, tmp_path: Path) 
     os.close(go)
     taken = [process.communicate(timeout=30)[0].split() for process in running]
     assert sorted(taken[0] + taken[1]) == sorted(tickets)
+
+
+def test_a_key_works_though_its_use_cannot_be_noted(
+    state: State, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.add_key("jti", ApiKey("id", "ann", "app", (), "user", 0.0, 1000.0))
+
+    def full(*arguments: object) -> int:
+        raise StoreUnavailable("the disk is full")
+
+    monkeypatch.setattr(db, "write", full)
+    assert state.use_key("jti", 10.0) is not None
