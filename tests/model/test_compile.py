@@ -86,7 +86,6 @@ def test_a_child_compiles_and_a_second_start_finds_it_done(prepared: tuple[Setti
             start(each, slot, prompt, GREEDY)
     assert run(engine, [0], 3) == run(eager, [0], 3)  # the child has hardly begun: eager answers meanwhile
     adopt_until(engine, lambda: engine.details()["compiled"] == "2/2")
-    engine.close()
     for active in ([0], [0, 1, 2, 3], [0], [3]):
         assert run(engine, active, 4) == run(eager, active, 4)
 
