@@ -33,7 +33,7 @@ from model.types import (
 )
 from settings import Settings
 from telemetry import Metrics
-from tests.model.test_engine import eventually
+from tests.model.driving import eventually
 from tests.model.tiny import ARCHITECTURES, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 WAIT = 30.0
