@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor import config
 
 from model import compile as compiling
 from model.build import Room, build
@@ -34,7 +35,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path]:
     folder = tmp_path_factory.mktemp("compile")
-    settings = settings_for(tiny_checkpoint(folder / "tiny"), folder / "data", quantization="int8", threads=1)
+    settings = settings_for(
+        tiny_checkpoint(folder / "tiny"), folder / "data", quantization="int8", threads=1, compile=True
+    )
     return settings, prepare(find(settings), settings)
 
 
@@ -118,13 +121,13 @@ def test_when_compiling_fails_eager_serves_and_says_why(
 
 
 def test_without_a_compiler_one_line_names_what_to_install(
-    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    prepared: tuple[Settings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings, checkpoint = prepared
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
     engine = load(settings, checkpoint)
     assert compiler_for(engine, checkpoint, settings.model_copy(update={"compile": False})) is None and not caplog.text
-    engine.compiler = compiler_for(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+        engine.compiler = compiler_for(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
     assert "apt install g++" in caplog.text
     assert engine.details()["compiled"] == "0/2" and engine.compile_state() == (0, 2)
 
