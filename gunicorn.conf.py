@@ -91,7 +91,7 @@ def post_worker_init(worker: Any) -> None:
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
     def give_up(line: str) -> None:
-        print(line, file=sys.stderr)
+        print(f"MODEL={settings.model} cannot be served: {line}", file=sys.stderr)
         worker.gave_up = True
         stop()
 

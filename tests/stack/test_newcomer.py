@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_service_in_one_line
     (bad / "config.json").write_text("{")
     place = {"DATA_DIR": str(tmp_path / "data"), "PORT": str(free_port()), "ADMIN_PASSWORD": PASSWORD}
     (line,) = start(MODEL=str(bad), MODELS_ALLOWED=str(bad), PRELOAD="true", **place)
-    assert "config.json" in line
+    assert line.startswith(f"MODEL={bad} ") and "config.json" in line
 
 
 def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_path: Path) -> None:
