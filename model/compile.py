@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,8 @@ from settings import Settings
 
 _log = logging.getLogger(__name__)
 
+# Seconds that the first answers of all have the processor to themselves before compiling begins, unless idle earlier.
+_LET_FIRST_ANSWER = 30.0
 _SECRETS = {"redis_url", "admin_password"}
 
 
@@ -65,6 +69,8 @@ class BackgroundCompiler:
         self._wanted = len(self._left)
         self._failed = 0
         self._child: subprocess.Popen[bytes] | None = None
+        self._start: Callable[[], subprocess.Popen[bytes]] | None = None
+        self._start_by = time.monotonic() + _LET_FIRST_ANSWER
         self._folder.mkdir(parents=True, exist_ok=True)
         _forget_old(self._folder)
         missing = [bucket for bucket in self._left if not _file(self._folder, bucket).exists()]
@@ -76,10 +82,13 @@ class BackgroundCompiler:
             self._failed = len(missing)
             self._left = [bucket for bucket in self._left if bucket not in missing]
         elif missing:
-            self._child = _start(Room(engine.slots, engine.context), missing, checkpoint, self._folder, settings)
+            room = Room(engine.slots, engine.context)
+            self._start = partial(_start, room, missing, checkpoint, self._folder, settings)
 
     def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
         """One step whose file is there; a file that does not load is removed and counts as failed."""
+        if self._start and (idle or time.monotonic() > self._start_by):
+            self._begin(self._start)
         for bucket in self._left:
             file = _file(self._folder, bucket)
             if file.exists():
@@ -91,6 +100,15 @@ class BackgroundCompiler:
 
     def state(self) -> dict[str, int]:
         return {"wanted": self._wanted, "failed": self._failed}
+
+    def _begin(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._start = None
+        try:
+            self._child = start()
+        except OSError as error:  # a full disk, no process left: a model that loads is served all the same
+            _log.warning("nothing can be compiled here, serving eagerly, half as fast: %s", error)
+            self._failed += len(self._left)
+            self._left.clear()
 
     def close(self) -> None:
         if self._child is not None and self._child.stdin is not None:

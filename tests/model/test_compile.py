@@ -69,6 +69,11 @@ def no_child_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_LET_FIRST_ANSWER", 0.0)
+
+
+@pytest.fixture(autouse=True)
 def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to tell one from another; six take minutes."""
     monkeypatch.setattr(compiling, "buckets", lambda slots, pages: [Bucket(1, 1), Bucket(slots, pages)])
@@ -94,8 +99,8 @@ def test_a_child_compiles_and_a_second_start_finds_it_done(prepared: tuple[Setti
 
     again = load(settings, checkpoint)
     second = again.compiler = BackgroundCompiler(again, checkpoint, settings)
+    assert again.adopt(idle=False) and again.adopt(idle=False) and not again.adopt(idle=True)
     assert second._child is None
-    assert again.adopt(idle=False) and again.adopt(idle=False) and not again.adopt(idle=False)
     start(again, 0, PROMPTS[0], GREEDY)
     start(eager, 0, PROMPTS[0], GREEDY)
     assert run(again, [0], 8) == run(eager, [0], 8)
@@ -143,6 +148,33 @@ def test_a_disk_that_takes_no_compiled_step_does_not_cost_the_model(
     assert "nothing can be compiled here" in caplog.text
 
 
+def test_a_machine_without_room_for_a_child_serves_eagerly(
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise BlockingIOError("injected: no process left")
+
+    monkeypatch.setattr(compiling.subprocess, "Popen", full)
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    engine.compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    assert not engine.adopt(idle=True) and engine.compile_state() == (0, 2)
+    assert "no process left" in caplog.text
+
+
+def test_the_first_answers_are_not_disturbed(
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_LET_FIRST_ANSWER", 1000.0)
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    compiler.poll(idle=False)
+    assert compiler._child is None
+    compiler.poll(idle=True)
+    assert compiler._child is not None
+
+
 def test_a_damaged_step_is_thrown_away(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
     settings, checkpoint = prepared
     settings = settings.model_copy(update={"data_dir": tmp_path})
@@ -163,6 +195,7 @@ def test_the_child_ends_with_the_service(prepared: tuple[Settings, Path], tmp_pa
     settings, checkpoint = prepared
     engine = load(settings, checkpoint)
     compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    compiler.poll(idle=True)
     child = compiler._child
     assert child is not None and child.stdin is not None and child.poll() is None
     child.stdin.close()  # as the end of this process would
@@ -188,6 +221,7 @@ def test_no_secret_reaches_the_child(
     monkeypatch.setenv("REDIS_URL", "redis://:open-sesame@127.0.0.1/0")
     secret = settings.model_copy(update={"data_dir": tmp_path, "admin_password": "open sesame"})
     compiler = BackgroundCompiler(load(settings, checkpoint), checkpoint, secret)
+    compiler.poll(idle=True)
     assert compiler._child is not None
     seen = Path(f"/proc/{compiler._child.pid}/environ").read_bytes()
     compiler.close()
