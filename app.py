@@ -20,7 +20,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from api import auth, bearer, errors, generate, guards, health, openai, trace
 from api.answers import Answers
-from api.places import LOGINS, Places
+from api.places import LOGINS, Places, generations
 from api.running import Running
 from api.services import NAME, Services
 from model.flight import Flights
@@ -111,7 +111,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         rate=RequestRate(settings.user_rpm),
         streams=StreamLimit(settings.user_streams),
         logins=LoginGuard(),
-        calls=Places(settings.slots + settings.max_queue, retry_after=5),
+        calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
     )

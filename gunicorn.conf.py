@@ -16,7 +16,7 @@ from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
-from api.places import LOGINS
+from api.places import LOGINS, generations
 from api.services import NAME, Services
 from settings import Settings, SettingsError
 from telemetry import configure_logging
@@ -32,7 +32,7 @@ worker_class = "gthread"
 workers = 1
 # Generations and logins hold a thread while they run or wait, and api/places.py bounds both; everything else is short,
 # and among the threads left over health finds one free.
-threads = settings.slots + settings.max_queue + LOGINS + 16
+threads = generations(settings.slots, settings.max_queue) + LOGINS + 16
 worker_connections = threads + 1000
 preload_app = False  # never fork after torch's threads have started
 control_socket_disable = True

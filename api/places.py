@@ -12,6 +12,15 @@ from contextlib import contextmanager
 from model.types import Overloaded
 
 LOGINS = 16  # two compute their hash at a time, the others wait for that
+_SHARING = 16  # generations open beyond what the engine holds: those that share another's
+
+
+def generations(slots: int, max_queue: int) -> int:
+    """How many generations may be open at once: more than the engine holds, so that a full engine refuses first.
+
+    It knows when to come back; these places, which twins fill, do not.
+    """
+    return slots + max_queue + _SHARING
 
 
 class Places:

@@ -29,10 +29,11 @@ def test_a_place_is_free_again_whatever_happened_on_it() -> None:
     assert refused.value.retry_after == 3
 
 
-def test_more_than_slots_and_queue_hold_are_503_and_a_closed_one_makes_room(
-    make_app: Callable[..., Flask], backend: ScriptedBackend
+def test_more_twins_than_there_are_places_are_503_and_a_closed_one_makes_room(
+    make_app: Callable[..., Flask], backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    admin = Client(make_app(slots=1, max_queue=2)).login()
+    monkeypatch.setattr("api.places._SHARING", 1)
+    admin = Client(make_app(slots=1, max_queue=1)).login()
     running = [admin.post("/stream", TWIN) for _ in range(3)]
     refused = admin.post("/stream", TWIN)
     assert (refused.status_code, refused.json["error"]["code"]) == (503, "overloaded")
