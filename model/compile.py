@@ -73,14 +73,10 @@ class BackgroundCompiler:
         self._start_by = time.monotonic() + _LET_FIRST_ANSWER
         self._folder.mkdir(parents=True, exist_ok=True)
         _forget_old(self._folder)
-        missing = [bucket for bucket in self._left if not _file(self._folder, bucket).exists()]
+        missing = self._missing()
         compiler = config.cpp.cxx[1]
         if missing and shutil.which(compiler) is None:
-            _log.warning(
-                "no C++ compiler (%s): serving eagerly, about half as fast; apt install g++ mends it", compiler
-            )
-            self._failed = len(missing)
-            self._left = [bucket for bucket in self._left if bucket not in missing]
+            self._stay_eager(f"no C++ compiler ({compiler}), apt install g++ mends it")
         elif missing:
             room = Room(engine.slots, engine.context)
             self._start = partial(_start, room, missing, checkpoint, self._folder, settings)
@@ -95,7 +91,7 @@ class BackgroundCompiler:
                 self._left.remove(bucket)
                 return self._adopted(bucket, file)
         if self._left and self._child is not None and self._child.poll() is not None:
-            self._give_up(self._child.returncode)
+            self._stay_eager(f"torch.compile failed (exit {self._child.returncode}): {self._last_words()}")
         return None
 
     def state(self) -> dict[str, int]:
@@ -106,9 +102,7 @@ class BackgroundCompiler:
         try:
             self._child = start()
         except OSError as error:  # a full disk, no process left: a model that loads is served all the same
-            _log.warning("nothing can be compiled here, serving eagerly, half as fast: %s", error)
-            self._failed += len(self._left)
-            self._left.clear()
+            self._stay_eager(f"nothing can be compiled here: {error}")
 
     def close(self) -> None:
         if self._child is not None and self._child.stdin is not None:
@@ -128,12 +122,20 @@ class BackgroundCompiler:
         step.disable_guard_check()
         return bucket, step
 
-    def _give_up(self, code: int) -> None:
+    def _missing(self) -> list[Bucket]:
+        return [bucket for bucket in self._left if not _file(self._folder, bucket).exists()]
+
+    def _stay_eager(self, reason: str) -> None:
+        """Wait no longer for what is not there; what an earlier start compiled is still taken over."""
+        _log.warning("serving eagerly, about half as fast: %s", reason)
+        missing = self._missing()
+        self._failed += len(missing)
+        self._left = [bucket for bucket in self._left if bucket not in missing]
+
+    def _last_words(self) -> str:
         log = self._folder / "compile.log"
         lines = (log.read_text(errors="replace") if log.exists() else "").strip().splitlines() or ["no output"]
-        _log.warning("torch.compile failed (exit %d), serving eagerly, slower: %s; see %s", code, lines[-1][:300], log)
-        self._failed += len(self._left)
-        self._left.clear()
+        return f"{lines[-1][:300]}; see {log}"
 
 
 class InPlaceCompiler:

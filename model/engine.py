@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from model.registry import ModelError
 from model.scheduler import Batch, Runner
@@ -29,17 +28,15 @@ STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
 
 
-class Clock(Protocol):
-    def __call__(self) -> float: ...
-
-
 class Engine:
     """Serves sequences from one thread, which loads the model when the first request arrives.
 
     load: makes the Runner, on that thread, telling its stage and percent. max_queue: requests that may wait.
     """
 
-    def __init__(self, load: Load, max_queue: int, metrics: Metrics, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, load: Load, max_queue: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._load, self._max_queue, self._metrics, self._clock = load, max_queue, metrics, clock
         self._changed = threading.Condition()
         self._waiting = WaitingLine(metrics)

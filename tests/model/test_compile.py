@@ -162,6 +162,22 @@ def test_a_machine_without_room_for_a_child_serves_eagerly(
     assert "no process left" in caplog.text
 
 
+def test_what_was_compiled_before_is_used_though_the_rest_cannot_be(
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise BlockingIOError("injected: no process left")
+
+    monkeypatch.setattr(compiling.subprocess, "Popen", full)
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    (compiler._folder / "1x1.step").write_bytes(b"ready")  # as an earlier, interrupted start leaves it
+    monkeypatch.setattr(compiler, "_adopted", lambda bucket, file: (bucket, file))
+    found = compiler.poll(idle=True)
+    assert found is not None and found[0] == Bucket(1, 1) and compiler.state() == {"wanted": 2, "failed": 1}
+
+
 def test_the_first_answers_are_not_disturbed(
     prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
