@@ -25,12 +25,14 @@ def slot_attention(
     scaling: float,
     **arguments: object,
 ) -> tuple[torch.Tensor, None]:
-    """query [rows, heads, n, d]; key, value pages [pages, rows, kv_heads, size, d]; mask additive [rows, 1, n, t].
+    """query [rows, heads, n, d]; key, value and attention_mask as the cache in use hands them out (kv.py).
 
-    t = pages * size. Returns [rows, n, heads, d]. Raises ValueError for an argument it does not understand, which
-    fails the load (the loader runs one step), so that no window or soft cap is ever dropped in silence.
+    Returns [rows, n, heads, d]. Raises ValueError for an argument it does not understand, which fails the load (the
+    loader runs one step), so that no window or soft cap is ever dropped in silence.
     """
     refuse_unknown(arguments)
+    if attention_mask.dtype == torch.int64:
+        return _native(query, key, value, attention_mask, scaling), None
     if query.is_cuda:
         return _fused(query, key, value, attention_mask, scaling), None
     return _paged(query, key, value, attention_mask, scaling), None
@@ -41,6 +43,16 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
     for name, value in arguments.items():
         if name not in _PASSED and (name not in _INERT or value not in _INERT[name]):
             raise ValueError(f"attention argument {name}={value!r} is not supported")
+
+
+def _native(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """This project's own kernel: n is 1, and each row reads the columns of its slot up to its position."""
+    slot, last = places[:, 0, 0].unbind(-1)
+    q = query[:, :, 0].float().contiguous()
+    out = torch.ops.slots.attend(q, key, value, slot.contiguous(), last.contiguous(), scaling)
+    return out[:, None].to(query.dtype)
 
 
 def _paged(

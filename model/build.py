@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from model import quant
+from model import native, quant
 from model.kv import KvShape
 from model.loader import load_model, load_tokenizer, stop_ids
 from model.registry import DEFAULT_CONTEXT, ModelError
@@ -45,7 +45,8 @@ def build(
     """
     torch.set_num_threads(settings.compute_threads)
     device = choose_device(settings.device)
-    plan = quant.plan(device, settings.quantization)
+    kernels = device == "cpu" and native.load(settings.data_dir / "compiled")
+    plan = quant.plan(device, settings.quantization, kernels)
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(
         checkpoint,
@@ -56,7 +57,7 @@ def build(
     )
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    room = room or fit(settings, model.config, plan.dtype, device)
+    room = room or fit(settings, model.config, plan.kv, device)
     eos = stop_ids(checkpoint, tokenizer)
     runner = Runner(model, plan, room.slots, room.context, device, eos)
     try_out(runner)
@@ -96,7 +97,7 @@ def try_out(runner: Runner) -> None:
     """One eager prefill and step: a model whose attention is not understood fails here, not in front of a user."""
     try:
         runner.begin(0, Sampling(temperature=0), 0, [0, 0])
-        runner.prefill(0, [0], 0)
+        runner.prefill([(0, [0], 0)])
         runner.arm(0, 0, 1)
         finite = runner.step([0])[0] is not None
     except ValueError as error:

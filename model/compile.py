@@ -25,24 +25,29 @@ import torch
 import transformers
 from torch._inductor import config
 
-from model import attention, kv, quant, runner, sampler
 from model.build import Room, build
-from model.runner import Bucket, Compiler, Runner, Step, make_step
+from model.runner import Bucket, Compiler, Runner
+from model.step import Step
 from settings import Settings
 
 _log = logging.getLogger(__name__)
 
 # Seconds that the first answers of all have the processor to themselves before compiling begins, unless idle earlier.
 _LET_FIRST_ANSWER = 30.0
+_COMPILED_FROM = ("attention", "kv", "native", "packed", "quant", "sampler", "step")  # modules of this package
 _SECRETS = {"redis_url", "admin_password"}
 
 
-def buckets(slots: int, pages: int) -> list[Bucket]:
+def buckets(engine: Runner) -> list[Bucket]:
     """The shapes worth compiling, the most useful first: one user, then everybody, then what lies between and beyond.
 
-    Six at most, for each takes a minute or two once; a longer context than the last runs eagerly.
+    Few, for each takes a minute or two once. This project's kernel reads each row's own length, whatever the bucket's;
+    PyTorch's attention reads all pages of it, and a longer context than the last bucket's runs eagerly.
     """
+    slots, pages = engine.slots, engine.kv.pages
     wanted = [(1, 2), (slots, 1), (8, 1), (4, 2), (slots, 4), (1, 8)]
+    if engine.plan.kernels:
+        wanted = [(rows, pages) for rows in (1, slots, 8, 4, 2)]
     return list(dict.fromkeys(Bucket(min(rows, slots), min(length, pages)) for rows, length in wanted))
 
 
@@ -65,7 +70,7 @@ class BackgroundCompiler:
     def __init__(self, engine: Runner, checkpoint: Path, settings: Settings) -> None:
         self._model = engine.model
         self._folder = settings.data_dir / "compiled" / fingerprint(engine, checkpoint, settings)
-        self._left = buckets(engine.slots, engine.kv.pages)
+        self._left = buckets(engine)
         self._wanted = len(self._left)
         self._failed = 0
         self._child: subprocess.Popen[bytes] | None = None
@@ -143,7 +148,7 @@ class InPlaceCompiler:
 
     def __init__(self, engine: Runner, mode: str = "reduce-overhead") -> None:
         self._engine, self._mode = engine, mode
-        self._left = buckets(engine.slots, engine.kv.pages)
+        self._left = buckets(engine)
         self._wanted, self._failed = len(self._left), 0
         for tensor in (*engine.kv.keys, *engine.kv.values):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs take mutated tensors only at fixed addresses
@@ -152,7 +157,7 @@ class InPlaceCompiler:
         if not idle or not self._left:
             return None
         bucket = self._left.pop(0)
-        step = torch.compile(make_step(bucket.pages), mode=self._mode, fullgraph=True, dynamic=False)
+        step = torch.compile(self._engine.step_over(bucket.pages), mode=self._mode, fullgraph=True, dynamic=False)
         try:
             step(*_arguments(self._engine, bucket))
         except Exception as error:  # compilers fail in many ways, and eager serves in each
@@ -174,7 +179,7 @@ def fingerprint(engine: Runner, checkpoint: Path, settings: Settings) -> str:
     facts: list[object] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     facts += [checkpoint.name, str(engine.model.config), engine.plan, engine.slots, engine.context]
     facts += [settings.compute_threads]
-    facts += [Path(str(module.__file__)).read_text() for module in (attention, kv, quant, runner, sampler)]
+    facts += [Path(__file__).with_name(f"{module}.py").read_text() for module in _COMPILED_FROM]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -183,7 +188,7 @@ def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> Non
     for bucket in wanted:
         # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
         options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # torch.compile empties it
-        step = torch.compile(make_step(bucket.pages), fullgraph=True, dynamic=False, options=options)
+        step = torch.compile(engine.step_over(bucket.pages), fullgraph=True, dynamic=False, options=options)
         ready = step.aot_compile((_arguments(engine, bucket), {}))
         ready.save_compiled_function(str(_file(folder, bucket)), external_data={"model": engine.model})
 

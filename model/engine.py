@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from model.executor import Runner
 from model.registry import ModelError
-from model.scheduler import Batch, Runner
+from model.scheduler import Batch
 from model.sequence import Sequence
 from model.types import BackendStatus, GenerateRequest, ModelUnavailable, Overloaded
 from model.waiting import WaitingLine

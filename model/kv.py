@@ -1,4 +1,4 @@
-"""The KV tensors, in pages, and the cache object through which transformers' models write to them.
+"""The KV tensors, in pages, and the cache objects through which transformers' models write to them.
 
 Does not know who owns a slot (see slots.py), nor when a token is valid: the attention mask says that.
 
@@ -15,6 +15,9 @@ import torch
 from transformers import PretrainedConfig
 
 PAGE = 256  # tokens; smaller pages cost more bmm calls a step, larger ones read more unused columns
+_MASKED = -1e9  # added to the scores of columns not to be seen; not -inf, since an idle row may see no column at all
+
+Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]  # keys and values, one of each a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ class KvPages:
         self.values = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
 
     @property
+    def tensors(self) -> Tensors:
+        return self.keys, self.values
+
+    @property
     def bytes(self) -> int:
         """Bytes of all tensors, committed or not."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
@@ -79,41 +86,74 @@ def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> torc
     return torch.from_numpy(np.zeros(dimensions, words)).view(dtype)  # numpy's zeros are calloc's: committed lazily
 
 
-class BatchCache:
-    """transformers' cache for one decode step: row i writes one token at `position[i]`, reads `pages` pages.
+class TokenCache:
+    """transformers' cache for tokens of any slots, one a row: a decode step, or the chunks of several prompts.
 
-    position: int64 [rows].
+    slot, position: int64 [rows], where a row's KV goes; last: int64 [rows], the last column that it reads.
     """
 
     is_compileable = True
 
     def __init__(
-        self, keys: list[torch.Tensor], values: list[torch.Tensor], position: torch.Tensor, pages: int
+        self, kv: Tensors, slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor | None = None
     ) -> None:
-        self.keys, self.values, self.position, self.pages = keys, values, position, pages
-        self.rows = torch.arange(position.shape[0], device=position.device)
+        self.keys, self.values = kv
+        self.slot, self.position, self.last = slot, position, position if last is None else last
+
+    def mask(self) -> torch.Tensor:
+        """int64 [rows, 1, 1, 2]: slot and last column."""
+        return torch.stack([self.slot, self.last], -1)[:, None, None]
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key, value [rows, kv_heads, 1, d] -> pages [pages, rows, kv_heads, size, d]."""
-        size, count = self.keys[layer].shape[3], self.position.shape[0]
+        """key, value [rows, kv_heads, 1, d] -> this layer's pages, all of them."""
+        keys, values = self.keys[layer], self.values[layer]
+        size = keys.shape[3]
         page, offset = self.position // size, self.position % size
-        self.keys[layer][page, self.rows, :, offset] = key[:, :, 0]
-        self.values[layer][page, self.rows, :, offset] = value[:, :, 0]
-        return self.keys[layer][: self.pages, :count], self.values[layer][: self.pages, :count]
+        keys[page, self.slot, :, offset] = key[:, :, 0].to(keys.dtype)
+        values[page, self.slot, :, offset] = value[:, :, 0].to(values.dtype)
+        return keys, values
 
     def get_seq_length(self, *_: object) -> int:
         return 0
 
 
+class BatchCache(TokenCache):
+    """As TokenCache, for one decode step over the first slots, and PyTorch's own attention over `pages` pages."""
+
+    def __init__(self, kv: Tensors, position: torch.Tensor, pages: int) -> None:
+        super().__init__(kv, torch.arange(position.shape[0], device=position.device), position)
+        self.pages = pages
+
+    def mask(self) -> torch.Tensor:
+        """Additive, float32 [rows, 1, 1, pages * size]."""
+        columns = torch.arange(self.pages * self.keys[0].shape[3], device=self.position.device)
+        return torch.where(columns[None] <= self.position[:, None], 0.0, _MASKED)[:, None, None]
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """key, value [rows, kv_heads, 1, d] -> pages [pages, rows, kv_heads, size, d]."""
+        keys, values = super().update(key, value, layer)
+        count = self.position.shape[0]
+        return keys[: self.pages, :count], values[: self.pages, :count]
+
+
 class ChunkCache:
-    """transformers' cache for one prefill chunk: n tokens of one slot, from position `start` on."""
+    """transformers' cache for one prefill chunk by PyTorch's own attention: n tokens of a slot, from `start` on."""
 
     is_compileable = False
 
     def __init__(self, kv: KvPages, slot: int, start: int, n: int) -> None:
         self.kv, self.slot, self.start, self.end = kv, slot, start, start + n
+
+    def mask(self) -> torch.Tensor:
+        """Additive, float32 [1, 1, n, columns]."""
+        device = self.kv.keys[0].device
+        columns = torch.arange(-(-self.end // self.kv.size) * self.kv.size, device=device)
+        positions = torch.arange(self.start, self.end, device=device)
+        return torch.where(columns[None] <= positions[:, None], 0.0, _MASKED)[None, None]
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object

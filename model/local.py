@@ -15,10 +15,10 @@ from dataclasses import replace
 
 from model import gpu
 from model.engine import Engine, Progress
+from model.executor import Runner
 from model.loader import load_tokenizer, prepare, prepare_tokenizer, tokenizer_is_ready
 from model.prompt import Prompt
 from model.registry import DEFAULT_CONTEXT, ModelError, completed, find
-from model.scheduler import Runner
 from model.sequence import Finished, Sequence
 from model.text import TextAssembler
 from model.types import (

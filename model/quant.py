@@ -5,26 +5,26 @@ bitsandbytes stores the weights; this module only chooses the product. It quanti
 Five products:
 
 - `bitsandbytes`: CUDA, the library's own modules, untouched.
-- `nf4`: a CPU with AVX512-BF16, bitsandbytes' packed kernel called without its per-call Python.
-- `int8`: any other x86 CPU, where that kernel is missing and the stock path would dequantise the whole matrix at
-  every call. NF4 (or int8) weights become int8, per output channel, once; FBGEMM multiplies.
+- `packed`: an x86 CPU with AVX2 and a C++ compiler, this project's own kernel (packed.py): bitsandbytes' NF4 codes as
+  they are, 7 bits for what is not stored in 4.
+- `int8`: an x86 CPU without a compiler, where bitsandbytes would dequantise the whole matrix at every call. Weights
+  become int8, per output channel, once; FBGEMM multiplies.
 - `dequantised`: a CPU without FBGEMM (Arm): floats again, once; large, but never unpacked at every call.
 - `dense`: unquantised weights.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.cextension import lib
 from torch import nn
+
+from model import packed
 
 # Matrices of one transformers decoder layer that read the same input and are multiplied as one.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -36,7 +36,6 @@ _HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 _ops = torch.library.Library("slots", "DEF")
 _ops.define("int8_product(Tensor x, Tensor handle, int rows) -> Tensor")
-_ops.define("nf4_product(Tensor x, Tensor weight, Tensor absmax, int rows, int blocksize) -> Tensor")
 # FBGEMM's packed matrices by handle: a compiled graph takes tensors, not such objects. The handle is a tensor too,
 # so that a graph compiled in another process holds no number of that process.
 _packed: dict[int, torch.ScriptObject] = {}
@@ -45,23 +44,27 @@ _handles = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """product: one of the five above; dtype: of activations, norms and KV."""
+    """product: one of the five above; dtype: of activations and norms; kv: of the KV.
+
+    kernels: attention, too, is this project's own (kernels/attention.cpp).
+    """
 
     product: str
     dtype: torch.dtype
+    kv: torch.dtype
+    kernels: bool = False
 
 
-def plan(device: str, quantization: str, avx512_bf16: bool | None = None) -> Plan:
-    """The product for this machine. `avx512_bf16` overrides what the CPU says (tests mask it)."""
+def plan(device: str, quantization: str, kernels: bool) -> Plan:
+    """The product for this machine. kernels: those of native.py can be used.
+
+    On CPUs activations are float32: AVX2 emulates bfloat16, at a half to a quarter of the speed.
+    """
     if device != "cpu":
-        return Plan("dense" if quantization == "none" else "bitsandbytes", torch.bfloat16)
-    kernel = bool(bnb.functional.has_avx512bf16()) if avx512_bf16 is None else avx512_bf16
-    dtype = torch.bfloat16 if kernel else torch.float32  # AVX2 emulates bf16: float32 measured 2 to 4 times faster
-    if quantization == "none":
-        return Plan("dense", dtype)
-    if not _HAS_FBGEMM:
-        return Plan("dequantised", dtype)
-    return Plan("nf4", dtype) if kernel and quantization == "nf4" else Plan("int8", torch.float32)
+        return Plan("dense" if quantization == "none" else "bitsandbytes", torch.bfloat16, torch.bfloat16)
+    kv = torch.bfloat16 if kernels else torch.float32
+    quantised = "packed" if kernels else "int8" if _HAS_FBGEMM else "dequantised"
+    return Plan("dense" if quantization == "none" else quantised, torch.float32, kv, kernels)
 
 
 class Int8Linear(nn.Module):
@@ -94,28 +97,6 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.rows)
 
 
-class Nf4Linear(nn.Module):
-    """weight float [rows, k], rows % 32 == 0 -> NF4 in blocks of 64; input bfloat16 [..., k], output [..., rows]."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.rows, k = weight.shape
-        layer = bnb.nn.Linear4bit(k, self.rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", blocksize=64)
-        layer = layer.to("cpu").eval()
-        with torch.no_grad():
-            layer(torch.zeros(1, k, dtype=torch.bfloat16))  # bitsandbytes packs at the first call in eval mode
-        state = layer.weight.quant_state
-        self.blocksize = state.blocksize
-        self.register_buffer("weight", layer.weight.data.view(torch.uint8))
-        self.register_buffer("absmax", state.absmax.to(torch.bfloat16).contiguous())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch.ops.slots.nf4_product(rows, self.weight, self.absmax, self.rows, self.blocksize)
-        return y.view(*x.shape[:-1], self.rows)
-
-
 class FloatLinear(nn.Module):
     """weight float [rows, k], as it is."""
 
@@ -130,10 +111,10 @@ class FloatLinear(nn.Module):
 class Fused(nn.Module):
     """Linear layers over one input, multiplied together at the first part's call; each part hands out its slice."""
 
-    def __init__(self, parts: list[nn.Linear], product: type[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, parts: list[nn.Linear], product: nn.Module) -> None:
         super().__init__()
         self.sizes = [part.out_features for part in parts]
-        self.linear = product(torch.cat([dense_weight(part) for part in parts]).to(dtype))
+        self.linear = product
         biases = [part.bias for part in parts]
         self.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
         self.pending: tuple[torch.Tensor, ...] = ()
@@ -173,47 +154,37 @@ def dense_weight(layer: nn.Linear) -> torch.Tensor:
 def install(model: nn.Module, chosen: Plan) -> None:
     """Replace the linear layers of a transformers causal LM by the chosen product, in place.
 
-    The output head becomes int8 wherever the body is quantised: measured faster than an NF4 head, at a tenth of its
-    error. Raises nothing of its own; a layer that is named otherwise stays as it is.
+    The output head becomes int8 or 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost
+    it a tenth of the perplexity. Raises nothing of its own; a layer that is named otherwise stays as it is.
     """
     if chosen.product in ("bitsandbytes", "dense"):
         return
-    product = _PRODUCTS[chosen.product]
     for owner in list(model.modules()):
         for names in FUSED:
-            if all(isinstance(getattr(owner, name, None), nn.Linear) for name in names):
-                _fuse(owner, names, product, chosen.dtype)
-    if product is not FloatLinear:
-        model.lm_head = Part(Fused([model.get_output_embeddings()], Int8Linear, chosen.dtype), 0)
+            parts = [getattr(owner, name, None) for name in names]
+            if all(isinstance(part, nn.Linear) for part in parts):
+                fused = Fused(parts, product(parts, chosen))
+                for index, name in enumerate(names):
+                    setattr(owner, name, Part(fused, index))
+    if chosen.product != "dequantised":
+        head = [model.get_output_embeddings()]
+        model.lm_head = Part(Fused(head, product(head, chosen)), 0)
 
 
-_PRODUCTS: dict[str, type[nn.Module]] = {"nf4": Nf4Linear, "int8": Int8Linear, "dequantised": FloatLinear}
-
-
-def _fuse(owner: nn.Module, names: Iterable[str], product: type[nn.Module], dtype: torch.dtype) -> None:
-    fused = Fused([getattr(owner, name) for name in names], product, dtype)
-    for index, name in enumerate(names):
-        setattr(owner, name, Part(fused, index))
+def product(parts: list[nn.Linear], chosen: Plan) -> nn.Module:
+    """One layer that computes what `parts`, which read the same input, compute together, but for their biases."""
+    if chosen.product == "packed" and parts[0].in_features % packed.BLOCK == 0:
+        if all(isinstance(part, bnb.nn.Linear4bit) for part in parts):
+            return packed.PackedLinear.nf4(parts)
+        return packed.PackedLinear.dense(torch.cat([dense_weight(part) for part in parts]))
+    weight = torch.cat([dense_weight(part) for part in parts]).to(chosen.dtype)
+    return FloatLinear(weight) if chosen.product == "dequantised" or not _HAS_FBGEMM else Int8Linear(weight)
 
 
 def _int8_product(x: torch.Tensor, handle: torch.Tensor, rows: int) -> torch.Tensor:
     return _int8_kernel(x, 1 / _INT8_STEPS, _INT8_OFFSET, _packed[int(handle)])
 
 
-def _nf4_product(
-    x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, rows: int, blocksize: int
-) -> torch.Tensor:
-    m, k = x.shape
-    out = x.new_empty((m, rows))
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, absmax, out)]
-    sizes = [ctypes.c_int64(n) for n in (m, rows, k)]
-    strides = [ctypes.c_int64(n) for n in (blocksize, k, rows)]
-    lib.gemv_4bit_inference_cpu_nf4_bf16(*sizes, *pointers, *strides)
-    return out
-
-
 _int8_kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 _ops.impl("int8_product", _int8_product, "CPU")
-_ops.impl("nf4_product", _nf4_product, "CPU")
 _ops.impl("int8_product", lambda x, handle, rows: x.new_empty((x.shape[0], rows)), "Meta")
-_ops.impl("nf4_product", lambda x, weight, absmax, rows, blocksize: x.new_empty((x.shape[0], rows)), "Meta")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,16 +15,14 @@ import torch
 from torch import nn
 
 from model.attention import NAME as ATTENTION
-from model.kv import BatchCache, ChunkCache, KvPages, KvShape
+from model.executor import Chunk
+from model.kv import ChunkCache, KvPages, KvShape, TokenCache
 from model.quant import Plan, install
-from model.sampler import Rows, choose, choose_unfiltered
+from model.sampler import Rows, choose_unfiltered
+from model.step import Step, advance, hidden, make_step
 from model.types import Sampling
 
 _log = logging.getLogger(__name__)
-
-Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-_MASKED = -1e9  # added to the scores of columns not to be seen; not -inf, since an idle row may see no column at all
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -64,7 +62,7 @@ class Runner:
         model.set_attn_implementation(ATTENTION)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
         self.slots, self.context = slots, context
-        self.kv = KvPages(KvShape.of(model.config, plan.dtype), slots, context, device)
+        self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device)
         self.rows = Rows.empty(slots, model.config.vocab_size, device)
         self.compiler: Compiler | None = None
         self.compiled: dict[Bucket, Step] = {}
@@ -90,22 +88,28 @@ class Runner:
         (self._unfiltered.add if unfiltered else self._unfiltered.discard)(slot)
 
     @torch.inference_mode()
-    def prefill(self, slot: int, ids: Sequence[int], start: int) -> bool:
-        """Compute the KV of `ids` at positions `start`, `start + 1`, … of `slot`; whether all numbers are finite."""
-        n, end = len(ids), start + len(ids)
-        cache = ChunkCache(self.kv, slot, start, n)
-        positions = torch.arange(start, end, device=self.device)
-        columns = torch.arange(-(-end // self.kv.size) * self.kv.size, device=self.device)
-        mask = torch.where(columns[None] <= positions[:, None], 0.0, _MASKED)[None, None]
-        hidden = self.model.model(
-            input_ids=torch.tensor([ids], dtype=torch.int64, device=self.device),
-            position_ids=positions[None],
-            past_key_values=cache,
-            attention_mask=mask,
-            use_cache=True,
-        ).last_hidden_state
-        self.rows.position[slot] = end
-        return bool(hidden.isfinite().all())
+    def prefill(self, chunks: Sequence[Chunk]) -> list[bool]:
+        """Compute the KV of these chunks, of different slots; whether each one's numbers are all finite."""
+        if self.plan.kernels:
+            return self._prefill_together(chunks)
+        return [self._prefill_alone(*chunk) for chunk in chunks]
+
+    def _prefill_together(self, chunks: Sequence[Chunk]) -> list[bool]:
+        ids = torch.tensor([token for _, tokens, _ in chunks for token in tokens])
+        slot = torch.tensor([slot for slot, tokens, _ in chunks for _ in tokens])
+        position = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks])
+        cache = TokenCache(self.kv.tensors, slot, position)
+        finite = hidden(self.model, cache, ids[:, None], position[:, None]).isfinite().all(-1)[:, 0]
+        for index, tokens, start in chunks:
+            self.rows.position[index] = start + len(tokens)
+        return [bool(part.all()) for part in finite.split([len(tokens) for _, tokens, _ in chunks])]
+
+    def _prefill_alone(self, slot: int, ids: Sequence[int], start: int) -> bool:
+        cache = ChunkCache(self.kv, slot, start, len(ids))
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
+        self.rows.position[slot] = start + len(ids)
+        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        return bool(hidden(self.model, cache, tokens, positions).isfinite().all())
 
     @torch.inference_mode()
     def arm(self, slot: int, token: int, position: int) -> None:
@@ -132,6 +136,10 @@ class Runner:
             tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
         advance(rows, tokens, finite)
         return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
+
+    def step_over(self, pages: int) -> Step:
+        """The decode step for a bucket of so many pages, not compiled."""
+        return make_step(None if self.plan.kernels else pages)
 
     @torch.inference_mode()
     def swap(self, a: int, b: int, tokens: int) -> None:
@@ -188,12 +196,12 @@ class Runner:
         """
         covering = [bucket for bucket in self.compiled if bucket.covers(need)]
         if not covering:
-            return self._run(make_step(need.pages), need)
+            return self._run(self.step_over(need.pages), need)
         bucket = min(covering)
         try:
             return self._run(self.compiled[bucket], bucket)
         except Exception as error:
-            outcome = self._run(make_step(need.pages), need)
+            outcome = self._run(self.step_over(need.pages), need)
             _log.warning("a compiled step failed and is given up for the eager one", exc_info=error)
             del self.compiled[bucket]
             self._broken += 1
@@ -201,46 +209,4 @@ class Runner:
 
     def _run(self, step: Step, shape: Bucket) -> tuple[Rows, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         rows = self._views[shape.rows]
-        return rows, step(self.model, self.kv.keys, self.kv.values, *rows.tensors())
-
-
-def make_step(pages: int) -> Step:
-    """The decode step over `pages` pages, as a plain function: run as it is, or compiled for one bucket.
-
-    step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
-    Writes one token's KV a row and changes nothing else, so that it can be tried again.
-    """
-
-    def step(
-        model: nn.Module, keys: list[torch.Tensor], values: list[torch.Tensor], *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = Rows(*tensors)
-        logits = forward(model, keys, values, rows, pages)
-        return choose(logits, rows), logits.isfinite().all(-1), logits
-
-    return step
-
-
-def forward(
-    model: nn.Module, keys: list[torch.Tensor], values: list[torch.Tensor], rows: Rows, pages: int
-) -> torch.Tensor:
-    """Logits float32 [rows, vocabulary] after each row's next input."""
-    cache = BatchCache(keys, values, rows.position, pages)
-    columns = torch.arange(pages * keys[0].shape[3], device=rows.ids.device)
-    mask = torch.where(columns[None] <= rows.position[:, None], 0.0, _MASKED)[:, None, None]
-    hidden = model.model(
-        input_ids=rows.ids,
-        position_ids=rows.position[:, None],
-        past_key_values=cache,
-        attention_mask=mask,
-        use_cache=True,
-    ).last_hidden_state
-    return model.lm_head(hidden)[:, -1].float()
-
-
-def advance(rows: Rows, tokens: torch.Tensor, finite: torch.Tensor) -> None:
-    """Make each active, finite row's new token its next input, seen from now on."""
-    moving = rows.active & finite
-    rows.ids.copy_(torch.where(moving, tokens, rows.ids[:, 0])[:, None])
-    rows.position.add_(moving)
-    rows.seen.scatter_(1, rows.ids, rows.seen.gather(1, rows.ids) | moving[:, None])
+        return rows, step(self.model, *self.kv.tensors, *rows.tensors())

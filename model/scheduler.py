@@ -7,43 +7,26 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as List
-from typing import Protocol
+from typing import TypeVar
 
+from model.executor import Runner
 from model.sequence import Finished, Sequence
 from model.slots import Slot, SlotTable
-from model.types import FinishReason, GenerationFailed, InvalidRequest, Sampling, ServiceError
+from model.types import FinishReason, GenerationFailed, InvalidRequest, ServiceError
 from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-# Prompt tokens computed between two steps: while others stream, a chunk is a pause for them; alone, larger is faster.
-CHUNK_BESIDE_STREAMS = 64
-CHUNK_ALONE = 512
+# Prompt tokens computed between two steps. While others stream a chunk is a pause for them, of so many seconds by the
+# speed seen so far; alone, larger is faster.
+PAUSE = 0.08
+CHUNK_LEAST, CHUNK_ALONE = 32, 512
 _LOOK_EVERY = 1.0  # seconds between two looks for a step that was compiled meanwhile
 _BARREN = 8  # steps that fail in a row for one sequence after another: then it is the engine that is broken
-_SMOOTHING = 0.1  # of the tokens/s estimate, per step
-
-
-class Runner(Protocol):
-    """What computes (runner.py, or a torch-free stand-in in tests). Slots are named by their index."""
-
-    slots: int
-    context: int
-    eos: frozenset[int]
-
-    def begin(self, slot: int, sampling: Sampling, seed: int, prompt: List[int]) -> None: ...
-    def prefill(self, slot: int, ids: List[int], start: int) -> bool: ...
-    def arm(self, slot: int, token: int, position: int) -> None: ...
-    def idle(self, slot: int, position: int) -> None: ...
-    def step(self, active: List[int]) -> List[int | None]: ...
-    def swap(self, a: int, b: int, tokens: int) -> None: ...
-    def clear(self, slot: int) -> None: ...
-    def adopt(self, idle: bool) -> bool: ...
-    def compile_state(self) -> tuple[int, int]: ...
-    def close(self) -> None: ...
-    def details(self) -> Mapping[str, str | int]: ...
+_SMOOTHING = 0.1  # of the tokens/s estimates, per step or chunk
 
 
 class Batch:
@@ -54,6 +37,7 @@ class Batch:
         self.running: list[Sequence] = []
         self.speed = 50.0  # a first guess; the first steps correct it
         self.steps = 0
+        self._prefill_speed = 800.0  # tokens a second, likewise
         self._table = SlotTable(runner.slots)
         self._looked = clock()
         self._compile_failures = self._barren = 0
@@ -102,23 +86,38 @@ class Batch:
                 self._leave(sequence, keep=True)
 
     def prefill(self) -> None:
-        """Compute one chunk of the oldest prompt that is not complete."""
-        sequence = next((s for s in self.running if not s.prefilled), None)
-        if sequence is None or sequence.slot is None:
-            return
-        size = CHUNK_BESIDE_STREAMS if any(s.prefilled for s in self.running) else CHUNK_ALONE
-        ids = sequence.prompt[sequence.computed : min(sequence.computed + size, len(sequence.prompt) - 1)]
-        try:
-            finite = self.runner.prefill(sequence.slot.index, ids, sequence.computed)
-        except Exception as error:
-            return self._fail(sequence, error)
-        if not finite:
-            return self._spoiled(sequence)
-        sequence.slot.tokens += ids
-        sequence.computed += len(ids)
-        self._metrics.prompt_tokens.inc(len(ids))
+        """Compute one chunk: the next tokens of the oldest prompts that are not complete, of several if they fit."""
+        waiting = [s for s in self.running if not s.prefilled]
+        room = CHUNK_ALONE
+        if len(waiting) < len(self.running):
+            room = int(min(max(self._prefill_speed * PAUSE, CHUNK_LEAST), CHUNK_ALONE))
+        chunk: list[Sequence] = []
+        for sequence in waiting:
+            if room > 0:
+                end = min(sequence.computed + room, len(sequence.prompt) - 1)
+                sequence.chunk = sequence.prompt[sequence.computed : end]
+                room -= len(sequence.chunk)
+                chunk.append(sequence)
+        if chunk:
+            before = self._clock()
+            done = self._compute(chunk, self._run_chunk, self._keep)
+            speed = done / max(self._clock() - before, 1e-6)
+            self._prefill_speed += _SMOOTHING * (speed - self._prefill_speed)
+            self._metrics.prompt_tokens.inc(done)
+
+    def _run_chunk(self, chunk: List[Sequence]) -> List[bool]:
+        return self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in chunk if s.slot])
+
+    def _keep(self, sequence: Sequence, finite: bool) -> int:
+        """Take note of a prompt's chunk; how many tokens it had."""
+        if not finite or not sequence.slot:
+            self._spoiled(sequence)
+            return 0
+        sequence.slot.tokens += sequence.chunk
+        sequence.computed += len(sequence.chunk)
         if sequence.prefilled:
             self._arm(sequence)
+        return len(sequence.chunk)
 
     def adopt(self, idle: bool) -> bool:
         """Take over a compiled step that has become available; whether there was one."""
@@ -139,7 +138,7 @@ class Batch:
         before = self._clock()
         if before - self._looked >= _LOOK_EVERY:
             self.adopt(idle=False)
-        done = self._compute(decoding)
+        done = self._compute(decoding, self._run_step, self._take)
         now = self._clock()
         if done:
             self.steps += 1
@@ -153,43 +152,50 @@ class Batch:
             self.running.pop().finish(error, self._clock())
         self._metrics.running.set(0)
 
-    def _compute(self, decoding: list[Sequence]) -> int:
-        """Step these sequences; when the step raises, find out whose fault it is by halving. Returns tokens made.
+    def _compute(
+        self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]], take: Callable[[Sequence, T], int]
+    ) -> int:
+        """Run these sequences together; when that raises, find out whose fault it is by halving. Returns tokens made.
 
-        A failed step has changed nothing, so it may be repeated in parts (which also serves a batch too large for the
+        What failed has changed nothing, so it may be repeated in parts (which also serves a batch too large for the
         memory), until one sequence fails alone. When one after another does, the error is raised: heal the engine.
         """
         try:
-            tokens = self.runner.step([s.slot.index for s in decoding if s.slot])
+            results = run(sequences)
         except Exception as error:
             self._metrics.engine_failures.inc()
-            if len(decoding) > 1:
-                half = len(decoding) // 2
-                return self._compute(decoding[:half]) + self._compute(decoding[half:])
+            if len(sequences) > 1:
+                half = len(sequences) // 2
+                return self._compute(sequences[:half], run, take) + self._compute(sequences[half:], run, take)
             self._barren += 1
             if self._barren >= _BARREN:
                 raise
-            self._fail(decoding[0], error)
+            self._fail(sequences[0], error)
             return 0
         self._barren = 0
-        return sum(self._take(sequence, tokens[sequence.slot.index]) for sequence in decoding if sequence.slot)
+        return sum(take(sequence, result) for sequence, result in zip(sequences, results, strict=True))
 
-    def _take(self, sequence: Sequence, token: int | None) -> bool:
-        """Hand a step's token to its sequence; whether it was one (the end token is none)."""
-        if token is None:
+    def _run_step(self, decoding: List[Sequence]) -> List[int | None]:
+        slots = [s.slot.index for s in decoding if s.slot]
+        tokens = self.runner.step(slots)
+        return [tokens[slot] for slot in slots]
+
+    def _take(self, sequence: Sequence, token: int | None) -> int:
+        """Hand a step's token to its sequence; how many tokens that were (the end token is none)."""
+        if token is None or not sequence.slot:
             self._spoiled(sequence)
-            return False
-        sequence.slot.tokens.append(sequence.next)  # type: ignore[union-attr]
+            return 0
+        sequence.slot.tokens.append(sequence.next)
         sequence.next = token
         self._time(sequence)
         if token in self.runner.eos:
             self._end(sequence, FinishReason.STOP)
-            return False
+            return 0
         sequence.generated += 1
         sequence.emit(token)
         if sequence.generated >= sequence.request.max_new_tokens:
             self._end(sequence, FinishReason.LENGTH)
-        return True
+        return 1
 
     def _time(self, sequence: Sequence) -> None:
         now = self._clock()

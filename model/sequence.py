@@ -37,6 +37,7 @@ class Sequence:
         self.closed: FinishReason | None = None  # set by the reader: how it left
         self.slot: Slot | None = None
         self.computed = 0  # prompt tokens whose KV is written
+        self.chunk: list[int] = []  # of the prompt, those computed next
         self.cached = 0  # of these, how many were reused
         self.next = self.prompt[-1]  # the token that the next step reads
         self.generated = 0

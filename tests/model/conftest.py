@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import loader
+from model import loader, native
 from model.registry import CATALOGUE, ModelError
 from settings import Settings
+from tests.conftest import lacking
 
 torch.set_num_threads(1)
 
@@ -29,3 +30,10 @@ def demo_dir(demo_settings: Settings) -> Path:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(f"the demo wheel: {error}")
+
+
+@pytest.fixture(scope="session")
+def kernels(demo_settings: Settings) -> None:
+    """This project's own CPU kernels, built on the first run of all (seconds) and kept."""
+    if not native.load(demo_settings.data_dir / "compiled"):
+        lacking("the CPU kernels cannot be built here: no AVX2, or no C++ compiler")

@@ -34,13 +34,14 @@ class ScriptedRunner:
         if prompt[0] == UNFIT:
             raise IndexError("injected: no such token")
 
-    def prefill(self, slot: int, ids: Sequence[int], start: int) -> bool:
+    def prefill(self, chunks: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
         self._here()
-        if UNFIT in ids:
+        if any(UNFIT in ids for _, ids, _ in chunks):
             raise IndexError("injected: no such token")
-        self.prefilled.append((slot, start, len(ids)))
-        self.written[slot].update(enumerate(ids, start))
-        return NOT_FINITE not in ids
+        for slot, ids, start in chunks:
+            self.prefilled.append((slot, start, len(ids)))
+            self.written[slot].update(enumerate(ids, start))
+        return [NOT_FINITE not in ids for _, ids, _ in chunks]
 
     def arm(self, slot: int, token: int, position: int) -> None:
         self.armed[slot] = (token, position)

@@ -52,11 +52,11 @@ def test_damaged_weights_fail_the_load_and_not_a_user() -> None:
     model = tiny_model()
     model.lm_head.weight.data[3, 5] = torch.nan
     with pytest.raises(ModelError, match="not finite"):
-        try_out(Runner(model, Plan("dense", torch.float32), 2, 256, "cpu", frozenset()))
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 256, "cpu", frozenset()))
 
 
 def test_attention_that_is_not_understood_fails_the_load() -> None:
     model = tiny_model("Qwen2ForCausalLM")
     model.model.layers[1].self_attn.sliding_window = 512
     with pytest.raises(ModelError, match="sliding_window"):
-        try_out(Runner(model, Plan("dense", torch.float32), 2, 256, "cpu", frozenset()))
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 256, "cpu", frozenset()))

@@ -1,0 +1,168 @@
+// One query token a row against the KV of its own slot, up to its own position: slots::attend.
+//
+// Knows no slot's owner and writes no KV. A row costs what its own length costs, whatever the longest is, and its result
+// is the same in any batch. Softmax in one pass over the columns, a tile at a time (Milakov and Gimelshein, 2018).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "vectors.h"
+
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
+
+inline float sum(Floats v) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+// e^x for x <= 0, to 2e-7: 2^n by its bits, and e^r by its Taylor series for |r| <= ln 2 / 2. NaN stays NaN.
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats n = _mm256_round_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied
+  Floats series = r * (1.0f / 720) + 1.0f / 120;
+  for (const float term : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  return series * reinterpret_cast<Floats>((reinterpret_cast<Ints>(_mm256_cvtps_epi32(n)) + 127) << 23);
+}
+
+// The state of G query heads that share a KV head, one tile of columns after another (softmax in one pass).
+template <int G>
+struct Heads {
+  const float* q;  // [G][d]
+  float* out;      // [G][d], the weighted sum of the values so far
+  int64_t d;
+  float scale;
+  float best[G], total[G];
+  alignas(32) float weight[G][kTile];
+
+  Heads(const float* queries, float* to, int64_t width, float by) : q(queries), out(to), d(width), scale(by) {
+    std::fill(out, out + G * d, 0.0f);
+    std::fill(best, best + G, -INFINITY);
+    std::fill(total, total + G, 0.0f);
+  }
+
+  template <typename T>
+  void score(const T* keys, int64_t count) {
+    for (int64_t t = 0; t < count; t++, keys += d) {
+      Floats sums[G] = {};
+      for (int64_t i = 0; i < d; i += 8) {
+        const Floats key = load(keys + i);
+        for (int g = 0; g < G; g++) sums[g] += key * load(q + g * d + i);
+      }
+      for (int g = 0; g < G; g++) weight[g][t] = sum(sums[g]) * scale;
+    }
+  }
+
+  void normalise(int64_t count) {
+    for (int g = 0; g < G; g++) {
+      for (int64_t t = count; t % 8; t++) weight[g][t] = -INFINITY;
+      float top = best[g];
+      for (int64_t t = 0; t < count; t++) top = weight[g][t] > top ? weight[g][t] : top;
+      const float shrink = std::exp(best[g] - top);
+      Floats sums = {};
+      for (int64_t t = 0; t < count; t += 8) {
+        const Floats w = exponential(load(&weight[g][t]) - top);
+        store(&weight[g][t], w);
+        sums += w;
+      }
+      total[g] = total[g] * shrink + sum(sums);
+      best[g] = top;
+      for (int64_t i = 0; i < d; i++) out[g * d + i] *= shrink;
+    }
+  }
+
+  template <typename T>
+  void gather(const T* values, int64_t count) {
+    for (int64_t i = 0; i < d; i += 16) {
+      Floats left[G], right[G];
+      for (int g = 0; g < G; g++) left[g] = load(out + g * d + i), right[g] = load(out + g * d + i + 8);
+      const T* value = values + i;
+      for (int64_t t = 0; t < count; t++, value += d)
+        for (int g = 0; g < G; g++) left[g] += load(value) * weight[g][t], right[g] += load(value + 8) * weight[g][t];
+      for (int g = 0; g < G; g++) store(out + g * d + i, left[g]), store(out + g * d + i + 8, right[g]);
+    }
+  }
+
+  void finish() {
+    for (int g = 0; g < G; g++)
+      for (int64_t i = 0; i < d; i++) out[g * d + i] /= total[g];
+  }
+};
+
+struct Pages {
+  int64_t slots, heads, size, d;  // of [pages, slots, heads, size, d]
+
+  explicit Pages(const Tensor& keys) : slots(keys.size(1)), heads(keys.size(2)), size(keys.size(3)), d(keys.size(4)) {}
+
+  // The first element of a column; columns up to the end of its page follow.
+  int64_t at(int64_t slot, int64_t head, int64_t column) const {
+    return (((column / size * slots + slot) * heads + head) * size + column % size) * d;
+  }
+};
+
+template <int G, typename T>
+void attend_heads(const Pages& pages, const T* keys, const T* values, int64_t slot, int64_t head, int64_t length,
+                  const float* q, float scale, float* out) {
+  Heads<G> heads(q, out, pages.d, scale);
+  for (int64_t begin = 0; begin < length; begin += kTile) {
+    const int64_t count = std::min(kTile, length - begin), at = pages.at(slot, head, begin);
+    heads.score(keys + at, count);
+    heads.normalise(count);
+    heads.gather(values + at, count);
+  }
+  heads.finish();
+}
+
+template <typename T>
+void attend_rows(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slot, const Tensor& position,
+                 float scale, const Tensor& result) {
+  const Pages pages(keys);
+  const int64_t rows = q.size(0), heads = q.size(1), group = heads / pages.heads;
+  const auto* in = static_cast<const float*>(q.data_ptr());
+  const auto* k = static_cast<const T*>(keys.data_ptr());
+  const auto* v = static_cast<const T*>(values.data_ptr());
+  const auto* slots = static_cast<const int64_t*>(slot.data_ptr());
+  const auto* positions = static_cast<const int64_t*>(position.data_ptr());
+  auto* out = static_cast<float*>(result.data_ptr());
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t task = 0; task < rows * pages.heads; task++) {
+    const int64_t row = task / pages.heads, head = task % pages.heads;
+    for (int64_t g = 0; g < group;) {
+      const int64_t at = (row * heads + head * group + g) * pages.d, length = positions[row] + 1;
+      const auto run = [&](auto f) { f(pages, k, v, slots[row], head, length, in + at, scale, out + at); };
+      const int64_t together = std::min<int64_t>(group - g, 4);
+      if (together == 4) run(attend_heads<4, T>);
+      if (together == 3) run(attend_heads<3, T>);
+      if (together == 2) run(attend_heads<2, T>);
+      if (together == 1) run(attend_heads<1, T>);
+      g += together;
+    }
+  }
+}
+
+// q float32 [rows, heads, d], d a multiple of 16; keys, values [pages, slots, kv_heads, size, d] in float32 or bfloat16,
+// size a multiple of 64; slot, position int64 [rows]: row i sees columns 0 to position[i] of slot[i]
+// -> float32 [rows, heads, d].
+Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slot, const Tensor& position,
+              double scale) {
+  Tensor result = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  const auto run = keys.element_size() == 2 ? attend_rows<uint16_t> : attend_rows<float>;
+  run(q, keys, values, slot, position, static_cast<float>(scale), result);
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
+  m.def("attend(Tensor q, Tensor keys, Tensor values, Tensor slot, Tensor position, float scale) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("attend", TORCH_BOX(&attend)); }

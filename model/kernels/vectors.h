@@ -1,0 +1,23 @@
+// Eight floats at a time, for product.cpp and attention.cpp. Knows nothing of what is computed with them.
+//
+// x86-64 with AVX2 and FMA.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(32), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(32), aligned(4)));
+
+inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline Floats load(const uint16_t* p) {  // bfloat16 is the upper half of a float
+  const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<Floats>(_mm256_slli_epi32(low, 16));
+}
+inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+
+}  // namespace

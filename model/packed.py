@@ -1,0 +1,75 @@
+"""Linear layers in 4 bits, or 7, as kernels/product.cpp reads them.
+
+Multiplies by that kernel alone (native.py), and needs float32 inputs whose width is a multiple of 64.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_blockwise
+from torch import nn
+
+BLOCK = 64  # inputs that share a scale; bitsandbytes' NF4 has the same
+_LANES = 8  # output rows that the kernel computes together
+_STEPS, _OFFSET = 63, 64  # a weight is its block's scale times (byte - 64) / 63
+
+
+class PackedLinear(nn.Module):
+    """Input float32 [..., k] -> float32 [..., rows]; activations are quantised to int8, 64 by 64, inside the kernel.
+
+    A row's result is bitwise the same whatever rows share the batch, and no row's outlier costs another's precision.
+    """
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, codebook: torch.Tensor | None = None) -> None:
+        """codes uint8 [rows, k]: bytes, or indices of `codebook` (uint8 [16]); scales float32 [rows, k / 64]."""
+        super().__init__()
+        self.rows = codes.shape[0]
+        missing = -self.rows % _LANES
+        codes, scales = (nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (codes, scales))
+        blocks = scales.shape[1]
+        groups = codes.view(-1, _LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
+        if codebook is not None:  # two groups of 4 inputs in one byte
+            groups = groups[:, :, 0::2] | groups[:, :, 1::2] << 4
+        self.register_buffer("weights", _aligned(groups.reshape(-1, blocks, groups[0, 0].numel())))
+        self.register_buffer("scales", (scales / _STEPS).view(-1, _LANES, blocks).transpose(1, 2).contiguous())
+        self.register_buffer("codebook", torch.empty(0, dtype=torch.uint8) if codebook is None else codebook)
+
+    @classmethod
+    def nf4(cls, layers: list[bnb.nn.Linear4bit]) -> PackedLinear:
+        """The very codes and scales that bitsandbytes holds."""
+        codes, scales = zip(*(_unpacked(layer) for layer in layers), strict=True)
+        codebook = (layers[0].weight.quant_state.code * _STEPS).round() + _OFFSET
+        return cls(torch.cat(codes), torch.cat(scales), codebook.to(torch.uint8))
+
+    @classmethod
+    def dense(cls, weight: torch.Tensor) -> PackedLinear:
+        """weight float [rows, k], rounded to 7 bits."""
+        blocks = weight.float().view(weight.shape[0], -1, BLOCK)
+        scales = blocks.abs().amax(-1)
+        codes = (blocks * (_STEPS / scales.clamp(min=1e-30))[..., None]).round() + _OFFSET
+        return cls(codes.to(torch.uint8).view(weight.shape), scales)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+        y = torch.ops.slots.packed_product(rows, self.weights, self.scales, self.codebook)
+        return y[:, : self.rows].reshape(*x.shape[:-1], self.rows)
+
+
+def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [rows, k] and scales float32 [rows, k / 64] of a 4-bit layer. Raises ValueError for another block."""
+    state: QuantState = layer.weight.quant_state
+    if state.blocksize != BLOCK or state.quant_type != "nf4":
+        raise ValueError(f"4-bit weights of type {state.quant_type} in blocks of {state.blocksize} are not served")
+    packed = layer.weight.data.view(torch.uint8).view(-1)
+    codes = torch.stack([packed >> 4, packed & 15], -1).view(state.shape)
+    scales = state.absmax
+    if state.nested:  # double quantisation
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    return codes, scales.float().view(state.shape[0], -1)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and at a multiple of 32 bytes, as vector loads need it (PyTorch's own allocations are)."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 32 == 0 else tensor.clone()

@@ -1,0 +1,57 @@
+"""The model's forward pass over KV slots, and the decode step that is run as it is or compiled.
+
+Plain functions of tensors: owns no slot, no bucket and no compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from model.kv import BatchCache, ChunkCache, TokenCache
+from model.sampler import Rows, choose
+
+Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def make_step(pages: int | None) -> Step:
+    """The decode step as a plain function: run as it is, or compiled for one bucket.
+
+    pages: how many PyTorch's own attention goes over; None for this project's kernel, which follows each row's length.
+    step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
+    Writes one token's KV a row and changes nothing else, so that it can be tried again.
+    """
+
+    def step(
+        model: nn.Module, keys: list[torch.Tensor], values: list[torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = Rows(*tensors)
+        if pages is None:
+            slot = torch.arange(rows.position.shape[0])
+            cache = TokenCache((keys, values), slot, rows.position, torch.where(rows.active, rows.position, 0))
+        else:
+            cache = BatchCache((keys, values), rows.position, pages)
+        logits = model.lm_head(hidden(model, cache, rows.ids, rows.position[:, None]))[:, -1].float()
+        return choose(logits, rows), logits.isfinite().all(-1), logits
+
+    return step
+
+
+def hidden(
+    model: nn.Module, cache: TokenCache | ChunkCache, ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """The last hidden state, [rows, n, hidden], after ids at positions, both int64 [rows, n]."""
+    state: torch.Tensor = model.model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=cache.mask(), use_cache=True
+    ).last_hidden_state
+    return state
+
+
+def advance(rows: Rows, tokens: torch.Tensor, finite: torch.Tensor) -> None:
+    """Make each active, finite row's new token its next input, seen from now on."""
+    moving = rows.active & finite
+    rows.ids.copy_(torch.where(moving, tokens, rows.ids[:, 0])[:, None])
+    rows.position.add_(moving)
+    rows.seen.scatter_(1, rows.ids, rows.seen.gather(1, rows.ids) | moving[:, None])
