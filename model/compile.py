@@ -38,15 +38,14 @@ _COMPILED_FROM = ("attention", "kv", "native", "packed", "quant", "sampler", "st
 _SECRETS = {"redis_url", "admin_password"}
 
 
-def buckets(engine: Runner) -> list[Bucket]:
+def buckets(slots: int, pages: int, kernels: bool) -> list[Bucket]:
     """The shapes worth compiling, the most useful first: one user, then everybody, then what lies between and beyond.
 
     Few, for each takes a minute or two once. This project's kernel reads each row's own length, whatever the bucket's;
     PyTorch's attention reads all pages of it, and a longer context than the last bucket's runs eagerly.
     """
-    slots, pages = engine.slots, engine.kv.pages
     wanted = [(1, 2), (slots, 1), (8, 1), (4, 2), (slots, 4), (1, 8)]
-    if engine.plan.kernels:
+    if kernels:
         wanted = [(rows, pages) for rows in (1, slots, 8, 4, 2)]
     return list(dict.fromkeys(Bucket(min(rows, slots), min(length, pages)) for rows, length in wanted))
 
@@ -70,7 +69,7 @@ class BackgroundCompiler:
     def __init__(self, engine: Runner, checkpoint: Path, settings: Settings) -> None:
         self._model = engine.model
         self._folder = settings.data_dir / "compiled" / fingerprint(engine, checkpoint, settings)
-        self._left = buckets(engine)
+        self._left = buckets(engine.slots, engine.kv.pages, engine.plan.kernels)
         self._wanted = len(self._left)
         self._failed = 0
         self._child: subprocess.Popen[bytes] | None = None
@@ -148,7 +147,7 @@ class InPlaceCompiler:
 
     def __init__(self, engine: Runner, mode: str = "reduce-overhead") -> None:
         self._engine, self._mode = engine, mode
-        self._left = buckets(engine)
+        self._left = buckets(engine.slots, engine.kv.pages, engine.plan.kernels)
         self._wanted, self._failed = len(self._left), 0
         for tensor in (*engine.kv.keys, *engine.kv.values):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs take mutated tensors only at fixed addresses
@@ -186,8 +185,14 @@ def fingerprint(engine: Runner, checkpoint: Path, settings: Settings) -> str:
 def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> None:
     """Compile these buckets, most wanted first, each into a file of its own that appears when it is complete."""
     for bucket in wanted:
-        # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # torch.compile empties it
+        options = {
+            # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            "size_asserts": False,
+            "alignment_asserts": False,
+            # What lies between two products is too little to be worth waking a second thread for.
+            "cpp.threads": 1,
+        }  # a fresh one each time: torch.compile empties it
         step = torch.compile(engine.step_over(bucket.pages), fullgraph=True, dynamic=False, options=options)
         ready = step.aot_compile((_arguments(engine, bucket), {}))
         ready.save_compiled_function(str(_file(folder, bucket)), external_data={"model": engine.model})

@@ -40,8 +40,7 @@ def load(folder: Path) -> bool:
         library = folder / f"kernels-{_fingerprint()}.so"
         if not library.exists():
             _build(library)
-        torch.ops.load_library(library)
-        _describe()
+        _register(library)
         _loaded = True
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
@@ -82,8 +81,9 @@ def _run(command: list[str | Path]) -> None:
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE)
 
 
-def _describe() -> None:
-    """Tell torch.compile the shapes of the results."""
-    torch.library.register_fake("slots::packed_product", lambda x, weights, scales, codebook: x.new_empty(
-        (x.shape[0], scales.shape[0] * scales.shape[2])))  # fmt: skip
-    torch.library.register_fake("slots::attend", lambda q, *_: torch.empty_like(q))
+def _register(library: Path) -> None:
+    """Load the operators, and tell torch.compile the shapes of their results."""
+    torch.ops.load_library(library)
+    fake = torch.library.register_fake
+    fake("slots::packed_product", lambda x, _, scales, __: x.new_empty((x.shape[0], scales.shape[0] * scales.shape[2])))
+    fake("slots::attend", lambda q, *_: torch.empty_like(q))

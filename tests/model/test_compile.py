@@ -76,7 +76,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to tell one from another; six take minutes."""
-    monkeypatch.setattr(compiling, "buckets", lambda slots, pages: [Bucket(1, 1), Bucket(slots, pages)])
+    monkeypatch.setattr(compiling, "buckets", lambda slots, pages, kernels: [Bucket(1, 1), Bucket(slots, pages)])
 
 
 @pytest.fixture
@@ -258,8 +258,9 @@ def test_steps_of_long_ago_are_removed(prepared: tuple[Settings, Path], tmp_path
     assert left == {f"{age:016x}" for age in range(3)} | {compiler._folder.name}
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize(("slots", "pages"), [(1, 1), (4, 2), (16, 32), (64, 1)])
-def test_few_buckets_the_single_user_first(slots: int, pages: int) -> None:
-    wanted = buckets(slots, pages)
+def test_few_buckets_the_single_user_first(slots: int, pages: int, kernels: bool) -> None:
+    wanted = buckets(slots, pages, kernels)
     assert len(wanted) <= 6 and wanted[0].rows == 1 and max(bucket.rows for bucket in wanted) == slots
     assert len(set(wanted)) == len(wanted) and all(bucket.pages <= pages for bucket in wanted)
