@@ -8,16 +8,12 @@ in PyTorch's own examples. Compiling changes how fast a step is, never what it c
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
 import re
 import shutil
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +21,8 @@ import torch
 import transformers
 from torch._inductor import config
 
-from model.build import Room, build
+from model.ahead import arguments_of, file_of, start
+from model.build import Room
 from model.runner import Bucket, Compiler, Runner
 from model.step import Step
 from settings import Settings
@@ -34,8 +31,7 @@ _log = logging.getLogger(__name__)
 
 # Seconds that the first answers of all have the processor to themselves before compiling begins, unless idle earlier.
 _LET_FIRST_ANSWER = 30.0
-_COMPILED_FROM = ("attention", "kv", "native", "packed", "quant", "sampler", "step")  # modules of this package
-_SECRETS = {"redis_url", "admin_password"}
+_COMPILED_FROM = ("ahead", "attention", "kv", "native", "packed", "quant", "sampler", "step")  # modules of this package
 
 
 def buckets(slots: int, pages: int, kernels: bool) -> list[Bucket]:
@@ -46,7 +42,7 @@ def buckets(slots: int, pages: int, kernels: bool) -> list[Bucket]:
     """
     wanted = [(1, 2), (slots, 1), (8, 1), (4, 2), (slots, 4), (1, 8)]
     if kernels:
-        wanted = [(rows, pages) for rows in (1, slots, 8, 4, 2)]
+        wanted = [(1, pages), (slots, pages), (0, 0), (8, pages), (4, pages), (2, pages)]  # (0, 0): PREFILL
     return list(dict.fromkeys(Bucket(min(rows, slots), min(length, pages)) for rows, length in wanted))
 
 
@@ -83,14 +79,14 @@ class BackgroundCompiler:
             self._stay_eager(f"no C++ compiler ({compiler}), apt install g++ mends it")
         elif missing:
             room = Room(engine.slots, engine.context)
-            self._start = partial(_start, room, missing, checkpoint, self._folder, settings)
+            self._start = partial(start, room, missing, checkpoint, self._folder, settings)
 
     def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
         """One step whose file is there; a file that does not load is removed and counts as failed."""
         if self._start and (idle or time.monotonic() > self._start_by):
             self._begin(self._start)
         for bucket in self._left:
-            file = _file(self._folder, bucket)
+            file = file_of(self._folder, bucket)
             if file.exists():
                 self._left.remove(bucket)
                 return self._adopted(bucket, file)
@@ -127,7 +123,7 @@ class BackgroundCompiler:
         return bucket, step
 
     def _missing(self) -> list[Bucket]:
-        return [bucket for bucket in self._left if not _file(self._folder, bucket).exists()]
+        return [bucket for bucket in self._left if not file_of(self._folder, bucket).exists()]
 
     def _stay_eager(self, reason: str) -> None:
         """Wait no longer for what is not there; what an earlier start compiled is still taken over."""
@@ -158,7 +154,7 @@ class InPlaceCompiler:
         bucket = self._left.pop(0)
         step = torch.compile(self._engine.step_over(bucket.pages), mode=self._mode, fullgraph=True, dynamic=False)
         try:
-            step(*_arguments(self._engine, bucket))
+            step(*arguments_of(self._engine, bucket))
         except Exception as error:  # compilers fail in many ways, and eager serves in each
             _log.warning("torch.compile failed, serving eagerly, slower: %s", " ".join(str(error).split())[:300])
             self._failed += 1 + len(self._left)
@@ -182,73 +178,9 @@ def fingerprint(engine: Runner, checkpoint: Path, settings: Settings) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> None:
-    """Compile these buckets, most wanted first, each into a file of its own that appears when it is complete."""
-    for bucket in wanted:
-        options = {
-            # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-            "size_asserts": False,
-            "alignment_asserts": False,
-            # What lies between two products is too little to be worth waking a second thread for.
-            "cpp.threads": 1,
-        }  # a fresh one each time: torch.compile empties it
-        step = torch.compile(engine.step_over(bucket.pages), fullgraph=True, dynamic=False, options=options)
-        ready = step.aot_compile((_arguments(engine, bucket), {}))
-        ready.save_compiled_function(str(_file(folder, bucket)), external_data={"model": engine.model})
-
-
-def _arguments(engine: Runner, bucket: Bucket) -> tuple[object, ...]:
-    return (engine.model, engine.kv.keys, engine.kv.values, *engine.rows.first(bucket.rows).tensors())
-
-
 def _forget_old(folder: Path, keep: int = 4) -> None:
     """Remove the steps of fingerprints that have not served for longest: each change of version leaves some."""
     folder.touch()
     known = [other for other in folder.parent.iterdir() if re.fullmatch(r"[0-9a-f]{16}", other.name)]
     for other in sorted(known, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
         shutil.rmtree(other, ignore_errors=True)
-
-
-def _file(folder: Path, bucket: Bucket) -> Path:
-    return folder / f"{bucket.rows}x{bucket.pages}.step"
-
-
-def _start(
-    room: Room, missing: list[Bucket], checkpoint: Path, folder: Path, settings: Settings
-) -> subprocess.Popen[bytes]:
-    job = {
-        "settings": settings.model_dump(mode="json", exclude=_SECRETS),
-        "checkpoint": str(checkpoint),
-        "folder": str(folder),
-        "room": [room.slots, room.context],
-        "buckets": [[bucket.rows, bucket.pages] for bucket in missing],
-    }
-    with (folder / "compile.log").open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "model.compile"], cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, env=_without_secrets(os.environ),
-        )  # fmt: skip
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(job).encode() + b"\n")
-    child.stdin.flush()  # and left open: its end tells the child that the service is gone
-    return child
-
-
-def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The child compiles and needs no password. Its settings come with the job."""
-    return {name: value for name, value in environment.items() if name.lower() not in _SECRETS}
-
-
-def _main() -> None:
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    os.nice(10)  # behind the engine, but not without end: a service that is always busy needs compiled steps most
-    room = Room(*job["room"])
-    engine = build(Path(job["checkpoint"]), Settings(**job["settings"]), lambda stage, percent: None, room)
-    with torch.inference_mode():
-        compile_ahead(engine, [Bucket(*bucket) for bucket in job["buckets"]], Path(job["folder"]))
-
-
-if __name__ == "__main__":
-    _main()

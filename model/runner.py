@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from model.attention import NAME as ATTENTION
 from model.executor import Chunk
-from model.kv import ChunkCache, KvPages, KvShape, TokenCache
+from model.kv import ChunkCache, KvPages, KvShape
 from model.quant import Plan, install
 from model.sampler import Rows, choose_unfiltered
-from model.step import Step, advance, hidden, make_step
+from model.step import Step, advance, hidden, make_step, prefill
 from model.types import Sampling
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ class Bucket:
 
     def covers(self, other: Bucket) -> bool:
         return self.rows >= other.rows and self.pages >= other.pages
+
+
+PREFILL = Bucket(0, 0)  # no decode step, and covers none: a chunk of any number of tokens
 
 
 class Compiler(Protocol):
@@ -98,8 +101,7 @@ class Runner:
         ids = torch.tensor([token for _, tokens, _ in chunks for token in tokens])
         slot = torch.tensor([slot for slot, tokens, _ in chunks for _ in tokens])
         position = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks])
-        cache = TokenCache(self.kv.tensors, slot, position)
-        finite = hidden(self.model, cache, ids[:, None], position[:, None]).isfinite().all(-1)[:, 0]
+        finite = self._try(PREFILL if len(ids) > 1 else None, prefill, *self.kv.tensors, ids, slot, position)
         for index, tokens, start in chunks:
             self.rows.position[index] = start + len(tokens)
         return [bool(part.all()) for part in finite.split([len(tokens) for _, tokens, _ in chunks])]
@@ -190,23 +192,24 @@ class Runner:
             self._active = active
 
     def _computed(self, need: Bucket) -> tuple[Rows, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The step over `need`, compiled where a bucket covers it; and the rows it was computed for.
+        """The step over `need`, compiled where a bucket covers it; and the rows it was computed for."""
+        bucket = min((bucket for bucket in self.compiled if bucket.covers(need)), default=None)
+        rows = self._views[(bucket or need).rows]
+        return rows, self._try(bucket, self.step_over(need.pages), *self.kv.tensors, *rows.tensors())
+
+    def _try(self, bucket: Bucket | None, eager: Callable[..., Any], *arguments: object) -> Any:
+        """What `bucket`'s compiled code computes; or `eager`, where there is none.
 
         When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.
         """
-        covering = [bucket for bucket in self.compiled if bucket.covers(need)]
-        if not covering:
-            return self._run(self.step_over(need.pages), need)
-        bucket = min(covering)
+        compiled = self.compiled.get(bucket) if bucket else None
+        if compiled is None:
+            return eager(self.model, *arguments)
         try:
-            return self._run(self.compiled[bucket], bucket)
+            return compiled(self.model, *arguments)
         except Exception as error:
-            outcome = self._run(self.step_over(need.pages), need)
-            _log.warning("a compiled step failed and is given up for the eager one", exc_info=error)
+            outcome = eager(self.model, *arguments)
+            _log.warning("compiled code failed and is given up for the eager one", exc_info=error)
             del self.compiled[bucket]
             self._broken += 1
             return outcome
-
-    def _run(self, step: Step, shape: Bucket) -> tuple[Rows, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        rows = self._views[shape.rows]
-        return rows, step(self.model, *self.kv.tensors, *rows.tensors())

@@ -39,6 +39,22 @@ def make_step(pages: int | None) -> Step:
     return step
 
 
+def prefill(
+    model: nn.Module,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    ids: torch.Tensor,
+    slot: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """Write the KV of tokens of any slots, all int64 [n]; whether each one's last hidden state is finite, bool [n].
+
+    By this project's kernel, and as a plain function too: may be repeated, and is compiled once for every n above 1.
+    """
+    cache = TokenCache((keys, values), slot, position)
+    return hidden(model, cache, ids[:, None], position[:, None]).isfinite().all(-1)[:, 0]
+
+
 def hidden(
     model: nn.Module, cache: TokenCache | ChunkCache, ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor import config
 
 from model import compile as compiling
@@ -16,7 +17,7 @@ from model.build import Room, build
 from model.compile import BackgroundCompiler, buckets, compiler_for, fingerprint
 from model.loader import prepare
 from model.registry import find
-from model.runner import Bucket, Runner
+from model.runner import PREFILL, Bucket, Runner
 from model.types import Sampling
 from settings import Settings
 from tests.model.test_local import settings_for
@@ -80,6 +81,11 @@ def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def and_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "buckets", lambda slots, pages, kernels: [Bucket(1, pages), PREFILL])
+
+
+@pytest.fixture
 def inductor_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
@@ -104,6 +110,22 @@ def test_a_child_compiles_and_a_second_start_finds_it_done(prepared: tuple[Setti
     start(again, 0, PROMPTS[0], GREEDY)
     start(eager, 0, PROMPTS[0], GREEDY)
     assert run(again, [0], 8) == run(eager, [0], 8)
+
+
+@pytest.mark.usefixtures("inductor_cache", "kernels", "and_a_chunk")
+def test_prompts_of_any_length_are_computed_by_one_compiled_chunk(prepared: tuple[Settings, Path]) -> None:
+    settings, checkpoint = prepared
+    engine, eager = load(settings, checkpoint), load(settings, checkpoint)
+    engine.compiler = BackgroundCompiler(engine, checkpoint, settings)
+    adopt_until(engine, lambda: engine.details()["compiled"] == "2/2")
+    for slot, prompt in enumerate(PROMPTS):
+        for each in (engine, eager):
+            start(each, slot, prompt, GREEDY, chunk=7 + 50 * slot)
+    assert run(engine, [0, 1, 2, 3], 8) == run(eager, [0, 1, 2, 3], 8)
+    written = [torch.cat([t[:, slot, :, :60].flatten() for slot in (1, 3) for t in each.kv.keys]).float()
+               for each in (engine, eager)]  # fmt: skip
+    assert torch.nn.functional.cosine_similarity(*written, dim=0) > 0.999
+    assert engine.compile_state() == (2, 0)  # none was given up on the way
 
 
 def test_when_compiling_fails_eager_serves_and_says_why(
