@@ -1,0 +1,118 @@
+"""The bare decode step: tokens a second at batch 1, 8 and 16, beside llama.cpp and beside the memory's own limit.
+
+    python -m benchmarks.decode [--rounds 5] [--batches 1 8 16] [--context 128] [--steps 64] [--fresh]
+
+Ours compiled through Runner, llama.cpp through llama-cpp-python's low-level batch; the same weights (llama.cpp the
+GGUF itself, ours the NF4 checkpoint made of it), threads, prompts and context; greedy; in turns A B A B, while the
+other waits. The floor is the bytes that one step must read over the bandwidth measured in the same run.
+Leaves out HTTP, queue and text: `http.py` measures those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record, table
+from benchmarks.peers import LLAMA, PeerMissing, gguf
+from benchmarks.record import Record
+from benchmarks.worker import Worker, WorkerFailed
+from settings import Settings
+
+OURS, THEIRS = "this engine", LLAMA.name
+
+
+@contextmanager
+def workers(settings: Settings, patience: float) -> Iterator[dict[str, Worker]]:
+    """Our worker, and llama.cpp's where it can be had; both wait for turns. patience: see ours.py."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(settings.data_dir.resolve() / "compiled" / "torchinductor")}
+        ours = [sys.executable, "-m", "benchmarks.ours", str(patience)]
+        found = {OURS: Worker(ours, folder / "ours.log", caches)}
+        try:
+            command = [LLAMA.bin() / "python", "-m", "benchmarks.llama", gguf(settings, folder)]
+            found[THEIRS] = Worker([*command, str(settings.compute_threads)], folder / "llama.log", {})
+        except PeerMissing as missing:
+            print(missing, file=sys.stderr)
+        yield {name: stack.enter_context(worker) for name, worker in found.items()}
+
+
+def measure(record: Record, settings: Settings, chosen: argparse.Namespace) -> None:
+    """All turns that are not kept yet."""
+    wanted = [_turn(name, rows) for name in (OURS, THEIRS) for rows in chosen.batches]
+    if record.has(wanted, chosen.rounds):
+        return
+    with workers(settings, chosen.patience) as engines:
+        for name, engine in list(engines.items()):
+            try:
+                record.facts[name] = engine.ask("facts")
+            except WorkerFailed as failed:
+                print(f"{name}: {failed}", file=sys.stderr)
+                del engines[name]
+        for number in range(chosen.rounds):
+            record.turn("bandwidth", number, lambda: engines[OURS].ask("bandwidth")["bytes"])
+            for rows in chosen.batches:
+                for name, engine in engines.items():
+                    record.turn(_turn(name, rows), number, lambda e=engine, r=rows: _decode(e, r, chosen))
+
+
+def _decode(engine: Worker, rows: int, chosen: argparse.Namespace) -> dict[str, float]:
+    """step: the median, in seconds; slowest: the longest; cpu: processor seconds for 1,000 tokens."""
+    turn = engine.ask("decode", rows=rows, context=chosen.context, steps=chosen.steps)
+    cpu = turn["cpu"] * 1000 / (rows * chosen.steps)
+    return {"step": statistics.median(turn["seconds"]), "slowest": max(turn["seconds"]), "cpu": cpu}
+
+
+def _turn(name: str, rows: int) -> str:
+    return f"{name}, batch {rows}"
+
+
+def speeds(kept: Mapping[str, Any], name: str, rows: int) -> list[float]:
+    """Tokens a second, a value a round. kept: a record's turns."""
+    return [rows / turn["step"] for turn in kept.get(_turn(name, rows), ())]
+
+
+def floors(kept: Mapping[str, Any], facts: Mapping[str, Any], rows: int, context: int) -> list[float]:
+    """Tokens a second if a step took just as long as reading its weights and KV from memory, a value a round."""
+    size = facts["weights"] + rows * context * facts["kv_bytes_per_token"]
+    return [rows * bandwidth / size for bandwidth in kept.get("bandwidth", ())]
+
+
+def shown(kept: Mapping[str, Any], facts: Mapping[str, Any], batches: list[int], context: int) -> str:
+    """The table of this row."""
+    lines = []
+    for rows in batches:
+        ours, theirs = speeds(kept, OURS, rows), speeds(kept, THEIRS, rows)
+        floor = floors(kept, facts[OURS], rows, context)
+        lines.append([f"tokens/s, batch {rows}", table.median(ours), table.median(theirs), table.ratio(ours, theirs),
+                      table.median(floor, ".0f"), table.ratio(ours, floor)])  # fmt: skip
+    for rows in batches:
+        ours, theirs = ([turn["cpu"] for turn in kept.get(_turn(name, rows), ())] for name in (OURS, THEIRS))
+        cells = [table.median(ours), table.median(theirs), table.ratio(ours, theirs), "", ""]
+        lines.append([f"processor seconds for 1,000 tokens, batch {rows}", *cells])
+    return table.markdown(["", OURS, THEIRS, "ratio", "the memory's limit", "of that"], lines)
+
+
+def main() -> None:
+    parser = record.options(__doc__, rounds=5, minutes=15)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--context", type=int, default=128, help="tokens that every row holds before the first step")
+    parser.add_argument("--steps", type=int, default=64)
+    chosen = parser.parse_args()
+    kept = Record.open("decode", chosen)
+    with kept.bounded():
+        measure(kept, Settings.from_environment(), chosen)
+    product = kept.facts[OURS]["product"]
+    print(f"{record.machine()}; {product} against Q4_1, context {chosen.context}, medians of {chosen.rounds} rounds\n")
+    print(shown(kept.turns, kept.facts, chosen.batches, chosen.context))
+
+
+if __name__ == "__main__":
+    main()

