@@ -20,14 +20,20 @@ from typing import Any
 
 from benchmarks import record, table
 from benchmarks.engines import OURS, THEIRS, side_by_side
+from benchmarks.peers import ONNX, wanted_all
 from benchmarks.record import Record
 from benchmarks.worker import Worker
 from settings import Settings
 
 
+def names() -> list[str]:
+    """The engines of this row."""
+    return [OURS, THEIRS, *([ONNX.name] if wanted_all() else [])]
+
+
 def measure(record: Record, settings: Settings, chosen: argparse.Namespace) -> None:
     """All turns that are not kept yet."""
-    wanted = [_turn(name, rows) for name in (OURS, THEIRS) for rows in chosen.batches]
+    wanted = [_turn(name, rows) for name in names() for rows in chosen.batches]
     if record.has(wanted, chosen.rounds):
         return
     with (
@@ -64,18 +70,17 @@ def floors(kept: Mapping[str, Any], facts: Mapping[str, Any], rows: int, context
 
 
 def shown(kept: Mapping[str, Any], facts: Mapping[str, Any], batches: list[int], context: int) -> str:
-    """The table of this row."""
-    lines = []
+    """The table of this row: each peer with our ratio to it."""
+    peers, lines = [name for name in names() if name != OURS and name in facts], []
     for rows in batches:
-        ours, theirs = speeds(kept, OURS, rows), speeds(kept, THEIRS, rows)
-        floor = floors(kept, facts[OURS], rows, context)
-        lines.append([f"tokens/s, batch {rows}", table.median(ours), table.median(theirs), table.ratio(ours, theirs),
-                      table.median(floor, ".0f"), table.ratio(ours, floor)])  # fmt: skip
+        ours, floor = speeds(kept, OURS, rows), floors(kept, facts[OURS], rows, context)
+        beside = [table.beside(ours, speeds(kept, name, rows)) for name in peers]
+        lines.append([f"tokens/s, batch {rows}", table.median(ours), *beside, table.beside(ours, floor, ".0f")])
     for rows in batches:
-        ours, theirs = ([turn["cpu"] for turn in kept.get(_turn(name, rows), ())] for name in (OURS, THEIRS))
-        cells = [table.median(ours), table.median(theirs), table.ratio(ours, theirs), "", ""]
-        lines.append([f"processor seconds for 1,000 tokens, batch {rows}", *cells])
-    return table.markdown(["", OURS, THEIRS, "ratio", "the memory's limit", "of that"], lines)
+        ours, *others = ([turn["cpu"] for turn in kept.get(_turn(name, rows), ())] for name in (OURS, *peers))
+        beside = [table.beside(ours, theirs) for theirs in others]
+        lines.append([f"processor seconds for 1,000 tokens, batch {rows}", table.median(ours), *beside, ""])
+    return table.markdown(["", OURS, *(f"{name} (ratio)" for name in peers), "the memory's limit (ratio)"], lines)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The bare engines as workers: ours, and llama.cpp where it can be had.
+"""The bare engines as workers: ours, llama.cpp, and with PEERS=all onnxruntime-genai.
 
 Asks them nothing; the rows do.
 """
@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from benchmarks.peers import LLAMA, PeerMissing, gguf
+from benchmarks.peers import LLAMA, ONNX, PeerMissing, gguf, int4_export, wanted_all
 from benchmarks.record import Record
 from benchmarks.worker import Worker, WorkerFailed
+from model.loader import prepare
+from model.registry import find
 from settings import Settings
 
 OURS, THEIRS = "this engine", LLAMA.name
@@ -31,10 +33,23 @@ def llama(settings: Settings, folder: Path) -> Worker:
     return Worker([*command, str(settings.compute_threads)], folder / "llama.log", {})
 
 
+def onnx(settings: Settings, folder: Path) -> Worker:
+    """onnxruntime-genai on its own int4 export of the same weights. Raises PeerMissing."""
+    python, log = ONNX.bin() / "python", folder / "onnx.log"
+    model = int4_export(dense(settings), settings.compute_threads, log)
+    return Worker([python, "-m", "benchmarks.onnx", model, str(settings.compute_threads)], log, {})
+
+
+def dense(settings: Settings) -> Path:
+    """The same weights unquantised, in bf16, made once (a minute)."""
+    return prepare(find(settings), settings.model_copy(update={"quantization": "none"}))
+
+
 @contextmanager
 def side_by_side(settings: Settings, folder: Path, patience: float, record: Record) -> Iterator[dict[str, Worker]]:
-    """Both, loaded and waiting for turns; what each is goes to record.facts. One that cannot be had is left out."""
+    """All, loaded and waiting for turns; what each is goes to record.facts. One that cannot be had is left out."""
     makers = {OURS: partial(ours, settings, folder, patience), THEIRS: partial(llama, settings, folder)}
+    makers |= {ONNX.name: partial(onnx, settings, folder)} if wanted_all() else {}
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
         for name, make in makers.items():

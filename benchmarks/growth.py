@@ -49,7 +49,8 @@ def contexts(kept: Record, settings: Settings, folder: Path, chosen: argparse.Na
 
 
 def _step(engine: Worker, context: int) -> float:
-    return statistics.median(engine.ask("decode", rows=1, context=context, steps=16)["seconds"])
+    seconds: list[float] = engine.ask("decode", rows=1, context=context, steps=16)["seconds"]
+    return statistics.median(seconds)
 
 
 def clients(kept: Record, server: Server, chosen: argparse.Namespace) -> None:

@@ -60,15 +60,10 @@ def starts(settings: Settings, folder: Path, wanted: list[str]) -> dict[str, Sta
     known: dict[str, Start] = {
         OURS: lambda port: this_service(port, data_folder(settings, folder), folder / "service.log"),
         LLAMA_SERVER.name: lambda port: llama_server(port, gguf(settings, folder), folder / "llama.log"),
-        VLLM.name: lambda port: vllm_serve(port, dense(settings), folder / "vllm.log"),
+        VLLM.name: lambda port: vllm_serve(port, engines.dense(settings), folder / "vllm.log"),
         TRANSFORMERS.name: lambda port: transformers_serve(port, nf4, folder / "transformers.log"),
     }
     return {name: start for name, start in known.items() if name in wanted}
-
-
-def dense(settings: Settings) -> Path:
-    """The same weights unquantised, in bf16, made once (a minute)."""
-    return prepare(find(settings), settings.model_copy(update={"quantization": "none"}))
 
 
 def turn(start: Start, chosen: argparse.Namespace, number: int) -> dict[str, Any]:
@@ -150,8 +145,7 @@ def shown(turns: Mapping[str, Any], clients: list[int]) -> str:
 
 def _line(label: str, values: list[list[float]], form: str) -> list[str]:
     ours, *others = values
-    beside = [f"{table.median(peer, form)} ({table.ratio(ours, peer)})" if peer else table.NONE for peer in others]
-    return [label, table.median(ours, form), *beside]
+    return [label, table.median(ours, form), *(table.beside(ours, peer, form) for peer in others)]
 
 
 def main() -> None:

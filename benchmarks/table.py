@@ -30,6 +30,11 @@ def median(values: Sequence[float], form: str = ".1f") -> str:
     return f"{shown} ±{(max(values) - min(values)) / 2 / abs(middle):.0%}".replace("%", " %")
 
 
+def beside(ours: Sequence[float], theirs: Sequence[float], form: str = ".1f") -> str:
+    """A peer's median, and ours over it in brackets."""
+    return f"{median(theirs, form)} ({ratio(ours, theirs)})" if theirs else NONE
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """The median of the ratios round by round, with its spread: drift between rounds cancels out."""
     pairs = ratios(ours, theirs)

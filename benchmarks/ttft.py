@@ -100,6 +100,8 @@ def measure(kept: Record, settings: Settings, chosen: argparse.Namespace) -> Non
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with side_by_side(settings, folder, chosen.patience, kept) as engines:
+            for worker in engines.values():
+                worker.ask("prefill", tokens=64)  # the first of all is slower
             left = starts(settings, folder, servers)
             for number in range(chosen.rounds):
                 in_turns(kept, left, number, partial(turn, chosen=chosen, number=number))
