@@ -1,8 +1,9 @@
 """`make bench`: every row, then the goals beside what was measured, on the terminal and into README.
 
-    python -m benchmarks [ROW ...] [--fresh] [--no-readme]
+    python -m benchmarks [ROW ...] [--fresh]
 
-A row that fails is said to and does not stop the others. Measures nothing itself; each row is a command of its own.
+README changes only when all rows were asked for. A row that fails is said to and does not stop the others.
+Measures nothing itself; each row is a command of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import subprocess
 import sys
 
-from benchmarks import goals, record, table
+from benchmarks import goals, peers, record, table
 from benchmarks.record import HERE
 from benchmarks.worker import ROOT
 
@@ -30,11 +31,7 @@ def output(row: str, fresh: bool) -> str:
     """What a row's command prints; one line where it fails."""
     command = [sys.executable, "-m", f"benchmarks.{row}", *(["--fresh"] if fresh else [])]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return (
-        done.stdout.strip()
-        if done.returncode == 0
-        else f"This row failed (exit {done.returncode}): {' '.join(command[1:])}"
-    )
+    return done.stdout.strip() if done.returncode == 0 else f"failed with exit status {done.returncode}"
 
 
 def report(printed: dict[str, str]) -> str:
@@ -51,13 +48,15 @@ def report(printed: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=list(ROWS))
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--fresh", action="store_true", help="measure again what earlier calls kept")
-    parser.add_argument("--no-readme", action="store_true", help="print only")
     chosen = parser.parse_args()
-    text = report({row: output(row, chosen.fresh) for row in chosen.rows})
+    if unknown := set(chosen.rows) - set(ROWS):
+        parser.error(f"there is no row {', '.join(sorted(unknown))}")
+    peers.install()
+    text = report({row: output(row, chosen.fresh) for row in chosen.rows or ROWS})
     print(text)
-    if not chosen.no_readme:
+    if not chosen.rows:
         table.replace_block(ROOT / "README.md", text)
 
 

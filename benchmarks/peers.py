@@ -31,35 +31,34 @@ class Peer:
     folder: str
     packages: tuple[str, ...]
     after: Callable[[Path], None] = lambda folder: None
-    only_wheels: bool = False
-
-    @property
-    def version(self) -> str:
-        """The first package's."""
-        return self.packages[0].partition("==")[2]
 
     def bin(self) -> Path:
         """The `bin` folder of its environment, made first where there is none (minutes). Raises PeerMissing."""
         folder = ROOT / self.folder
+        if (folder / "failed").exists():
+            raise PeerMissing(f"{(folder / 'failed').read_text()}; delete {self.folder} to try again")
         if not (folder / "installed").exists():
-            print(f"Installing {self.name} into {self.folder}, once; its output goes to {self.folder}.log",
+            print(f"Installing {self.name} into {self.folder}, once; what pip says goes to {self.folder}.log",
                   file=sys.stderr)  # fmt: skip
             self._install(folder)
         return folder / "bin"
 
     def _install(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        with folder.with_name(f"{self.folder}.log").open("wb") as log:
+        log = folder.with_name(f"{self.folder}.log")
+        with log.open("wb") as output:
             for command in self._commands(folder):
-                if subprocess.run(command, stdout=log, stderr=log, cwd=ROOT).returncode:
-                    raise PeerMissing(f"{self.name}: {last_line(Path(log.name))}")
+                if subprocess.run(command, stdout=output, stderr=output, cwd=ROOT).returncode:
+                    reason = f"{self.name} cannot be installed: {last_line(log)}"
+                    folder.mkdir(exist_ok=True)
+                    (folder / "failed").write_text(reason)
+                    raise PeerMissing(reason)
         self.after(folder)
         (folder / "installed").touch()
 
     def _commands(self, folder: Path) -> list[list[str]]:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-        wheels = ["--only-binary", ":all:"] if self.only_wheels else []
-        return [[sys.executable, "-m", "venv", str(folder)], [*pip, *wheels, *self.packages]]
+        return [[sys.executable, "-m", "venv", str(folder)], [*pip, *self.packages]]
 
 
 # torch and transformers are this service's own versions; numpy is what the worker reads logits with.
@@ -120,6 +119,15 @@ def int4_export(dense: Path, threads: int, log: Path) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise PeerMissing(f"{ONNX.name} cannot export the model: {last_line(log)}")
     return folder
+
+
+def install() -> None:
+    """Make every wanted peer's environment, so that no row waits for one."""
+    for peer in (LLAMA, TRANSFORMERS, *((LLAMA_SERVER, VLLM, ONNX) if wanted_all() else ())):
+        try:
+            peer.bin()
+        except PeerMissing as missing:
+            print(missing, file=sys.stderr)
 
 
 def wanted_all() -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -71,7 +72,11 @@ class Record:
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
-        """Measure inside; when the time is used up, what was measured so far stands and the rest is said to miss."""
+        """Measure inside; when the time is used up, what was measured so far stands and the rest is said to miss.
+
+        SIGTERM ends it as Ctrl-C does: whatever was started is stopped too.
+        """
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             yield
         except OutOfTime:
