@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from benchmarks import record, table
 from benchmarks.http import Start, in_turns
-from benchmarks.load import request
+from benchmarks.load import hang_up, request
 from benchmarks.record import Record
 from benchmarks.servers import Server, data_folder, other_server, redis, this_service
 from ops.stack import free_port
@@ -53,14 +53,16 @@ def storm(url: str, key: str, connections: int, seconds: float, expect: bytes) -
     async def one(end: float) -> list[float]:
         reader, writer = await asyncio.open_connection(place.hostname, place.port)
         times = []
-        while (begin := time.perf_counter()) < end:
-            writer.write(raw)
-            head = await reader.readuntil(b"\r\n\r\n")
-            if not head.startswith(b"HTTP/1.1 200") or expect not in head.lower():
-                raise ConnectionError(f"{url}: {head[:300]!r}")
-            await reader.readexactly(length(head))
-            times.append(time.perf_counter() - begin)
-        writer.close()
+        try:
+            while (begin := time.perf_counter()) < end:
+                writer.write(raw)
+                head = await reader.readuntil(b"\r\n\r\n")
+                if not head.startswith(b"HTTP/1.1 200") or expect not in head.lower():
+                    raise ConnectionError(f"{url}: {head[:300]!r}")
+                await reader.readexactly(length(head))
+                times.append(time.perf_counter() - begin)
+        finally:
+            await hang_up(writer)
         return times
 
     async def everyone() -> list[float]:

@@ -10,6 +10,7 @@ import itertools
 import json
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -125,8 +126,15 @@ async def ask(target: Target, text: str | list[dict[str, str]], max_tokens: int,
                 _take(answer, json.loads(line[6:]))
     finally:
         answer.ended = time.perf_counter()
-        writer.close()
+        await hang_up(writer)
     return answer
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    """Close a connection, whatever state it is in."""
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 def request(url: str, key: str, body: object, *more: str) -> bytes:

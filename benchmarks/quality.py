@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def dequantised(settings: Settings) -> Any:
     """The model with its NF4 matrices as floats."""
     model = _load(prepare(find(settings), settings), settings, torch.float32)
     quant.install(model, quant.Plan("dequantised", torch.float32))
+    # A 4-bit checkpoint keeps its embedding in bf16 whatever it is loaded as, and transformers' own float() refuses.
+    torch.nn.Module.float(model)
     return model
 
 
@@ -147,15 +150,24 @@ def share(wanted: list[Ids], found: list[Ids]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
+def _perplexity(
+    settings: Settings, text: torch.Tensor, make: Callable[[Settings], Any], read: Callable[[Any, torch.Tensor], float]
+) -> float:
+    return read(make(settings), text)
+
+
 def measure(kept: Record, settings: Settings, chosen: argparse.Namespace) -> None:
     """All that is not kept yet."""
     text = windows(settings)
     kept.facts["predicted tokens"] = text.numel() - WINDOWS
-    ways: tuple[tuple[str, Callable[[Settings], Any], Callable[[Any, torch.Tensor], float]], ...] = (
-        (REFERENCE, reference, whole), (NF4, dequantised, whole), (PROMPTS, served, whole), (STEPS, served, stepwise),
-    )  # fmt: skip
-    for name, make, perplexity in ways:
-        kept.turn(name, 0, lambda make=make, read=perplexity: read(make(settings), text))  # type: ignore[misc]
+    ways = (
+        (REFERENCE, reference, whole),
+        (NF4, dequantised, whole),
+        (PROMPTS, served, whole),
+        (STEPS, served, stepwise),
+    )
+    for name, make, read in ways:
+        kept.turn(name, 0, partial(_perplexity, settings, text, make, read))
     kept.turn("agreement", 0, lambda: agreement(settings, chosen))
 
 
