@@ -59,8 +59,10 @@ class Peer:
         (folder / "installed").touch()
 
     def _commands(self, folder: Path) -> list[list[str]]:
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-        return [[sys.executable, "-m", "venv", str(folder)], [*pip, *self.packages]]
+        python = str(folder / "bin" / "python")
+        # This environment's pip installs into the other, which needs none of its own.
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--no-input"]
+        return [[sys.executable, "-m", "venv", "--without-pip", str(folder)], [*pip, *self.packages]]
 
 
 # torch and transformers are this service's own versions; numpy is what the worker reads logits with.
