@@ -114,27 +114,30 @@ def column(turns: Mapping[str, Any], name: str, key: str) -> list[float]:
     return [found[key] for found in turns.get(name, ()) if key in found]
 
 
-def shown(turns: Mapping[str, Any], chosen: argparse.Namespace) -> str:
-    """The table of this row."""
-    servers = [name for name in turns if name not in (ENGINE, THEIRS)]
+# What the table shows: label, name in the record, scale.
+LINES = (
+    ("prompt, tokens", "prompt tokens", 1.0),
+    ("time to first token, idle, ms", "idle", 1e3),
+    ("the same beside running streams, ms", "busy", 1e3),
+    ("longest pause of a running stream meanwhile, ms", "pause", 1e3),
+    ("longest pause before, ms", "usual pause", 1e3),
+    ("second turn, tokens", "second prompt tokens", 1.0),
+    ("of those reused", "second cached", 1.0),
+    ("second turn, time to first token, ms", "second", 1e3),
+)
+
+
+def shown(turns: Mapping[str, Any], tokens: int) -> str:
+    """The tables of this row: servers, and the bare engines. tokens: of the engines' prompt."""
+    servers = [name for name, found in turns.items() if found and "idle" in found[0]]
     lines = [
         [label, *(table.median([value * scale for value in column(turns, name, key)], ".0f") for name in servers)]
-        for label, key, scale in (
-            ("prompt, tokens", "prompt tokens", 1.0),
-            ("time to first token, idle, ms", "idle", 1e3),
-            (f"the same beside {chosen.streams} streams, ms", "busy", 1e3),
-            ("longest pause of a running stream meanwhile, ms", "pause", 1e3),
-            ("longest pause before, ms", "usual pause", 1e3),
-            ("second turn, tokens", "second prompt tokens", 1.0),
-            ("of those reused", "second cached", 1.0),
-            ("second turn, time to first token, ms", "second", 1e3),
-        )
+        for label, key, scale in LINES
     ]
-    ours, theirs = column(turns, ENGINE, "seconds"), column(turns, THEIRS, "seconds")
-    bare = [[name, table.median([value * 1e3 for value in values], ".0f")] for name, values in
-            ((ENGINE, ours), (THEIRS, theirs))] + [["ratio", table.ratio(ours, theirs)]]  # fmt: skip
-    heading = f"bare prefill of {chosen.prompt} tokens and one step, ms"
-    return table.markdown(["", *servers], lines) + "\n\n" + table.markdown([heading, ""], bare)
+    bare = {name: [value * 1e3 for value in column(turns, name, "seconds")] for name in turns if name not in servers}
+    beside = [[name, table.beside(bare.get(ENGINE, []), values, ".0f")] for name, values in bare.items()]
+    head = [f"bare prefill of {tokens} tokens and one step", f"ms ({ENGINE}'s ratio)"]
+    return table.markdown(["", *servers], lines) + "\n\n" + table.markdown(head, beside)
 
 
 def main() -> None:
@@ -146,7 +149,7 @@ def main() -> None:
     with kept.bounded():
         measure(kept, Settings.from_environment(), chosen)
     print(f"{record.machine()}; medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns, chosen))
+    print(shown(kept.turns, chosen.prompt))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,19 @@ def test_http_shows_each_peer_with_a_ratio_and_leaves_out_what_the_bare_engine_l
     assert "| tokens/s, 1 clients | 30.0 | 40.0 (0.75) |" in shown and "| start to ready, s | 5.0 | - |" in shown
 
 
+def test_first_token_shows_servers_and_bare_engines_apart() -> None:
+    server = {"idle": 0.4, "busy": 0.8, "pause": 0.1, "usual pause": 0.05, "prompt tokens": 500, "second": 0.1,
+              "second prompt tokens": 540, "second cached": 530}  # fmt: skip
+    turns = {http.OURS: [server], "this engine": [{"seconds": 0.3}], "llama.cpp": [{"seconds": 1.5}]}
+    shown = ttft.shown(turns, 500)
+    assert "| time to first token, idle, ms | 400 |" in shown and "| llama.cpp | 1500 (0.20) |" in shown
+    lines = {
+        line.split(" | ")[0]: line for line in goals.shown({"ttft": goals._NOTHING | {"turns": turns}}).splitlines()
+    }
+    assert lines["| the same beside 8 streams, against idle"].endswith("| <= 2 x | 2.00 | yes |")
+    assert "1.06 (of 540) | yes" in next(line for name, line in lines.items() if "second turn" in name)
+
+
 def test_the_longest_pause_is_one_that_overlaps_with_the_time_looked_at() -> None:
     streams = [Answer(0, [0.0, 5.0, 5.1, 5.4, 9.0]), Answer(0, [5.2, 5.3])]
     assert ttft.longest(streams, 5.05, 5.35) == pytest.approx(0.3)
