@@ -29,6 +29,7 @@ from benchmarks.worker import ROOT
 HERE = ROOT / "benchmarks"
 MEASURED = ("model", "api", "store", "security", "app.py", "settings.py", "telemetry.py", "gunicorn.conf.py")
 MEASURING = ("engines", "ours", "llama", "load", "servers")  # besides the row itself
+BUSY = 20.0  # percent of all cores that others may use before it is said
 NOT_FIGURES = {"fresh", "limit", "rounds", "patience", "only"}  # options that change no single figure
 
 
@@ -77,6 +78,11 @@ class Record:
         SIGTERM ends it as Ctrl-C does: whatever was started is stopped too.
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        if (busy := psutil.cpu_percent(0.5)) > BUSY:
+            print(
+                f"The processor is {busy:.0f} % busy with something else: these figures will tell little.",
+                file=sys.stderr,
+            )
         try:
             yield
         except OutOfTime:
