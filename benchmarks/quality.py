@@ -90,7 +90,7 @@ def stepwise(model: Any, text: torch.Tensor) -> float:
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    return float(torch.nn.functional.cross_entropy(logits.float(), targets))
+    return float(torch.nn.functional.cross_entropy(logits.float(), targets).item())
 
 
 def rendered(settings: Settings, count: int) -> list[Ids]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import decode, goals, growth, http, quality, start, ttft
 from benchmarks.load import Answer
@@ -92,6 +93,14 @@ def test_quality_follows_the_engine_beside_the_reference() -> None:
     wrong = [[(token + 1) % 300 for token in answer] for answer in answers]
     assert quality.share(answers, quality.follow(runner, prompts, wrong, forced=True)) < 1
     assert quality.share([[1, 2], [3]], [[1, 9], [3]]) == pytest.approx(2 / 3)
+
+
+def test_perplexity_is_the_same_read_at_once_and_token_by_token() -> None:
+    model = tiny_model()
+    text = torch.tensor(quality.greedy(model, [5, 6, 7], 40, frozenset())).view(4, 10)
+    noise = torch.randint(0, 300, (4, 10), generator=torch.Generator().manual_seed(1))
+    assert quality.whole(model, text) == pytest.approx(quality.stepwise(model, text), rel=1e-4)
+    assert quality.whole(model, text) < quality.whole(model, noise)  # its own words surprise it less
 
 
 def test_an_answer_ends_with_its_end_token() -> None:
