@@ -71,19 +71,20 @@ def memory(kept: Record, server: Server, chosen: argparse.Namespace) -> None:
     target = Target(server.url, server.model, server.key)
 
     def measure() -> list[int]:
-        asyncio.run(_fill(target))
-        return asyncio.run(_mixed(target, server, chosen.minutes * 60))
+        asyncio.run(_fill(target, chosen.longest))
+        return asyncio.run(_mixed(target, server, chosen.minutes * 60, chosen.longest))
 
     kept.turn("memory", 0, measure)
 
 
-async def _fill(target: Target) -> None:
-    await asyncio.gather(*(ask(target, prompt(90_000 + n, 600), 8) for n in range(16)))
+async def _fill(target: Target, longest: int) -> None:
+    """Every slot holds more than the mixed run will ask of it: what KV needs is committed before the first reading."""
+    await asyncio.gather(*(ask(target, prompt(90_000 + n, longest + 60), 8) for n in range(16)))
 
 
-async def _mixed(target: Target, server: Server, seconds: float) -> list[int]:
+async def _mixed(target: Target, server: Server, seconds: float, longest: int) -> list[int]:
     end, readings = time.monotonic() + seconds, []
-    users = [asyncio.create_task(_user(target, random.Random(n), end)) for n in range(12)]
+    users = [asyncio.create_task(_user(target, random.Random(n), end, longest)) for n in range(12)]
     while time.monotonic() < end:
         await asyncio.sleep(min(EVERY, seconds / 10))
         readings.append(server.memory)
@@ -91,11 +92,12 @@ async def _mixed(target: Target, server: Server, seconds: float) -> list[int]:
     return readings
 
 
-async def _user(target: Target, chance: random.Random, end: float) -> None:
+async def _user(target: Target, chance: random.Random, end: float, longest: int) -> None:
     """Somebody who asks, repeats, gives up and makes mistakes until the time is over."""
     while time.monotonic() < end:
         kind = chance.random()
-        text = prompt(chance.randrange(20) if kind < 0.3 else chance.randrange(1 << 40), chance.choice((0, 0, 50, 500)))
+        number = chance.randrange(20) if kind < 0.3 else chance.randrange(1 << 40)
+        text = prompt(number, chance.choice((0, 0, longest // 10, longest)))
         wanted = -1 if kind > 0.95 else chance.choice((8, 32, 96))  # the service refuses -1
         with suppress(ConnectionError, TimeoutError):
             # A client that gives up closes its connection.
@@ -152,7 +154,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request of the clients' part")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=5, help="of the mixed run")
+    parser.add_argument("--longest", type=int, default=500, help="words of the mixed run's longest prompts")
     chosen = parser.parse_args()
     kept = Record.open("growth", chosen)
     with kept.bounded():
