@@ -4,7 +4,8 @@
 # make model  fetch and quantise MODEL now, with progress
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
 # make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
-# make bench  the numbers in README;  make clean  remove .venv and caches (DATA_DIR stays)
+# make bench  the numbers in README, hours (PEERS=all for every peer, FRESH=1 to begin anew, ROWS="decode http" for some)
+# make clean  remove .venv and caches (DATA_DIR stays)
 #
 # Settings come from the environment and from .env (see .env.example). Another Python: make run PYTHON=python3.12
 
@@ -30,7 +31,7 @@ stack: model
 	@exec $(with_env) $(BIN)/python -m ops.stack
 
 bench: $(VENV)/installed
-	@exec $(BIN)/python -m benchmarks.http
+	@exec $(BIN)/python -m benchmarks $(if $(FRESH),--fresh) $(ROWS)
 
 secrets:
 	@ops/make-secrets secrets $(DOMAIN)

@@ -1,168 +1,165 @@
-"""Tokens a second, time to first token, start and memory over HTTP, beside transformers' own server.
+"""Tokens a second, time to first token, start and memory over HTTP, beside the peers' own servers.
 
-    python -m benchmarks.http [--rounds 2] [--tokens 128] [--clients 1 8 16]
+    python -m benchmarks.http [--rounds 3] [--tokens 128] [--clients 1 8 16] [--only NAME ...] [--fresh]
 
-Same weights (the NF4 checkpoint of the demo model), same prompts, same threads, one server at a time, in turns
-A B A B; every prompt is new, greedy and uncached. Prints the table of README and writes benchmarks/http.json.
+The same weights (the NF4 checkpoint of the demo model; llama.cpp the GGUF that it was made of, vLLM those in bf16),
+prompts and threads, one server at a time, in turns A B A B; every prompt is new, greedy and uncached. Beside them the
+bare engine does the same work without HTTP, queue and text: what those take away. PEERS=all adds llama-server and vLLM.
 Asserts nothing: it is a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
 import tempfile
-import time
-import urllib.request
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from datetime import date
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import psutil
-
-from benchmarks.load import Load, run
-from benchmarks.servers import ROOT, Server, this_service, transformers_serve
+from benchmarks import engines, load, record, table
+from benchmarks.peers import LLAMA_SERVER, TRANSFORMERS, VLLM, PeerMissing, gguf, wanted_all
+from benchmarks.record import OutOfTime, Record
+from benchmarks.servers import (
+    Server,
+    data_folder,
+    llama_server,
+    this_service,
+    transformers_serve,
+    until_compiled,
+    vllm_serve,
+)
 from model.loader import prepare
-from model.registry import find
+from model.registry import ModelError, find
 from ops.stack import free_port
 from settings import Settings
 
 Start = Callable[[int], AbstractContextManager[Server]]
-MB = 1 << 20
+OURS, BARE = "this service", "the bare engine"
+# What the table shows: label, name in the record, scale, format.
+BY_CLIENTS = (
+    ("tokens/s", "tokens_per_second", 1.0, ".1f"),
+    ("gap between tokens, ms", "gap", 1e3, ".0f"),
+    ("longest gap, ms", "longest_gap", 1e3, ".0f"),
+    ("time to first token, s", "first", 1.0, ".2f"),
+    ("processor seconds for 1,000 tokens", "cpu", 1.0, ".1f"),
+)
+BY_SERVER = (
+    ("start to ready, s", "start", 1.0, ".1f"),
+    ("memory at rest, MB", "at_rest", 2.0**-20, ".0f"),
+    ("memory at the end, MB", "at_most", 2.0**-20, ".0f"),
+)
 
 
-@dataclass(slots=True)
-class Seen:
-    """Everything seen of one server, a value a round."""
+def starts(settings: Settings, folder: Path, wanted: list[str]) -> dict[str, Start]:
+    """How each wanted server is started on a port; its log goes to `folder`."""
+    nf4 = prepare(find(settings), settings)
+    known: dict[str, Start] = {
+        OURS: lambda port: this_service(port, data_folder(settings, folder), folder / "service.log"),
+        LLAMA_SERVER.name: lambda port: llama_server(port, gguf(settings, folder), folder / "llama.log"),
+        VLLM.name: lambda port: vllm_serve(port, engines.dense(settings), folder / "vllm.log"),
+        TRANSFORMERS.name: lambda port: transformers_serve(port, nf4, folder / "transformers.log"),
+    }
+    return {name: start for name, start in known.items() if name in wanted}
 
-    start: list[float] = field(default_factory=list)
-    at_rest: list[int] = field(default_factory=list)
-    at_most: list[int] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # processor seconds for 1,000 tokens, at the most clients
-    loads: dict[int, list[Load]] = field(default_factory=lambda: defaultdict(list))
 
-
-def measure(start: Start, seen: Seen, clients: list[int], tokens: int, numbers: list[int]) -> None:
-    """One turn of one server: start it, warm it up, then each number of clients once."""
+def turn(start: Start, chosen: argparse.Namespace, number: int) -> dict[str, Any]:
+    """One turn of one server: started, warmed up, then each number of clients once. Memory in bytes."""
     with start(free_port()) as server:
-        seen.start.append(server.start)
-        for warm in (1, max(clients)):
-            run(server.url, server.model, server.key, warm, 8, numbers[0])
-            numbers[0] += warm
-        _until_compiled(server)
-        seen.at_rest.append(server.memory)
-        for count in clients:
+        target = load.Target(server.url, server.model, server.key)
+        fresh = 10_000 * number
+        for warm in (1, max(chosen.clients)):
+            load.run(target, warm, 8, fresh)
+            fresh += warm
+        until_compiled(server, chosen.patience)
+        seen: dict[str, Any] = {"start": server.start, "at_rest": server.memory, "loads": {}}
+        for count in chosen.clients:
             before = server.cpu_seconds
-            load = run(server.url, server.model, server.key, count, tokens, numbers[0])
-            numbers[0] += count
-            seen.loads[count].append(load)
-            print(f"  {server.name}: {count} clients {load.tokens_per_second:.1f} tokens/s, first {load.first:.2f} s",
-                  file=sys.stderr)  # fmt: skip
-        seen.at_most.append(server.memory)
-        seen.cpu.append((server.cpu_seconds - before) * 1000 / load.tokens)
+            found = load.run(target, count, chosen.tokens, fresh)
+            fresh += count
+            cpu = (server.cpu_seconds - before) * 1000 / found.tokens
+            seen["loads"][str(count)] = asdict(found) | {"cpu": cpu}
+            print(f"  {server.name}: {count} clients {found.tokens_per_second:.1f} tokens/s", file=sys.stderr)
+        return seen | {"at_most": server.memory}
 
 
-def _until_compiled(server: Server, patience: float = 1800) -> None:
-    """This service compiles in the background: wait until all is in use, as it is from the second start on."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
+def bare(settings: Settings, folder: Path, chosen: argparse.Namespace, prompts: Mapping[str, int]) -> dict[str, Any]:
+    """The same work by the engine alone, in a process of its own. prompts: tokens a prompt had, by clients."""
+    with engines.ours(settings, folder, chosen.patience) as worker:
+        loads = {}
+        for count in chosen.clients:
+            worker.ask("generate", rows=count, context=prompts[str(count)], steps=4)
+            made = worker.ask("generate", rows=count, context=prompts[str(count)], steps=chosen.tokens)
+            tokens = count * chosen.tokens
+            loads[str(count)] = {"tokens_per_second": tokens / made["seconds"], "cpu": made["cpu"] * 1000 / tokens}
+        return {"loads": loads}
+
+
+def measure(kept: Record, settings: Settings, chosen: argparse.Namespace) -> None:
+    """All turns that are not kept yet."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        left = starts(settings, folder, chosen.only)
+        for number in range(chosen.rounds):
+            in_turns(kept, left, number, partial(turn, chosen=chosen, number=number))
+            if len(kept.turns.get(OURS, ())) > number:
+                loads = kept.turns[OURS][number]["loads"]
+                prompts = {count: int(found["prompt_tokens"]) for count, found in loads.items()}
+                kept.turn(BARE, number, partial(bare, settings, folder, chosen, prompts))
+
+
+def in_turns(kept: Record, left: dict[str, Start], number: int, measure: Callable[[Start], Any]) -> None:
+    """One round over the servers; one that cannot be had, or fails, is said to and left out from then on."""
+    for name, start in list(left.items()):
         try:
-            with urllib.request.urlopen(server.url.removesuffix("/v1") + "/readyz", timeout=5) as answer:
-                compiled = str(json.load(answer)["details"]["compiled"])
-        except (OSError, ValueError, KeyError):
-            return  # another server
-        done, _, wanted = compiled.partition("/")
-        if done == wanted:
-            return
-        time.sleep(1)
+            kept.turn(name, number, partial(measure, start))
+        except OutOfTime:
+            raise
+        except (PeerMissing, ModelError, OSError) as missing:
+            print(f"{name} is left out: {missing}", file=sys.stderr)
+            del left[name]
 
 
-def table(results: dict[str, Seen], clients: list[int]) -> str:
-    """The Markdown table: one row a figure, one column a server, then the ratio of the first to each other."""
-    names = list(results)
-    lines = ["| | " + " | ".join(names) + " | ratio |", "|---" * (len(names) + 2) + "|"]
+def figures(turns: Mapping[str, Any], name: str, clients: int, figure: str) -> list[float]:
+    """A figure of `name` with so many clients, a value a round. turns: a record's."""
+    return [found["loads"][str(clients)][figure] for found in turns.get(name, ())
+            if figure in found["loads"].get(str(clients), ())]  # fmt: skip
 
-    def row(label: str, figure: Callable[[Seen], float], form: str) -> None:
-        values = [figure(results[name]) for name in names]
-        ratio = f"{values[0] / values[1]:.2f}" if len(values) > 1 and values[1] else ""
-        lines.append(f"| {label} | " + " | ".join(format(value, form) for value in values) + f" | {ratio} |")
 
-    median = statistics.median
-    figures: list[tuple[str, Callable[[Load], float], str]] = [
-        ("tokens/s", lambda load: load.tokens_per_second, ".1f"),
-        ("gap between tokens, ms", lambda load: load.gap * 1e3, ".0f"),
-        ("longest gap, ms", lambda load: load.longest_gap * 1e3, ".0f"),
-        ("time to first token, s", lambda load: load.first, ".2f"),
-    ]
-    for label, figure, form in figures:
+def shown(turns: Mapping[str, Any], clients: list[int]) -> str:
+    """The table: a row a figure, a column a server, each peer with this service's ratio to it."""
+    names = [OURS, *(name for name, found in turns.items() if found and name != OURS)]
+    lines = []
+    for label, key, scale, form in BY_CLIENTS:
         for n in clients:
-            row(f"{label}, {n} clients", partial(_median, n, figure), form)
-    row("processor seconds for 1,000 tokens", lambda seen: median(seen.cpu), ".1f")
-    row("start to ready, s", lambda seen: median(seen.start), ".1f")
-    row("memory at rest, MB", lambda seen: median(seen.at_rest) / MB, ".0f")
-    row(f"memory after {max(clients)} clients, MB", lambda seen: median(seen.at_most) / MB, ".0f")
-    return "\n".join(lines)
+            values = [[value * scale for value in figures(turns, name, n, key)] for name in names]
+            lines.append(_line(f"{label}, {n} clients", values, form))
+    for label, key, scale, form in BY_SERVER:
+        values = [[found[key] * scale for found in turns.get(name, ()) if key in found] for name in names]
+        lines.append(_line(label, values, form))
+    return table.markdown(["", names[0], *(f"{name} (ratio)" for name in names[1:])], lines)
 
 
-def _median(clients: int, figure: Callable[[Load], float], seen: Seen) -> float:
-    return statistics.median(figure(load) for load in seen.loads[clients])
-
-
-def machine() -> str:
-    """What it ran on."""
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].splitlines()[0]
-    kinds = [kind for kind in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if kind in flags]
-    return f"{psutil.cpu_count()} cores ({', '.join(kinds)}), {platform.system()}, {date.today().isoformat()}"
+def _line(label: str, values: list[list[float]], form: str) -> list[str]:
+    ours, *others = values
+    return [label, table.median(ours, form), *(table.beside(ours, peer, form) for peer in others)]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=2)
-    options.add_argument("--tokens", type=int, default=128)
-    options.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
-    chosen = options.parse_args()
-    settings = Settings.from_environment()
-    checkpoint = prepare(find(settings), settings)
-    with tempfile.TemporaryDirectory() as folder:
-        logs = Path(folder)
-        starts: dict[str, Start] = {
-            "this service": lambda port: this_service(port, _data(settings, logs), logs / "service.log"),
-            "transformers serve": lambda port: transformers_serve(port, checkpoint, logs / "transformers.log"),
-        }
-        results = {name: Seen() for name in starts}
-        numbers = [0]
-        for _ in range(chosen.rounds):
-            for name, start in starts.items():
-                measure(start, results[name], chosen.clients, chosen.tokens, numbers)
-    print(f"{machine()}; {chosen.tokens} tokens a request, medians of {chosen.rounds} rounds\n")
-    print(table(results, chosen.clients))
-    record = {"machine": machine(), "tokens": chosen.tokens, "results": {k: _plain(v) for k, v in results.items()}}
-    (ROOT / "benchmarks" / "http.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _data(settings: Settings, folder: Path) -> Path:
-    """A data folder of the benchmark's own, but for the models and the compiled steps."""
-    data = folder / "data"
-    if not data.exists():
-        data.mkdir()
-        for shared in ("models", "compiled"):
-            (settings.data_dir / shared).mkdir(exist_ok=True)
-            (data / shared).symlink_to((settings.data_dir / shared).resolve())
-    return data
-
-
-def _plain(seen: Seen) -> dict[str, object]:
-    loads = {str(n): [[round(v, 4) for v in (x.tokens_per_second, x.first, x.gap, x.longest_gap)] for x in loads]
-             for n, loads in seen.loads.items()}  # fmt: skip
-    return {"start": seen.start, "at_rest": seen.at_rest, "at_most": seen.at_most, "cpu": seen.cpu,
-            "loads [tokens/s, first, gap, longest gap]": loads}  # fmt: skip
+    parser = record.options(__doc__, rounds=3, minutes=45)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
+    every = [OURS, *([LLAMA_SERVER.name, VLLM.name] if wanted_all() else []), TRANSFORMERS.name]
+    parser.add_argument("--only", nargs="+", default=every, metavar="NAME", help=", ".join(every))
+    chosen = parser.parse_args()
+    kept = Record.open("http", chosen)
+    with kept.bounded():
+        measure(kept, Settings.from_environment(), chosen)
+    print(f"{record.machine()}; {chosen.tokens} tokens a request, medians of {chosen.rounds} rounds\n")
+    print(shown(kept.turns, chosen.clients))
 
 
 if __name__ == "__main__":

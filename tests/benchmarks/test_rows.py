@@ -1,0 +1,121 @@
+"""What the rows make of their figures, and the proof that a start ran no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import decode, goals, growth, http, quality, start, ttft
+from benchmarks.load import Answer
+from benchmarks.ours import fill
+from benchmarks.record import HERE
+from model.quant import Plan
+from model.runner import Runner
+from tests.model.tiny import tiny_model
+
+STEP = {"step": 0.01, "slowest": 0.02, "cpu": 3.0}
+DECODE: dict[str, Any] = {
+    "turns": {"bandwidth": [2e10], "this engine, batch 1": [STEP], "llama.cpp, batch 1": [STEP | {"step": 0.015}]},
+    "facts": {"this engine": {"weights": 1e8, "kv_bytes_per_token": 1000}, "llama.cpp": {}},
+    "identity": {"options": {"context": 0}},
+}
+
+
+def test_decode_shows_ratio_and_distance_to_the_memorys_limit() -> None:
+    shown = decode.shown(DECODE["turns"], DECODE["facts"], [1, 8], 0)
+    assert "| tokens/s, batch 1 | 100.0 | 66.7 (1.50) | 200 (0.50) |" in shown
+    assert "| tokens/s, batch 8 | - | - |" in shown
+
+
+def test_goals_say_what_is_reached_what_not_and_what_was_not_measured() -> None:
+    lines = {line.split(" | ")[0]: line for line in goals.shown({"decode": DECODE}).splitlines()}
+    assert lines["| decode, batch 1, against llama.cpp, tokens/s"].endswith("| >= 1.1 x | 1.50 (100.0 / 66.7) | yes |")
+    assert all("not measured" in line for name, line in lines.items() if "HTTP" in name or "perplexity" in name)
+    slower = goals.at_least("x", [1.0], [2.0], 1.1).cells()
+    assert slower[-1] == "no"
+
+
+def test_http_shows_each_peer_with_a_ratio_and_leaves_out_what_the_bare_engine_lacks() -> None:
+    load = {"tokens_per_second": 30.0, "gap": 0.03, "longest_gap": 0.1, "first": 0.2, "cpu": 9.0}
+    whole = {"loads": {"1": load}, "start": 5.0, "at_rest": 1 << 30, "at_most": 1 << 30}
+    bare = {"loads": {"1": {"tokens_per_second": 40.0, "cpu": 8.0}}}
+    shown = http.shown({http.OURS: [whole], http.BARE: [bare]}, [1])
+    assert "| tokens/s, 1 clients | 30.0 | 40.0 (0.75) |" in shown and "| start to ready, s | 5.0 | - |" in shown
+
+
+def test_first_token_shows_servers_and_bare_engines_apart() -> None:
+    server = {"idle": 0.4, "busy": 0.8, "pause": 0.1, "usual pause": 0.05, "prompt tokens": 500, "second": 0.1,
+              "second prompt tokens": 540, "second cached": 530}  # fmt: skip
+    turns = {http.OURS: [server], "this engine": [{"seconds": 0.3}], "llama.cpp": [{"seconds": 1.5}]}
+    shown = ttft.shown(turns, 500)
+    assert "| time to first token, idle, ms | 400 |" in shown and "| llama.cpp | 1500 (0.20) |" in shown
+    lines = {
+        line.split(" | ")[0]: line for line in goals.shown({"ttft": goals._NOTHING | {"turns": turns}}).splitlines()
+    }
+    assert lines["| the same beside 8 streams, against idle"].endswith("| <= 2 x | 2.00 | yes |")
+    assert "1.06 (of 540) | yes" in next(line for name, line in lines.items() if "second turn" in name)
+
+
+def test_the_longest_pause_is_one_that_overlaps_with_the_time_looked_at() -> None:
+    streams = [Answer(0, [0.0, 5.0, 5.1, 5.4, 9.0]), Answer(0, [5.2, 5.3])]
+    assert ttft.longest(streams, 5.05, 5.35) == pytest.approx(0.3)
+    assert ttft.longest(streams, 20, 30) == 0
+
+
+def test_memory_that_grows_only_at_first_is_flat() -> None:
+    calm = [50, *[100] * 19]
+    assert growth.growth(calm) == 0
+    assert growth.growth([100] * 18 + [104, 104]) == pytest.approx(0.04)
+    assert "not flat" in growth._flatness([[100] * 18 + [104, 104]], 5)
+
+
+def test_a_compiler_that_runs_at_a_start_is_seen_and_still_works(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    path = start.spies(tmp_path / "bin", log)
+    assert not log.exists()
+    done = subprocess.run(["cc", "--version"], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and log.read_text().split() == ["cc"]
+
+
+def test_quality_follows_the_engine_beside_the_reference() -> None:
+    """In float32 on one tiny model both are the same, alone or in a batch, free or forced; and a change is seen."""
+    model, reference = tiny_model(), tiny_model()
+    runner = Runner(model, Plan("dense", model.dtype), 4, 64, "cpu", frozenset())
+    prompts = [[5, 6, 7], list(range(20, 40)), [9]]
+    answers = [quality.greedy(reference, prompt, 6, frozenset()) for prompt in prompts]
+    for forced in (False, True):
+        assert quality.follow(runner, prompts, answers, forced) == answers
+    wrong = [[(token + 1) % 300 for token in answer] for answer in answers]
+    assert quality.share(answers, quality.follow(runner, prompts, wrong, forced=True)) < 1
+    assert quality.share([[1, 2], [3]], [[1, 9], [3]]) == pytest.approx(2 / 3)
+
+
+def test_perplexity_is_the_same_read_at_once_and_token_by_token() -> None:
+    model = tiny_model()
+    text = torch.tensor(quality.greedy(model, [5, 6, 7], 40, frozenset())).view(4, 10)
+    noise = torch.randint(0, 300, (4, 10), generator=torch.Generator().manual_seed(1))
+    assert quality.whole(model, text) == pytest.approx(quality.stepwise(model, text), rel=1e-4)
+    assert quality.whole(model, text) < quality.whole(model, noise)  # its own words surprise it less
+
+
+def test_an_answer_ends_with_its_end_token() -> None:
+    model = tiny_model()
+    answer = quality.greedy(model, [5, 6, 7], 6, frozenset())
+    assert quality.greedy(model, [5, 6, 7], 6, frozenset(answer[2:3])) == answer[: answer.index(answer[2]) + 1]
+
+
+def test_a_filled_slot_goes_on_as_a_prompt_of_the_service_does() -> None:
+    model = tiny_model()
+    runner = Runner(model, Plan("dense", model.dtype), 2, 64, "cpu", frozenset())
+    fill(runner, 0, [5])
+    assert runner.step([0])[0] == quality.greedy(tiny_model(), [5], 1, frozenset())[0]
+
+
+def test_the_fixed_text_is_long_enough_and_there_are_fifty_prompts() -> None:
+    text, prompts = (HERE / "quality.txt").read_text(), (HERE / "prompts.txt").read_text().splitlines()
+    assert len(text) > 8000 and "```python" in text and len(set(prompts)) == 50
