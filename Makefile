@@ -4,6 +4,7 @@
 # make model  fetch and quantise MODEL now, with progress
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
 # make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
+# make promises  docs/promises.md, from the tests' markers
 # make bench  the numbers in README;  make clean  remove .venv and caches (DATA_DIR stays)
 #
 # Settings come from the environment and from .env (see .env.example). Another Python: make run PYTHON=python3.12
@@ -18,7 +19,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 with_env = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: run test check model stack secrets bench clean services
+.PHONY: run test check model stack secrets promises bench clean services
 
 run: model
 	@exec $(with_env) $(BIN)/gunicorn 'app:create_app()'
@@ -31,6 +32,9 @@ stack: model
 
 bench: $(VENV)/installed
 	@exec $(BIN)/python -m benchmarks.http
+
+promises: $(VENV)/installed
+	@$(BIN)/python -m tests.promises
 
 secrets:
 	@ops/make-secrets secrets $(DOMAIN)
