@@ -18,7 +18,7 @@ from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import auth, bearer, errors, generate, guards, health, openai, trace
+from api import admin, auth, bearer, errors, generate, guards, health, metering, openai, trace
 from api.answers import Answers
 from api.places import LOGINS, Places, generations
 from api.running import Running
@@ -26,8 +26,9 @@ from api.services import NAME, Services
 from model.flight import Flights
 from model.registry import ModelError, find
 from model.types import Backend, ServiceError
+from security.allowances import Allowance, Allowances
 from security.crypto import Box, KeyFileError, derive, load_or_create_key
-from security.limits import LoginGuard, RequestRate, StreamLimit
+from security.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
 from security.passwords import Passwords
 from security.passwords import generate as random_password
 from security.roles import Role
@@ -36,8 +37,10 @@ from security.tokens import TokenPolicy
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST, Settings, SettingsError
 from store.breaker import Breaker
 from store.cache import Cache, RedisCache, SqliteCache
+from store.counts import MemoryLeases, MemoryWindows, SqliteQuotas
 from store.database import Database, StoreUnavailable
 from store.responses import ResponseCache
+from store.shared_counts import SharedCounts
 from store.state import State
 from store.users import UserExists, Users
 from telemetry import Metrics, configure_logging
@@ -76,9 +79,10 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     trace.register(app)
     PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
     guards.register(app)
+    metering.register(app)
     errors.register(app)
     bearer.register(app, rooms)
-    for room in (health, auth, generate, openai):
+    for room in (health, auth, admin, generate, openai):
         app.register_api(room.blueprint)
     if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
@@ -89,6 +93,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret = _secret(settings)
     db = Database(settings.data_dir / "state.sqlite3")
+    shared = _shared_counts(settings, metrics)
     cache = ResponseCache(
         _cache(settings, metrics),
         Box(derive(secret, "cache")),
@@ -108,9 +113,11 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
         jwt_key=derive(secret, "jwt"),
         box=Box(derive(secret, "tickets")),
-        rate=RequestRate(settings.user_rpm),
-        streams=StreamLimit(settings.user_streams),
-        logins=LoginGuard(),
+        allowances=_allowances(settings),
+        rate=RequestRate(shared or MemoryWindows()),
+        streams=StreamLimit(shared or MemoryLeases()),
+        tokens=TokenQuota(shared or SqliteQuotas(db)),
+        logins=LoginGuard(shared or MemoryWindows()),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
@@ -131,15 +138,34 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
 
 
 def _cache(settings: Settings, metrics: Metrics) -> Cache:
-    url = settings.redis_url
-    if settings.redis_url_file is not None:
-        url = _read_text("REDIS_URL_FILE", settings.redis_url_file)
-    if not url:
+    if not (url := _address("REDIS_URL", settings.redis_url, settings.redis_url_file)):
         return SqliteCache(settings.data_dir / "cache.sqlite3")
-    try:
+    with _an_address("REDIS_URL"):
         return RedisCache(url, Breaker(on_change=metrics.breaker_open.set))
+
+
+def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
+    if not (url := _address("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file)):
+        return None
+    with _an_address("STATE_REDIS_URL"):
+        return SharedCounts(url, Breaker(on_change=metrics.counts_breaker_open.set))
+
+
+def _address(setting: str, url: str | None, file: Path | None) -> str | None:
+    return url if file is None else _read_text(f"{setting}_FILE", file)
+
+
+@contextmanager
+def _an_address(setting: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError:  # its words may hold the password
-        raise SettingsError("REDIS_URL: is not an address (for example REDIS_URL=redis://127.0.0.1:6379/0)") from None
+        raise SettingsError(f"{setting}: is not an address (for example {setting}=redis://127.0.0.1:6379/0)") from None
+
+
+def _allowances(settings: Settings) -> Allowances:
+    everybody = Allowance(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
+    return Allowances(everybody, settings.role_limits)
 
 
 def _secret(settings: Settings) -> bytes:

@@ -56,6 +56,7 @@ class Metrics:
         self.engine_failures = counter("llm_engine_failures_total", "Steps that raised.")
         self.cache_lookups = counter("llm_cache_lookups_total", "Response cache look-ups.", "result")
         self.breaker_open = gauge("llm_cache_breaker_open", "1 while the cache is given a rest after faults.")
+        self.counts_breaker_open = gauge("llm_state_redis_breaker_open", "1 while STATE_REDIS_URL is given a rest.")
 
 
 _HANDLER = "flask-llm"

@@ -15,10 +15,12 @@ from flask import Response, request
 from api import sse
 from api.answers import CacheUse
 from api.guards import Principal, principal, recheck
+from api.metering import Meter, allowance
 from api.schemas import GenerateBody
 from api.services import services
 from api.trace import Trace, current
 from model.types import Chunk, Done, Event, GenerateRequest, InvalidRequest, Message, ServiceError, Stream
+from security.limits import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +46,18 @@ class Call:
 def open_call(body: GenerateBody) -> Call:
     """Start what `body` asks for in the name of the caller. Raises ServiceError and LimitExceeded."""
     rooms, caller, trace = services(), principal(), current()
+    meter = Meter(caller.owner)
     with ExitStack() as held:
         held.enter_context(rooms.calls.take())
-        held.callback(rooms.streams.take(caller.owner))
+        lease = rooms.streams.take(caller.owner, allowance().streams)
+        held.callback(lease.give_back)
         wanted = _request(body, caller, trace.id)
-        answer = rooms.answers.open(wanted, body.cache and not request.cache_control.no_store)
+        held.callback(meter.settle)
+        answer = rooms.answers.open(wanted, body.cache and not request.cache_control.no_store, meter.reserve)
         held.callback(answer.stream.close)
         held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
         trace.cache = answer.cache
-        events = _traced(answer.stream, caller, trace)
+        events = _traced(answer.stream, _watch(caller, lease), trace, meter)
         return Call(trace.id, wanted.model, answer.cache, held.pop_all().close, events)
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
@@ -93,12 +98,27 @@ def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
     )
 
 
-def _traced(source: Stream, caller: Principal, trace: Trace) -> Iterator[Event | None]:
+def _watch(caller: Principal, lease: Lease) -> sse.Check:
+    """What is looked at while a generation runs: that its caller may still have it. Keeps its place meanwhile."""
+    still_stands = recheck(caller)
+
+    def check() -> None:
+        still_stands()
+        lease.keep()
+
+    return check
+
+
+def _traced(source: Stream, check: sse.Check, trace: Trace, meter: Meter) -> Iterator[Event | None]:
+    meter.begin()
     try:
-        for event in sse.watched(source, sse.client_check(request.environ), recheck(caller)):
+        for event in sse.watched(source, sse.client_check(request.environ), check):
+            meter.saw(event)
             if isinstance(event, Done):
                 trace.done = event
             yield event
     except ServiceError as error:
         trace.error = error.code
+        if not isinstance(error, sse.ClientGone):
+            meter.failed()
         raise

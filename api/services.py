@@ -14,8 +14,9 @@ from api.answers import Answers
 from api.places import Places
 from api.running import Running
 from model.types import Backend
+from security.allowances import Allowances
 from security.crypto import Box
-from security.limits import LoginGuard, RequestRate, StreamLimit
+from security.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
 from security.passwords import Passwords
 from security.tokens import TokenPolicy
 from settings import Settings
@@ -43,8 +44,10 @@ class Services:
     policy: TokenPolicy
     jwt_key: bytes
     box: Box
+    allowances: Allowances
     rate: RequestRate
     streams: StreamLimit
+    tokens: TokenQuota
     logins: LoginGuard
     calls: Places
     guesses: Places
