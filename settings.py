@@ -64,6 +64,12 @@ class Settings(BaseSettings):
     state_redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6380/0"])
     state_redis_url_file: Path | None = Field(None, examples=["/run/secrets/state_redis_url"])
 
+    audit_dir: Path | None = Field(None, examples=["/var/log/flask-llm/audit"])
+    audit_head: Path | None = Field(None, examples=["/mnt/other-disk/audit-head"])
+    audit_days: int = Field(180, ge=1, le=36_500, examples=["180"])
+    audit_content: bool = Field(False, examples=["false"])
+
+    key_file: Path | None = Field(None, examples=["/run/secrets/keys"])
     jwt_secret_file: Path | None = Field(None, examples=["/run/secrets/jwt_secret"])
     admin_password: str | None = Field(
         None, min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST, repr=False, examples=["a long passphrase"]

@@ -14,6 +14,7 @@ from flask import Response, request
 
 from api import sse
 from api.answers import CacheUse
+from api.entry import Entry, begin
 from api.guards import Principal, principal, recheck
 from api.metering import Meter, allowance
 from api.schemas import GenerateBody
@@ -34,11 +35,16 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A generation under way. `close` gives everything back, any number of times."""
+    """A generation under way. `close` gives everything back, any number of times.
+
+    settle: returns once its beginning is on record, which has to be before anybody hears of it; the end of `events`
+    comes when all of it is.
+    """
 
     id: str
     model: str
     cache: CacheUse
+    settle: Callable[[], None]
     close: Callable[[], None]
     events: Iterator[Event | None]
 
@@ -49,16 +55,19 @@ def open_call(body: GenerateBody) -> Call:
     meter = Meter(caller.owner)
     with ExitStack() as held:
         held.enter_context(rooms.calls.take())
+        wanted = _request(body, caller, trace.id)
+        entry = begin(wanted, body.turns(), caller, trace)
+        held.push(entry)
         lease = rooms.streams.take(caller.owner, allowance().streams)
         held.callback(lease.give_back)
-        wanted = _request(body, caller, trace.id)
         held.callback(meter.settle)
-        answer = rooms.answers.open(wanted, body.cache and not request.cache_control.no_store, meter.reserve)
+        use_cache = body.cache and not request.cache_control.no_store
+        answer = rooms.answers.open(wanted, use_cache, lambda prepared: _admit(prepared, entry, meter))
         held.callback(answer.stream.close)
         held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
-        trace.cache = answer.cache
-        events = _traced(answer.stream, _watch(caller, lease), trace, meter)
-        return Call(trace.id, wanted.model, answer.cache, held.pop_all().close, events)
+        trace.cache = entry.cache = answer.cache
+        events = _traced(answer.stream, _watch(caller, lease), trace, meter, entry)
+        return Call(trace.id, wanted.model, answer.cache, entry.settle, held.pop_all().close, events)
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
 
@@ -76,9 +85,20 @@ def read_all(call: Call) -> Whole:
 
 def stream(call: Call, frames: sse.Frames) -> Response:
     """The answer as server-sent events in the dialect of `frames`."""
-    response = sse.respond(call.events, frames, call.close)
+    response = sse.respond(_settled(call), frames, call.close)
     response.headers["X-Cache"] = call.cache
     return response
+
+
+def _settled(call: Call) -> Iterator[Event | None]:
+    call.settle()  # a hit has not waited for it yet: in one piece it needs one sync for beginning and end
+    yield from call.events
+
+
+def _admit(prepared: GenerateRequest, entry: Entry, meter: Meter) -> None:
+    """What has to be sure before the model is asked."""
+    meter.reserve(prepared)
+    entry.settle()
 
 
 def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
@@ -109,14 +129,16 @@ def _watch(caller: Principal, lease: Lease) -> sse.Check:
     return check
 
 
-def _traced(source: Stream, check: sse.Check, trace: Trace, meter: Meter) -> Iterator[Event | None]:
+def _traced(source: Stream, check: sse.Check, trace: Trace, meter: Meter, entry: Entry) -> Iterator[Event | None]:
     meter.begin()
     try:
-        for event in sse.watched(source, sse.client_check(request.environ), check):
-            meter.saw(event)
-            if isinstance(event, Done):
-                trace.done = event
-            yield event
+        with entry:
+            for event in sse.watched(source, sse.client_check(request.environ), check):
+                meter.saw(event)
+                entry.hear(event)
+                if isinstance(event, Done):
+                    trace.done = event
+                yield event
     except ServiceError as error:
         trace.error = error.code
         if not isinstance(error, sse.ClientGone):

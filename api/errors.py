@@ -19,6 +19,7 @@ from api.trace import current
 from model.types import InvalidRequest, ServiceError
 from security.limits import LimitExceeded, QuotaExceeded
 from store.database import StoreUnavailable
+from store.journal import AuditUnavailable
 from store.users import LastOfRole, UnknownUser, UserExists
 
 log = structlog.get_logger("api")
@@ -148,6 +149,10 @@ def translate(error: Exception) -> ServiceError:
         return Conflict(_sentence(error))
     if isinstance(error, UnknownUser):
         return NotFound(_sentence(error), param="name")
+    if isinstance(error, AuditUnavailable):
+        log.error("audit unavailable", reason=str(error))
+        words = "The service cannot keep its records just now, and answers nothing without them."
+        return ServiceError(words, code="audit_unavailable", retry_after=5)
     if isinstance(error, StoreUnavailable):
         log.error("store unavailable", reason=str(error))
         return ServiceError("The service cannot look up its state just now.", code="store_unavailable", retry_after=5)

@@ -20,6 +20,7 @@ from security.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
 from security.passwords import Passwords
 from security.tokens import TokenPolicy
 from settings import Settings
+from store.audit import Audit
 from store.state import State
 from store.users import Users
 
@@ -28,7 +29,8 @@ NAME = "flask-llm"
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold.
+    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold, and
+    `contents` what the audit log keeps of prompts and answers.
 
     `calls` and `guesses` are the places for generations, running or waiting, and for passwords being checked.
     """
@@ -40,6 +42,8 @@ class Services:
     running: Running
     users: Users
     state: State
+    audit: Audit
+    contents: Box
     passwords: Passwords
     policy: TokenPolicy
     jwt_key: bytes

@@ -16,7 +16,7 @@ from typing import Any
 
 from store import chain
 from store.chain import Record
-from store.journal import Batch, Journal
+from store.journal import AuditUnavailable, Batch, Journal
 from store.segments import segments
 from store.writers import Writer
 
@@ -37,10 +37,10 @@ class Audit:
         """Close what dead processes left open. The first record does it too."""
         with self._opening:
             if self._writer is None:
-                self._writer = Writer.arrive(self._folder / "writers")
-                for dead in self._writer.dead():
-                    self._journal.append(*(_aborted(start) for start in self._open(dead)), _left(dead))
-                    self._writer.bury(dead)
+                try:
+                    self._writer = self._arrived()
+                except OSError as error:
+                    raise AuditUnavailable(f"the audit log cannot be opened ({error.strerror})") from error
 
     def add(self, kind: str, id: str, fields: Record) -> Batch:
         """Have one record written with the next batch; `settle` waits for it."""
@@ -70,6 +70,17 @@ class Audit:
             if self._writer is not None:
                 self._writer.leave()
                 self._writer = None
+
+    def _arrived(self) -> Writer:
+        writer = Writer.arrive(self._folder / "writers")
+        try:
+            for dead in writer.dead():
+                self._journal.append(*(_aborted(start) for start in self._open(dead)), _left(dead))
+                writer.bury(dead)
+        except BaseException:
+            writer.vanish()
+            raise
+        return writer
 
     def _open(self, writer: str) -> list[dict[str, Any]]:
         """The starts of this writer that have no end."""

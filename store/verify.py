@@ -26,7 +26,7 @@ class Report:
 
 
 class _Walk:
-    """Goes through the lines one after the other. After a fault it goes on from what it found, so as to find the rest."""
+    """Goes through the lines one by one. After a fault it goes on from what it found, so as to find the rest."""
 
     def __init__(self, signer: Signer, seq: int, mac: str) -> None:
         self.report = Report(first=seq)
