@@ -5,32 +5,22 @@ Asks nobody whether they may; whoever calls has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Unpack
 
 import structlog
 
 from api.services import services
-from security.passwords import generate
 from store.users import Changes, OwnLimits, User
 
 log = structlog.get_logger("accounts")
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """An account, and the password that was made up for it because none was given: shown once, stored nowhere."""
-
-    user: User
-    password: str | None
-
-
-def add(by: str, name: str, role: str, password: str | None, limits: OwnLimits) -> Made:
+def add(by: str, name: str, role: str, password: str, limits: OwnLimits) -> User:
     """A new account. Raises UserExists, and ValueError for an impossible name."""
-    rooms, made = services(), None if password else generate()
-    user = rooms.users.add(name, role, rooms.passwords.hash(password or made or ""), limits)
+    rooms = services()
+    user = rooms.users.add(name, role, rooms.passwords.hash(password), limits)
     log.info("account added", by=by, account=name, role=role)
-    return Made(user, made)
+    return user
 
 
 def change(by: str, name: str, password: str | None = None, **columns: Unpack[Changes]) -> User:

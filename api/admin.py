@@ -26,6 +26,7 @@ from api.user_schemas import (
     UsersOut,
     UsersQuery,
 )
+from security.passwords import generate
 from security.roles import Permission, Role
 from store.users import User
 
@@ -50,9 +51,9 @@ def list_users(query: UsersQuery) -> Reply:
 @needs(Permission.MANAGE_USERS)
 def add_user(body: UserBody) -> Reply:
     """A new account; without a password in the request, one is made up and shown this once."""
-    made = accounts.add(principal().owner, body.username, body.role, body.password, body.own_limits())
-    out = NewUserOut(**_shown(made.user).model_dump(), password=made.password)
-    return out.model_dump(mode="json"), 201
+    made = None if body.password else generate()
+    user = accounts.add(principal().owner, body.username, body.role, body.password or made or "", body.own_limits())
+    return NewUserOut(**_shown(user).model_dump(), password=made).model_dump(mode="json"), 201
 
 
 @blueprint.get("/admin/users/<name>", responses={200: UserOut})

@@ -10,16 +10,16 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from api.schemas import WHOLE, Strict
+from security.allowances import MOST_COUNT, MOST_TOKENS
 from security.roles import Role
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
 from store.users import NAME, Changes, OwnLimits
 
-_MOST = (1 << 53) - 1  # what every JSON reader can hold
 UserName = Annotated[str, Field(pattern=f"^{NAME}$", examples=["ann"])]
 NewPassword = Annotated[str, Field(min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST)]
 Wanted = Annotated[Role, Field(strict=False)]  # JSON knows no enum, only its word
-Count = Annotated[int, Field(ge=1, le=1 << 20), WHOLE]
-Tokens = Annotated[int, Field(ge=0, le=_MOST), WHOLE]
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT), WHOLE]
+Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]
 
 
 class LimitsBody(Strict):

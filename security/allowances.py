@@ -10,6 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 
+MOST_COUNT = 1 << 20  # of streams and of requests
+MOST_TOKENS = (1 << 53) - 1  # what every JSON reader, and Redis's Lua, can hold
+
+
 @dataclass(frozen=True, slots=True)
 class Allowance:
     """streams: generations open at once; rpm: requests in any minute; tokens_per_day: 0 is no limit."""
