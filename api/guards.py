@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import DefaultJSONProvider
+from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from api import bearer, metering
@@ -62,7 +63,10 @@ class StrictRequest(Request):
         """The body as an object. Raises Malformed, UnsupportedMedia, TooLarge or InvalidRequest, never returns None."""
         if self.mimetype != "application/json" or self.content_encoding not in (None, "identity"):
             raise UnsupportedMedia("Send JSON with Content-Type: application/json and no Content-Encoding.")
-        raw = self.get_data(cache=False)
+        try:
+            raw = self.get_data(cache=False)
+        except (OSError, ParseException) as error:  # gunicorn's, for chunks that are none
+            raise Malformed("The body could not be read.") from error
         if len(raw) >= (self.max_content_length or 0):
             raise TooLarge("The body is too large.")
         return read_json(raw)
