@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import WHOLE, Strict
 from security.allowances import MOST_COUNT, MOST_TOKENS
@@ -66,6 +66,8 @@ class UserPath(BaseModel):
 
 
 class UsersQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     after: str = Field("", max_length=64, description="The last name of the page before.")
     limit: int = Field(100, ge=1, le=1000)
 
