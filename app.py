@@ -18,7 +18,21 @@ from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import admin, auth, bearer, commands, errors, generate, guards, health, metering, openai, trace
+from api import (
+    admin,
+    audit,
+    audit_commands,
+    auth,
+    bearer,
+    commands,
+    errors,
+    generate,
+    guards,
+    health,
+    metering,
+    openai,
+    trace,
+)
 from api.answers import Answers
 from api.places import LOGINS, Places, generations
 from api.running import Running
@@ -87,9 +101,10 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     metering.register(app)
     errors.register(app)
     bearer.register(app, rooms)
-    for room in (health, auth, admin, generate, openai):
+    for room in (health, auth, admin, audit, generate, openai):
         app.register_api(room.blueprint)
     app.cli.add_command(commands.users)
+    app.cli.add_command(audit_commands.audit)
     if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
     return app

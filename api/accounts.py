@@ -9,6 +9,7 @@ from typing import Unpack
 
 import structlog
 
+from api.acts import record
 from api.services import services
 from store.users import Changes, OwnLimits, User
 
@@ -18,6 +19,7 @@ log = structlog.get_logger("accounts")
 def add(by: str, name: str, role: str, password: str, limits: OwnLimits) -> User:
     """A new account. Raises UserExists, and ValueError for an impossible name."""
     rooms = services()
+    record(by, "account added", account=name, role=role)
     user = rooms.users.add(name, role, rooms.passwords.hash(password), limits)
     log.info("account added", by=by, account=name, role=role)
     return user
@@ -28,6 +30,7 @@ def change(by: str, name: str, password: str | None = None, **columns: Unpack[Ch
     rooms = services()
     if password is not None:
         columns["password_hash"] = rooms.passwords.hash(password)
+    record(by, "account changed", account=name, changed=sorted(columns))
     user = rooms.users.change(name, **columns)
     log.info("account changed", by=by, account=name, changed=sorted(columns))
     return user
@@ -35,5 +38,6 @@ def change(by: str, name: str, password: str | None = None, **columns: Unpack[Ch
 
 def remove(by: str, name: str) -> None:
     """Raises UnknownUser and LastOfRole."""
+    record(by, "account removed", account=name)
     services().users.delete(name)
     log.info("account removed", by=by, account=name)

@@ -13,6 +13,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from api import accounts, bearer
+from api.acts import record
 from api.errors import ErrorBody, NotFound, Unauthorized
 from api.guards import SECURED, Reply, needs, principal, public
 from api.metering import allow, count_request
@@ -42,7 +43,9 @@ blueprint = APIBlueprint(
 @public
 def login(body: LoginBody) -> Reply:
     """Tokens for a name and a password. Wrong name and wrong password are answered alike."""
-    return _session(_known(body.username, body.password))
+    user = _known(body.username, body.password)
+    record(user.name, "login", role=user.role)
+    return _session(user)
 
 
 @blueprint.post("/refresh", security=SECURED, responses={200: TokensOut})
@@ -68,6 +71,7 @@ def refresh() -> Reply:
 def logout() -> Reply:
     """End this session: its access and its refresh tokens."""
     caller, state = principal(), services().state
+    record(caller.owner, "logout")
     state.revoke(caller.jti, caller.expires, time.time())
     if caller.family is not None:
         state.end_family(caller.family)
@@ -92,6 +96,7 @@ def add_key(body: KeyBody) -> Reply:
     seconds = body.expires_in_days * _DAY
     token, jti = bearer.mint(TokenType.KEY, caller.owner, seconds)
     key = ApiKey(token_hex(8), caller.owner, body.name, _KEY_SCOPES, caller.role, now, now + seconds)
+    record(caller.owner, "key added", key=key.id, expires_in_days=body.expires_in_days)
     services().state.add_key(jti, key)
     return NewKeyOut(**_shown(key).model_dump(), key=token).model_dump(), 201
 
@@ -107,6 +112,7 @@ def list_keys() -> Reply:
 @needs(Permission.MANAGE_KEYS)
 def drop_key(path: IdPath) -> Reply:
     """Revoke one of one's own keys, at once."""
+    record(principal().owner, "key revoked", key=path.id)
     if not services().state.revoke_key(path.id, principal().owner):
         raise NotFound("You have no key of this id.", param="id")
     return Response(status=204)
@@ -120,6 +126,7 @@ def _known(name: str, password: str) -> User:
         user = rooms.users.get(name)
         right = rooms.passwords.verify(user.password_hash if user else None, password)
     if user is None or not right or user.disabled:
+        record(user.name if user else None, "login refused")  # an unknown name may be a password, typed one field early
         raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
     rooms.logins.succeeded(address, name)
     return user

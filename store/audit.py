@@ -29,7 +29,8 @@ class Audit:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._folder = journal.place.folder
+        self.place = journal.place
+        self._folder = self.place.folder
         self._writer: Writer | None = None
         self._opening = Lock()
 

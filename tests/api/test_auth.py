@@ -192,7 +192,7 @@ def test_a_tickets_body_is_checked_when_it_is_made(admin: Client) -> None:
 
 def test_the_stored_ticket_holds_no_prompt_that_can_be_read(admin: Client, rooms: Services) -> None:
     admin.post("/stream/ticket", {"prompt": "a very private prompt"})
-    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.iterdir())
+    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file())
     assert b"tickets" in written and b"private" not in written
 
 

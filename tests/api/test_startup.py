@@ -26,7 +26,7 @@ def test_without_a_password_one_is_made_shown_once_and_stored_hashed(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "password" in line]
     password = line.split("password ")[1].split(" ")[0]
     Client(app).login("admin", password)
-    assert password.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert password.encode() not in b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     make_app(admin_password=None)
     assert "password" not in capfd.readouterr().err
     Client(make_app(admin_password=None)).login("admin", password)
@@ -56,7 +56,7 @@ def test_what_is_kept_is_for_this_user_only_and_tokens_outlive_a_restart(make_ap
     folder = tmp_path / "deeper" / "data"
     token = Client(make_app(data_dir=folder)).login().token
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.rglob("*") if file.is_file()} == {0o600}
     assert Client(make_app(data_dir=folder), token).get("/keys").status_code == 200
 
 
