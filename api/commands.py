@@ -139,7 +139,7 @@ def _password(ask: bool) -> str:
     if sys.stdin.isatty():
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
-        password = click.get_text_stream("stdin").readline().rstrip("\n")
+        password = sys.stdin.readline().rstrip("\n")
     if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
         raise click.ClickException(f"a password has {PASSWORD_SHORTEST} to {PASSWORD_LONGEST} characters")
     return str(password)
