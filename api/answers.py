@@ -47,8 +47,11 @@ class Answers:
         if found := self._cache.get(key):
             return Answer(_Replay(found), "hit")
         reserve(prepared)
-        stream, _ = self._flights.join(key, lambda: _Recorded(self._backend.submit(prepared), self._cache, key))
+        stream, _ = self._flights.join(key, prepared, lambda shared: self._recorded(shared, key))
         return Answer(stream, "miss")
+
+    def _recorded(self, request: GenerateRequest, key: str) -> Stream:
+        return _Recorded(self._backend.submit(request), self._cache, key)
 
     def _key(self, request: GenerateRequest) -> str:
         owner = None if self._shared else request.owner

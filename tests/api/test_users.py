@@ -131,7 +131,9 @@ def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Clie
     assert rooms.users.get("bob").limits == OwnLimits(2, None, 99)
 
 
-@pytest.mark.promise("P24")
+@pytest.mark.promise(
+    "P24", injected="each act on accounts, by a user, an auditor and an admin's API key", counted="403, nothing changed"
+)
 @pytest.mark.parametrize("role", [Role.USER, Role.AUDITOR])
 def test_only_admins_manage_accounts_and_no_key_does(
     admin: Client, add_user: Callable[..., Client], rooms: Services, role: Role
@@ -156,7 +158,7 @@ def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user
     assert_refused(boss.login("boss").get("/admin/users"), 403)
 
 
-@pytest.mark.promise("P18")
+@pytest.mark.promise("P18", injected="an account disabled and let in again", counted="its old token and key 401")
 def test_what_ended_with_the_rights_does_not_come_back_with_them(
     admin: Client, add_user: Callable[..., Client]
 ) -> None:
@@ -169,7 +171,7 @@ def test_what_ended_with_the_rights_does_not_come_back_with_them(
     assert bob.login("bob").post("/generate", HI).status_code == 200
 
 
-@pytest.mark.promise("P18")
+@pytest.mark.promise("P18", injected="a new password", counted="old token and old password 401")
 def test_a_password_that_an_admin_sets_ends_the_sessions_of_the_old_one(
     admin: Client, add_user: Callable[..., Client], nobody: Client
 ) -> None:
@@ -184,7 +186,7 @@ def change_password(caller: Client, current: str, new: str) -> Any:
     return caller.post("/password", {"current_password": current, "new_password": new})
 
 
-@pytest.mark.promise("P18")
+@pytest.mark.promise("P18", injected="a new password, for each role", counted="every earlier token 401")
 @pytest.mark.parametrize("role", list(Role))
 def test_everybody_changes_their_own_password_which_ends_every_session(
     nobody: Client, add_user: Callable[..., Client], role: Role
@@ -207,6 +209,7 @@ def test_a_password_change_leaves_ones_keys(admin: Client) -> None:
     assert key.post("/generate", HI).status_code == 200
 
 
+@pytest.mark.promise("P22", injected="guesses at /password with a valid token", counted="the sixth 429")
 def test_a_found_token_does_not_change_the_password_nor_guess_it(admin: Client, nobody: Client) -> None:
     assert [change_password(admin, "wrong", NEW).status_code for _ in range(6)] == [401] * 5 + [429]
     assert_refused(change_password(admin, PASSWORD, "short"), 422)
@@ -215,7 +218,7 @@ def test_a_found_token_does_not_change_the_password_nor_guess_it(admin: Client, 
     assert_refused(change_password(key, PASSWORD, NEW), 403)
 
 
-@pytest.mark.promise("P18")
+@pytest.mark.promise("P18", injected="a password changed while the old one is being checked", counted="401")
 def test_a_login_that_races_a_password_change_gets_no_session(
     nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

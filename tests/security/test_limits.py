@@ -110,7 +110,7 @@ def test_no_window_of_a_minute_ever_holds_more_than_the_rate(pauses: list[float]
     assert all(later - earlier >= 60 for earlier, later in zip(taken, taken[most:], strict=False))
 
 
-@pytest.mark.promise("P22")
+@pytest.mark.promise("P22", injected="six tries in a row", counted="the sixth refused until the first is old")
 def test_the_sixth_wrong_password_is_refused(clock: Clock) -> None:
     guard = LoginGuard(MemoryWindows(clock))
     for _ in range(5):
