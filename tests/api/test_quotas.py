@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from flask import Flask
 from api.services import NAME, Services
 from model.types import GenerateRequest, Message
 from store.database import StoreUnavailable
-from tests.api.conftest import Client, assert_refused
+from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import MODEL, ScriptedBackend
 from tests.api.test_generate import events
 
@@ -206,6 +207,21 @@ def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
     monkeypatch.setattr("store.counts.SqliteQuotas.reserve", full)
     assert_refused(bob.post("/generate", WORDS), 503)
     assert backend.submitted == []
+
+
+@pytest.mark.promise(
+    "P18", injected="a state Redis that is gone", counted="503 for login and for a token, never let in"
+)
+def test_without_its_state_redis_nobody_is_let_in_and_health_answers(make_app: Callable[..., Flask]) -> None:
+    token = Client(make_app()).login().token
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    app = make_app(state_redis_url=f"redis://127.0.0.1:{port}/0")
+    login = {"username": "admin", "password": PASSWORD}
+    for answer in (Client(app).post("/login", login), Client(app, token).post("/generate", WORDS)):
+        assert_refused(answer, 503)
+        assert answer.json["error"]["code"] == "store_unavailable" and int(answer.headers["Retry-After"]) >= 1
+    assert Client(app).get("/healthz").status_code == Client(app).get("/readyz").status_code == 200
 
 
 def test_the_script_counts_as_these_tests_do(backend: ScriptedBackend) -> None:
