@@ -4,6 +4,8 @@
 # make model  fetch and quantise MODEL now, with progress
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
 # make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
+# make promises  docs/promises.md, from the tests' markers
+# make audit-verify  whether the audit log is whole;  make rotate-key  a new key to encrypt and sign with
 # make bench  the numbers in README, hours (PEERS=all for every peer, FRESH=1 to begin anew, ROWS="decode http" for some)
 # make clean  remove .venv and caches (DATA_DIR stays)
 #
@@ -19,7 +21,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 with_env = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: run test check model stack secrets bench clean services
+.PHONY: audit-verify rotate-key run test check model stack secrets promises bench clean services
 
 run: model
 	@exec $(with_env) $(BIN)/gunicorn 'app:create_app()'
@@ -32,6 +34,15 @@ stack: model
 
 bench: $(VENV)/installed
 	@exec $(BIN)/python -m benchmarks $(if $(FRESH),--fresh) $(ROWS)
+
+promises: $(VENV)/installed
+	@$(BIN)/python -m tests.promises
+
+audit-verify: $(VENV)/installed
+	@$(with_env) $(BIN)/flask --app app audit verify
+
+rotate-key: $(VENV)/installed
+	@$(with_env) $(BIN)/python -m security.keys
 
 secrets:
 	@ops/make-secrets secrets $(DOMAIN)

@@ -18,7 +18,21 @@ from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import auth, bearer, errors, generate, guards, health, openai, trace
+from api import (
+    admin,
+    audit,
+    audit_commands,
+    auth,
+    bearer,
+    commands,
+    errors,
+    generate,
+    guards,
+    health,
+    metering,
+    openai,
+    trace,
+)
 from api.answers import Answers
 from api.places import LOGINS, Places, generations
 from api.running import Running
@@ -26,19 +40,27 @@ from api.services import NAME, Services
 from model.flight import Flights
 from model.registry import ModelError, find
 from model.types import Backend, ServiceError
-from security.crypto import Box, KeyFileError, derive, load_or_create_key
-from security.limits import LoginGuard, RequestRate, StreamLimit
+from security.allowances import Allowance, Allowances
+from security.crypto import Box, KeyFileError, derive
+from security.keys import KeyRing
+from security.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
 from security.passwords import Passwords
 from security.passwords import generate as random_password
 from security.roles import Role
 from security.sanitise import sanitise
+from security.secret_files import admin_password, key_ring, read_text, signing_secret
 from security.tokens import TokenPolicy
-from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST, Settings, SettingsError
+from settings import Settings, SettingsError
+from store.audit import Audit
 from store.breaker import Breaker
 from store.cache import Cache, RedisCache, SqliteCache
+from store.counts import MemoryLeases, MemoryWindows, SqliteQuotas
 from store.database import Database, StoreUnavailable
+from store.journal import Journal
 from store.responses import ResponseCache
+from store.shared_counts import SharedCounts
 from store.state import State
+from store.tail import Place
 from store.users import UserExists, Users
 from telemetry import Metrics, configure_logging
 
@@ -76,10 +98,13 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     trace.register(app)
     PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
     guards.register(app)
+    metering.register(app)
     errors.register(app)
     bearer.register(app, rooms)
-    for room in (health, auth, generate, openai):
+    for room in (health, auth, admin, audit, generate, openai):
         app.register_api(room.blueprint)
+    app.cli.add_command(commands.users)
+    app.cli.add_command(audit_commands.audit)
     if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
     return app
@@ -87,11 +112,12 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
 
 def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Services:
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    secret = _secret(settings)
+    secret, ring = signing_secret(settings), key_ring(settings)
     db = Database(settings.data_dir / "state.sqlite3")
+    shared = _shared_counts(settings, metrics)
     cache = ResponseCache(
         _cache(settings, metrics),
-        Box(derive(secret, "cache")),
+        ring.box("cache"),
         derive(secret, "cache key"),
         settings.cache_ttl,
         lambda result: metrics.cache_lookups.labels(result).inc(),
@@ -104,17 +130,27 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         running=Running(),
         users=Users(db),
         state=State(db),
+        audit=Audit(Journal(_place(settings, ring), metrics.audited)),
+        contents=ring.box("audit contents"),
         passwords=Passwords(),
         policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
         jwt_key=derive(secret, "jwt"),
         box=Box(derive(secret, "tickets")),
-        rate=RequestRate(settings.user_rpm),
-        streams=StreamLimit(settings.user_streams),
-        logins=LoginGuard(),
+        allowances=_allowances(settings),
+        rate=RequestRate(shared or MemoryWindows()),
+        streams=StreamLimit(shared or MemoryLeases()),
+        tokens=TokenQuota(shared or SqliteQuotas(db)),
+        logins=LoginGuard(shared or MemoryWindows()),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
     )
+
+
+def _place(settings: Settings, ring: KeyRing) -> Place:
+    """Where the audit log is; its head lies beside the folder of its files, unless it is kept further apart."""
+    folder, head = settings.audit_dir or settings.data_dir / "audit", settings.audit_head
+    return Place(folder, head or settings.data_dir / "audit-head", ring.codes("audit"), settings.audit_days)
 
 
 def _log_to(settings: Settings) -> None:
@@ -131,31 +167,40 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
 
 
 def _cache(settings: Settings, metrics: Metrics) -> Cache:
-    url = settings.redis_url
-    if settings.redis_url_file is not None:
-        url = _read_text("REDIS_URL_FILE", settings.redis_url_file)
-    if not url:
+    if not (url := _address("REDIS_URL", settings.redis_url, settings.redis_url_file)):
         return SqliteCache(settings.data_dir / "cache.sqlite3")
-    try:
+    with _an_address("REDIS_URL"):
         return RedisCache(url, Breaker(on_change=metrics.breaker_open.set))
+
+
+def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
+    if not (url := _address("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file)):
+        return None
+    with _an_address("STATE_REDIS_URL"):
+        return SharedCounts(url, Breaker(on_change=metrics.counts_breaker_open.set))
+
+
+def _address(setting: str, url: str | None, file: Path | None) -> str | None:
+    return url if file is None else read_text(f"{setting}_FILE", file)
+
+
+@contextmanager
+def _an_address(setting: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError:  # its words may hold the password
-        raise SettingsError("REDIS_URL: is not an address (for example REDIS_URL=redis://127.0.0.1:6379/0)") from None
+        raise SettingsError(f"{setting}: is not an address (for example {setting}=redis://127.0.0.1:6379/0)") from None
 
 
-def _secret(settings: Settings) -> bytes:
-    """What every key is derived from: the operator's file, or one that is made once in the data folder."""
-    if settings.jwt_secret_file is None:
-        return load_or_create_key(settings.data_dir / "secret")
-    secret = _read("JWT_SECRET_FILE", settings.jwt_secret_file)
-    if len(secret) < 32:
-        raise SettingsError("JWT_SECRET_FILE: needs 32 characters or more (for example from: openssl rand -hex 32)")
-    return secret
+def _allowances(settings: Settings) -> Allowances:
+    everybody = Allowance(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
+    return Allowances(everybody, settings.role_limits)
 
 
 def _first_user(settings: Settings, rooms: Services) -> None:
     if rooms.users.count():
         return
-    password = _admin_password(settings)
+    password = admin_password(settings)
     made = password or random_password()
     try:
         rooms.users.add("admin", Role.ADMIN, rooms.passwords.hash(made))
@@ -163,30 +208,6 @@ def _first_user(settings: Settings, rooms: Services) -> None:
         return  # another process was first
     if not password:
         print(f"First start: sign in as admin with the password {made} (it is not shown again)", file=sys.stderr)
-
-
-def _admin_password(settings: Settings) -> str | None:
-    if settings.admin_password_file is None:
-        return settings.admin_password
-    password = _read_text("ADMIN_PASSWORD_FILE", settings.admin_password_file)
-    if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
-        bounds = f"{PASSWORD_SHORTEST} to {PASSWORD_LONGEST}"
-        raise SettingsError(f"ADMIN_PASSWORD_FILE: needs {bounds} characters (for example from: openssl rand -hex 12)")
-    return password
-
-
-def _read_text(setting: str, file: Path) -> str:
-    try:
-        return _read(setting, file).decode()
-    except UnicodeDecodeError:
-        raise SettingsError(f"{setting}: {file} is not text in UTF-8") from None
-
-
-def _read(setting: str, file: Path) -> bytes:
-    try:
-        return file.read_bytes().strip()
-    except OSError as error:
-        raise SettingsError(f"{setting}: cannot read {file}: {error.strerror}") from None
 
 
 @contextmanager

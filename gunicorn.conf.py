@@ -6,6 +6,8 @@ Reads no environment of its own; settings.py does.
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +20,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from api.places import LOGINS, generations
 from api.services import NAME, Services
+from api.worker import CONNECTIONS, LEAVING, PatientWorker
 from settings import Settings, SettingsError
 from telemetry import configure_logging
 
@@ -27,13 +30,27 @@ except SettingsError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
 
+
+def _connections(wanted: int) -> int:
+    """As many as there may be open files for, with some left for databases, models and the compiler.
+
+    gunicorn's worker dies, and with it the model, when it accepts one too many.
+    """
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < wanted + 512:
+        files = wanted + 512 if hard == resource.RLIM_INFINITY else min(wanted + 512, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return wanted if files == resource.RLIM_INFINITY else min(wanted, files - 512)
+
+
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
-worker_class = "gthread"
+worker_class = PatientWorker
 workers = 1
+LAST_WORDS = 2.0  # seconds
 # Generations and logins hold a thread while they run or wait, and api/places.py bounds both; everything else is short,
 # and among the threads left over health finds one free.
 threads = generations(settings.slots, settings.max_queue) + LOGINS + 16
-worker_connections = threads + 1000
+worker_connections = _connections(threads + CONNECTIONS + LEAVING)
 preload_app = False  # never fork after torch's threads have started
 control_socket_disable = True
 timeout = 120  # the main loop only accepts; importing and loading may hold it up
@@ -95,7 +112,14 @@ def post_worker_init(worker: Any) -> None:
         worker.gave_up = True
         stop()
 
+    def start_again(line: str) -> None:
+        """Only a new process heals a thread that hangs in native code; its readers get a moment to hear of it."""
+        print(f"MODEL={settings.model} hangs ({line}): this process ends and another one starts", file=sys.stderr)
+        threading.Timer(LAST_WORDS, os._exit, (1,)).start()
+
     signal.signal(signal.SIGTERM, stop)
+    backend.watch(start_again)
+    worker.most = settings.max_body
     if settings.preload:
         backend.preload(give_up)
 

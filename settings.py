@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, IPvAnyNetwork, ValidationError, field_validator
+from pydantic import Field, IPvAnyNetwork, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Names = Annotated[tuple[str, ...], NoDecode]
 Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode]
+_RULE = r"^(admin|user|auditor)\.((streams|rpm)=[1-9]\d{0,5}|tokens_per_day=\d{1,15})$"
+RoleLimits = Annotated[tuple[Annotated[str, StringConstraints(pattern=_RULE)], ...], NoDecode]
 PASSWORD_SHORTEST, PASSWORD_LONGEST = 8, 1024  # characters
 
 
@@ -47,6 +49,8 @@ class Settings(BaseSettings):
 
     user_streams: int = Field(10, ge=1, examples=["10"])
     user_rpm: int = Field(120, ge=1, examples=["120"])
+    user_tokens_per_day: int = Field(0, ge=0, examples=["200000"])
+    role_limits: RoleLimits = Field((), examples=["admin.rpm=600,user.tokens_per_day=200000"])
     max_body: int = Field(1 << 20, ge=1024, le=1 << 30, examples=["1048576"])
     allowed_hosts: Names = Field((), examples=["llm.example.org,localhost"])
     trusted_proxies: int = Field(0, ge=0, le=8, examples=["1"])
@@ -57,7 +61,15 @@ class Settings(BaseSettings):
     redis_url_file: Path | None = Field(None, examples=["/run/secrets/redis_url"])
     cache_ttl: int = Field(3600, ge=0, le=31_536_000, examples=["3600"])
     cache_shared: bool = Field(False, examples=["false"])
+    state_redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6380/0"])
+    state_redis_url_file: Path | None = Field(None, examples=["/run/secrets/state_redis_url"])
 
+    audit_dir: Path | None = Field(None, examples=["/var/log/flask-llm/audit"])
+    audit_head: Path | None = Field(None, examples=["/mnt/other-disk/audit-head"])
+    audit_days: int = Field(180, ge=1, le=36_500, examples=["180"])
+    audit_content: bool = Field(False, examples=["false"])
+
+    key_file: Path | None = Field(None, examples=["/run/secrets/keys"])
     jwt_secret_file: Path | None = Field(None, examples=["/run/secrets/jwt_secret"])
     admin_password: str | None = Field(
         None, min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST, repr=False, examples=["a long passphrase"]
@@ -66,7 +78,7 @@ class Settings(BaseSettings):
     access_ttl: int = Field(900, ge=30, le=86_400, examples=["900"])
     refresh_ttl: int = Field(604_800, ge=60, le=31_536_000, examples=["604800"])
 
-    @field_validator("models_allowed", "allowed_hosts", "metrics_networks", mode="before")
+    @field_validator("models_allowed", "allowed_hosts", "metrics_networks", "role_limits", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value

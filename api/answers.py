@@ -5,7 +5,7 @@ Knows no HTTP and no user's rights; whoever calls has checked them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from model.types import Backend, Chunk, Done, Event, FinishReason, GenerateReque
 from store.responses import ResponseCache
 
 CacheUse = Literal["hit", "miss", "off"]
+Reserve = Callable[[GenerateRequest], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +34,24 @@ class Answers:
         self._cache = cache
         self._shared = shared
 
-    def open(self, request: GenerateRequest, use_cache: bool = True) -> Answer:
-        """Start answering. A hit never reaches the model. Raises what Backend.prepare and submit raise."""
+    def open(self, request: GenerateRequest, use_cache: bool = True, reserve: Reserve = lambda _: None) -> Answer:
+        """Start answering. A hit never reaches the model. Raises what Backend.prepare and submit raise.
+
+        reserve: told of a prepared request that is no hit, before anything is computed for it; may raise.
+        """
         prepared = self._backend.prepare(request)
         if not (use_cache and prepared.sampling.deterministic):
+            reserve(prepared)
             return Answer(self._backend.submit(prepared), "off")
         key = self._key(prepared)
         if found := self._cache.get(key):
             return Answer(_Replay(found), "hit")
-        stream, _ = self._flights.join(key, lambda: _Recorded(self._backend.submit(prepared), self._cache, key))
+        reserve(prepared)
+        stream, _ = self._flights.join(key, prepared, lambda shared: self._recorded(shared, key))
         return Answer(stream, "miss")
+
+    def _recorded(self, request: GenerateRequest, key: str) -> Stream:
+        return _Recorded(self._backend.submit(request), self._cache, key)
 
     def _key(self, request: GenerateRequest) -> str:
         owner = None if self._shared else request.owner

@@ -1,4 +1,4 @@
-"""Logging in and out, and API keys.
+"""Logging in and out, one's own password, and API keys.
 
 Stores no password and no token: hashes and identifiers only, and not here.
 """
@@ -12,12 +12,15 @@ from flask import Response, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from api import bearer
+from api import accounts, bearer
+from api.acts import record
 from api.errors import ErrorBody, NotFound, Unauthorized
 from api.guards import SECURED, Reply, needs, principal, public
+from api.metering import allow, count_request
 from api.schemas import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
 from api.services import services
 from api.trace import current
+from api.user_schemas import PasswordBody
 from model.types import InvalidRequest
 from security.roles import Permission
 from security.tokens import TokenType
@@ -40,17 +43,9 @@ blueprint = APIBlueprint(
 @public
 def login(body: LoginBody) -> Reply:
     """Tokens for a name and a password. Wrong name and wrong password are answered alike."""
-    rooms, address = services(), request.remote_addr or ""
-    with rooms.guesses.take():
-        rooms.logins.attempt(address, body.username)
-        user = rooms.users.get(body.username)
-        right = rooms.passwords.verify(user.password_hash if user else None, body.password)
-    if user is None or not right or user.disabled:
-        raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
-    rooms.logins.succeeded(address, body.username)
-    now, seconds = time.time(), rooms.policy.refresh_ttl
-    token, jti = bearer.mint(TokenType.REFRESH, user.name, seconds)
-    return _tokens(user, token, rooms.state.start_family(jti, user.name, now + seconds, now))
+    user = _known(body.username, body.password)
+    record(user.name, "login", role=user.role)
+    return _session(user)
 
 
 @blueprint.post("/refresh", security=SECURED, responses={200: TokensOut})
@@ -58,12 +53,15 @@ def login(body: LoginBody) -> Reply:
 def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
     rooms, claims = services(), bearer.claims(TokenType.REFRESH)
-    rooms.rate.hit(claims["sub"])
     user = rooms.users.get(claims["sub"])
+    if user is None or user.disabled:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    allow(user)
+    count_request(user.name)
     now, seconds = time.time(), rooms.policy.refresh_ttl
     token, jti = bearer.mint(TokenType.REFRESH, claims["sub"], seconds)
     family = rooms.state.rotate(claims["jti"], jti, now + seconds, now)
-    if user is None or user.disabled or family is None:
+    if family is None:
         raise Unauthorized("The token is no longer valid.", code="invalid_token")
     return _tokens(user, token, family)
 
@@ -73,10 +71,19 @@ def refresh() -> Reply:
 def logout() -> Reply:
     """End this session: its access and its refresh tokens."""
     caller, state = principal(), services().state
+    record(caller.owner, "logout")
     state.revoke(caller.jti, caller.expires, time.time())
     if caller.family is not None:
         state.end_family(caller.family)
     return Response(status=204)
+
+
+@blueprint.post("/password", security=SECURED, responses={200: TokensOut})
+@needs(Permission.CHANGE_PASSWORD)
+def change_password(body: PasswordBody) -> Reply:
+    """Change one's own password: every session ends, and the tokens of a new one come back. Keys stay."""
+    name = _known(principal().owner, body.current_password).name
+    return _session(accounts.change(name, name, body.new_password))
 
 
 @blueprint.post("/keys", security=SECURED, responses={201: NewKeyOut})
@@ -89,6 +96,7 @@ def add_key(body: KeyBody) -> Reply:
     seconds = body.expires_in_days * _DAY
     token, jti = bearer.mint(TokenType.KEY, caller.owner, seconds)
     key = ApiKey(token_hex(8), caller.owner, body.name, _KEY_SCOPES, caller.role, now, now + seconds)
+    record(caller.owner, "key added", key=key.id, expires_in_days=body.expires_in_days)
     services().state.add_key(jti, key)
     return NewKeyOut(**_shown(key).model_dump(), key=token).model_dump(), 201
 
@@ -104,9 +112,36 @@ def list_keys() -> Reply:
 @needs(Permission.MANAGE_KEYS)
 def drop_key(path: IdPath) -> Reply:
     """Revoke one of one's own keys, at once."""
+    record(principal().owner, "key revoked", key=path.id)
     if not services().state.revoke_key(path.id, principal().owner):
         raise NotFound("You have no key of this id.", param="id")
     return Response(status=204)
+
+
+def _known(name: str, password: str) -> User:
+    """The account of these credentials. Guesses are counted, also those of somebody who found a token."""
+    rooms, address = services(), request.remote_addr or ""
+    with rooms.guesses.take():
+        rooms.logins.attempt(address, name)
+        user = rooms.users.get(name)
+        right = rooms.passwords.verify(user.password_hash if user else None, password)
+    if user is None or not right or user.disabled:
+        record(user.name if user else None, "login refused")  # an unknown name may be a password, typed one field early
+        raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
+    rooms.logins.succeeded(address, name)
+    return user
+
+
+def _session(user: User) -> dict[str, object]:
+    """A new session's tokens; none if the password was changed while it was being checked."""
+    rooms, now, seconds = services(), time.time(), services().policy.refresh_ttl
+    token, jti = bearer.mint(TokenType.REFRESH, user.name, seconds)
+    family = rooms.state.start_family(jti, user.name, now + seconds, now)
+    known = rooms.users.get(user.name)
+    if known is None or known.password_hash != user.password_hash:
+        rooms.state.end_family(family)
+        raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
+    return _tokens(user, token, family)
 
 
 def _living_keys(owner: str) -> list[ApiKey]:

@@ -14,11 +14,14 @@ from flask import Response, request
 
 from api import sse
 from api.answers import CacheUse
+from api.entry import Entry, begin
 from api.guards import Principal, principal, recheck
+from api.metering import Meter, allowance
 from api.schemas import GenerateBody
 from api.services import services
 from api.trace import Trace, current
 from model.types import Chunk, Done, Event, GenerateRequest, InvalidRequest, Message, ServiceError, Stream
+from security.limits import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,16 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A generation under way. `close` gives everything back, any number of times."""
+    """A generation under way. `close` gives everything back, any number of times.
+
+    settle: returns once its beginning is on record, which has to be before anybody hears of it; the end of `events`
+    comes when all of it is.
+    """
 
     id: str
     model: str
     cache: CacheUse
+    settle: Callable[[], None]
     close: Callable[[], None]
     events: Iterator[Event | None]
 
@@ -44,16 +52,22 @@ class Call:
 def open_call(body: GenerateBody) -> Call:
     """Start what `body` asks for in the name of the caller. Raises ServiceError and LimitExceeded."""
     rooms, caller, trace = services(), principal(), current()
+    meter = Meter(caller.owner)
     with ExitStack() as held:
         held.enter_context(rooms.calls.take())
-        held.callback(rooms.streams.take(caller.owner))
         wanted = _request(body, caller, trace.id)
-        answer = rooms.answers.open(wanted, body.cache and not request.cache_control.no_store)
+        entry = begin(wanted, body.turns(), caller, trace)
+        held.push(entry)
+        lease = rooms.streams.take(caller.owner, allowance().streams)
+        held.callback(lease.give_back)
+        held.callback(meter.settle)
+        use_cache = body.cache and not request.cache_control.no_store
+        answer = rooms.answers.open(wanted, use_cache, lambda prepared: _admit(prepared, entry, meter))
         held.callback(answer.stream.close)
         held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
-        trace.cache = answer.cache
-        events = _traced(answer.stream, caller, trace)
-        return Call(trace.id, wanted.model, answer.cache, held.pop_all().close, events)
+        trace.cache = entry.cache = answer.cache
+        events = _traced(answer.stream, _watch(caller, lease), trace, meter, entry)
+        return Call(trace.id, wanted.model, answer.cache, entry.settle, held.pop_all().close, events)
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
 
@@ -71,9 +85,20 @@ def read_all(call: Call) -> Whole:
 
 def stream(call: Call, frames: sse.Frames) -> Response:
     """The answer as server-sent events in the dialect of `frames`."""
-    response = sse.respond(call.events, frames, call.close)
+    response = sse.respond(_settled(call), frames, call.close)
     response.headers["X-Cache"] = call.cache
     return response
+
+
+def _settled(call: Call) -> Iterator[Event | None]:
+    call.settle()  # a hit has not waited for it yet: in one piece it needs one sync for beginning and end
+    yield from call.events
+
+
+def _admit(prepared: GenerateRequest, entry: Entry, meter: Meter) -> None:
+    """What has to be sure before the model is asked."""
+    meter.reserve(prepared)
+    entry.settle()
 
 
 def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
@@ -93,12 +118,29 @@ def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
     )
 
 
-def _traced(source: Stream, caller: Principal, trace: Trace) -> Iterator[Event | None]:
+def _watch(caller: Principal, lease: Lease) -> sse.Check:
+    """What is looked at while a generation runs: that its caller may still have it. Keeps its place meanwhile."""
+    still_stands = recheck(caller)
+
+    def check() -> None:
+        still_stands()
+        lease.keep()
+
+    return check
+
+
+def _traced(source: Stream, check: sse.Check, trace: Trace, meter: Meter, entry: Entry) -> Iterator[Event | None]:
+    meter.begin()
     try:
-        for event in sse.watched(source, sse.client_check(request.environ), recheck(caller)):
-            if isinstance(event, Done):
-                trace.done = event
-            yield event
+        with entry:
+            for event in sse.watched(source, sse.client_check(request.environ), check):
+                meter.saw(event)
+                entry.hear(event)
+                if isinstance(event, Done):
+                    trace.done = event
+                yield event
     except ServiceError as error:
         trace.error = error.code
+        if not isinstance(error, sse.ClientGone):
+            meter.failed()
         raise

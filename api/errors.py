@@ -17,8 +17,10 @@ from werkzeug.exceptions import HTTPException
 
 from api.trace import current
 from model.types import InvalidRequest, ServiceError
-from security.limits import LimitExceeded
+from security.limits import LimitExceeded, QuotaExceeded
 from store.database import StoreUnavailable
+from store.journal import AuditUnavailable
+from store.users import LastOfRole, UnknownUser, UserExists
 
 log = structlog.get_logger("api")
 
@@ -58,6 +60,11 @@ class Forbidden(ServiceError):
 class NotFound(ServiceError):
     status = 404
     code = "not_found"
+
+
+class Conflict(ServiceError):
+    status = 409
+    code = "conflict"
 
 
 class TooLarge(ServiceError):
@@ -109,6 +116,8 @@ def respond(error: ServiceError) -> Response:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
+    if error.code == "insufficient_quota":
+        response.headers["X-Should-Retry"] = "false"  # OpenAI's clients would try a 429 again within seconds
     return response
 
 
@@ -134,11 +143,25 @@ def translate(error: Exception) -> ServiceError:
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, LimitExceeded):
-        return RateLimited(f"{str(error).capitalize()}.", retry_after=error.retry_after)
+        code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None  # as OpenAI's clients know it
+        return RateLimited(_sentence(error), code=code, retry_after=error.retry_after)
+    if isinstance(error, UserExists | LastOfRole):
+        return Conflict(_sentence(error))
+    if isinstance(error, UnknownUser):
+        return NotFound(_sentence(error), param="name")
+    if isinstance(error, AuditUnavailable):
+        log.error("audit unavailable", reason=str(error))
+        words = "The service cannot keep its records just now, and answers nothing without them."
+        return ServiceError(words, code="audit_unavailable", retry_after=5)
     if isinstance(error, StoreUnavailable):
         log.error("store unavailable", reason=str(error))
         return ServiceError("The service cannot look up its state just now.", code="store_unavailable", retry_after=5)
     return _bug(error)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _bug(error: Exception) -> ServiceError:

@@ -14,15 +14,17 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import DefaultJSONProvider
+from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from werkzeug.wrappers import Response as WerkzeugResponse
 
-from api import bearer
+from api import bearer, metering
 from api.body import read_json
 from api.errors import Forbidden, Malformed, TooLarge, Unauthorized, UnsupportedMedia
 from api.services import services
 from api.trace import current
 from security.roles import Permission, allowed
 from security.tokens import TokenType
+from store.users import User
 
 # What a view returns; flask's own type cannot be looked at while running, and flask-openapi3 looks.
 Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[dict[str, Any], int, dict[str, str]]
@@ -61,7 +63,10 @@ class StrictRequest(Request):
         """The body as an object. Raises Malformed, UnsupportedMedia, TooLarge or InvalidRequest, never returns None."""
         if self.mimetype != "application/json" or self.content_encoding not in (None, "identity"):
             raise UnsupportedMedia("Send JSON with Content-Type: application/json and no Content-Encoding.")
-        raw = self.get_data(cache=False)
+        try:
+            raw = self.get_data(cache=False)
+        except (OSError, ParseException) as error:  # gunicorn's, for chunks that are none
+            raise Malformed("The body could not be read.") from error
         if len(raw) >= (self.max_content_length or 0):
             raise TooLarge("The body is too large.")
         return read_json(raw)
@@ -102,24 +107,25 @@ def principal() -> Principal:
 
 def enter_as(caller: Principal) -> None:
     """Let `caller` in, for this request, if the token still stands and allows generating. Raises Unauthorized."""
-    recheck(caller)()
+    metering.allow(recheck(caller)())
     g.principal = caller
     current().user = caller.owner
 
 
-def recheck(caller: Principal) -> Callable[[], None]:
-    """A check, good for any thread and time, that raises Unauthorized once the token no longer stands."""
+def recheck(caller: Principal) -> Callable[[], User]:
+    """A check, good for any thread and time: the caller's account. Raises Unauthorized once the token is void."""
     users, state = services().users, services().state
 
-    def check() -> None:
+    def check() -> User:
         user, now = users.get(caller.owner), time.time()
-        stands = user is not None and not user.disabled and user.role == caller.role
-        if stands and caller.family is None:
-            stands = state.use_key(caller.jti, now) is not None
-        elif stands and caller.family is not None:
-            stands = not state.is_revoked(caller.jti) and state.family_alive(caller.family, now)
-        if not stands:
-            raise Unauthorized("The token is no longer valid.", code="invalid_token")
+        if user is not None and not user.disabled and user.role == caller.role:
+            if caller.family is None:
+                stands = state.use_key(caller.jti, now) is not None
+            else:
+                stands = not state.is_revoked(caller.jti) and state.family_alive(caller.family, now)
+            if stands:
+                return user
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
 
     return check
 
@@ -157,7 +163,7 @@ def _check_caller() -> None:
     if getattr(view, "public", False):
         return
     enter_as(_principal())
-    services().rate.hit(principal().owner)
+    metering.count_request(principal().owner)
     permission = getattr(view, "permission", None)
     if permission is None or not allowed(principal().role, permission, principal().scopes):
         raise Forbidden("Your role or key does not allow this.")

@@ -20,7 +20,7 @@ from model.types import Done, Event, ServiceError, Stream
 
 _POLL = 0.1  # seconds between two looks at the client's socket: what a gone client costs at most
 _BEAT = 5.0  # seconds of silence before a comment; proxies give up at 60
-_RECHECK = 30.0  # seconds between two looks at the caller's token
+_RECHECK = 1.0  # seconds between two looks at the caller's token: so long a disabled user's streams go on
 _STALLED = 30  # seconds a write may block on a reader that stopped reading
 PING = b": ping\n\n"
 DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}

@@ -15,7 +15,8 @@ from model.registry import ModelError
 from model.scheduler import Batch
 from model.sequence import Sequence
 from model.types import BackendStatus, GenerateRequest, ModelUnavailable, Overloaded
-from model.waiting import WaitingLine
+from model.waiting import WaitingLine, seconds_until_free
+from model.watchdog import Watchdog
 from telemetry import Metrics
 
 Progress = Callable[[str, int], None]  # stage, percent
@@ -24,7 +25,6 @@ Load = Callable[[Progress], Runner]
 _log = logging.getLogger(__name__)
 
 RETRY_LOAD_AFTER = 30.0  # seconds between a failed load and the next try, so that a broken model is no busy loop
-STALLED_AFTER = 60.0  # seconds without a turn of the loop before /readyz says so; a chunk takes one at most
 STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a step, or a load, cannot be cut short
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
 
@@ -47,7 +47,7 @@ class Engine:
         self._failed_at = clock() - RETRY_LOAD_AFTER
         self._on_failure: Callable[[str], None] | None = None
         self._stop_at: float | None = None
-        self._turn = clock()
+        self._watchdog = Watchdog(self._busy, self._abandon, metrics, clock)
 
     def start(self, on_failure: Callable[[str], None] | None = None) -> None:
         """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago.
@@ -57,9 +57,14 @@ class Engine:
         with self._changed:
             self._on_failure = on_failure or self._on_failure
             if self._thread is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
-                self._stage, self._percent, self._reason, self._turn = "loading", 0, "", self._clock()
-                self._thread = threading.Thread(target=self._main, name="model", daemon=True)
-                self._thread.start()
+                self._stage, self._percent, self._reason = "loading", 0, ""
+                self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
+                thread.start()
+                self._watchdog.guard(thread, lambda: self._gone(thread))
+
+    def watch(self, on_hang: Callable[[str], None]) -> None:
+        """on_hang: called with one line when the model thread hangs, which only a new process surely heals."""
+        self._watchdog.on_hang = on_hang
 
     def submit(self, request: GenerateRequest) -> Sequence:
         """Queue a request whose `prompt_ids` are set. Raises Overloaded or ModelUnavailable at once."""
@@ -69,8 +74,9 @@ class Engine:
                 raise ModelUnavailable("the service is stopping", code="stopping", retry_after=5)
             if self._thread is None:
                 raise self._unavailable()
+            self._watchdog.check()
             if len(self._waiting) >= self._max_queue:
-                raise Overloaded("the queue is full", retry_after=self._seconds_for(self._waiting.tokens))
+                raise Overloaded("the queue is full", retry_after=seconds_until_free(self._batch, self._waiting.tokens))
             sequence = Sequence(request, self._wake, self._clock(), self._metrics)
             self._waiting.join(sequence)
             if self._batch is None:
@@ -89,16 +95,16 @@ class Engine:
         if thread:
             thread.join(grace * serving + STOP_PATIENCE)
             if thread.is_alive():
-                self._abandon()
+                self._abandon(_stopping())
         self._stage = "stopped"
 
-    def _abandon(self) -> None:
-        """The model thread hangs: tell every reader, in its place, that nothing follows."""
+    def _abandon(self, error: ModelUnavailable) -> None:
+        """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""
         with self._changed:
-            self._waiting.dismiss(_stopping(), self._clock())
+            self._waiting.dismiss(error, self._clock())
             batch = self._batch
         for sequence in list(batch.running) if batch else ():
-            sequence.finish(_stopping(), self._clock())
+            sequence.finish(error, self._clock())
 
     @property
     def context(self) -> int | None:
@@ -111,8 +117,8 @@ class Engine:
         stage, reason, batch = self._stage, self._reason, self._batch
         if self._stop_at is not None and stage != "stopped":
             stage = "stopping"
-        elif stage == "ready" and batch and batch.running and self._clock() - self._turn > STALLED_AFTER:
-            stage, reason = "stalled", f"no step for {STALLED_AFTER:.0f} seconds"
+        elif stage == "ready" and (trouble := self._watchdog.trouble):
+            stage, reason = "stalled", trouble
         details = dict(batch.runner.details()) | {"running": len(batch.running)} if batch else {}
         details["waiting"] = len(self._waiting)
         percent = 100 if stage == "ready" else self._percent
@@ -147,6 +153,7 @@ class Engine:
         batch = Batch(self._load(self._set_progress), self._metrics, self._clock)
         with self._changed:
             self._batch, self._stage, self._percent, self._reason = batch, "ready", 100, ""
+            self._watchdog.renew()
         try:
             self._serve(batch)
         except BaseException as error:
@@ -158,15 +165,17 @@ class Engine:
     def _serve(self, batch: Batch) -> None:
         """One turn: let go of what ended, admit, compute one chunk of one prompt, step everyone else."""
         while self._wait_for_work(batch):
-            self._turn = self._clock()
             batch.reap()
             self._admit(batch)
             batch.prefill()
             batch.step()
+            self._watchdog.check()
 
     def _wait_for_work(self, batch: Batch) -> bool:
         """Sleep until there is something to do; False when the engine is stopped and has nothing left to end."""
+        self._watchdog.beat()
         while self._idle(batch):
+            self._watchdog.beat()
             if not batch.adopt(idle=True):
                 self._sleep(batch)
         with self._changed:
@@ -176,6 +185,11 @@ class Engine:
         if batch.running and self._clock() >= self._stop_at:
             batch.fail_all(_stopping())
         return bool(batch.running)
+
+    def _busy(self) -> bool:
+        """Whether someone waits for a model that is loaded."""
+        batch = self._batch
+        return batch is not None and bool(batch.running or self._waiting)
 
     def _idle(self, batch: Batch) -> bool:
         return self._stop_at is None and not batch.running and not self._waiting
@@ -193,18 +207,9 @@ class Engine:
             self._waiting.sweep(self._clock())
             while self._waiting and not batch.full:
                 batch.admit(self._waiting.first())
-            self._waiting.tell_positions(self._seconds_for)
-
-    def _seconds_for(self, tokens: int) -> float:
-        """Time until a slot is free after `tokens` more, at the speed measured so far; never under a second."""
-        batch = self._batch
-        soonest = min((sequence.left for sequence in list(batch.running)), default=0) if batch else 0
-        speed = batch.speed if batch else 1.0
-        lanes = max(1, len(batch.running)) if batch else 1
-        return round(min(600.0, max(1.0, (tokens + soonest * lanes) / speed)), 1)
+            self._waiting.tell_positions(lambda tokens: seconds_until_free(batch, tokens))
 
     def _set_progress(self, stage: str, percent: int) -> None:
-        self._turn = self._clock()
         with self._changed:
             self._stage, self._percent = stage, percent
             self._waiting.sweep(self._clock())
@@ -222,14 +227,19 @@ class Engine:
         if error is not None:
             _log.error("the model is down: %s", error, exc_info=None if isinstance(error, ModelError) else error)
         with self._changed:
-            self._thread = self._batch = None
             self._failed_at = self._clock()
             self._stage = "failed" if error is not None else "stopped"
             self._reason = "the model could not be loaded, see the log" if error is not None else ""
-            self._waiting.dismiss(_stopping() if error is None else self._unavailable(), self._clock())
+            self._abandon(_stopping() if error is None else self._unavailable())
+            self._thread = self._batch = None
             on_failure = self._on_failure
         if error is not None and on_failure is not None:
             on_failure(str(error))
+
+    def _gone(self, thread: threading.Thread) -> None:
+        """The model thread has ended; if it was killed and could not say so, this does."""
+        if self._thread is thread:
+            self._down(RuntimeError("the model thread was killed"))
 
     def _unavailable(self) -> ModelUnavailable:
         return ModelUnavailable(self._reason, retry_after=RETRY_LOAD_AFTER)

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from model.types import Chunk, Done, Event, FinishReason, Status, Stream, Usage
+from model.types import Chunk, DeadlineExceeded, Done, Event, FinishReason, GenerateRequest, Status, Stream, Usage
+
+Submit = Callable[[GenerateRequest], Stream]
 
 # A pumping reader looks up this often whether it was closed meanwhile, in seconds.
 _SLICE = 0.25
@@ -23,18 +25,22 @@ class Flights:
         self._lock = threading.Lock()
         self._flights: dict[str, _Flight] = {}
 
-    def join(self, key: str, start: Callable[[], Stream]) -> tuple[Stream, bool]:
+    def join(self, key: str, request: GenerateRequest, start: Submit) -> tuple[Stream, bool]:
         """A stream of the generation under `key`, and whether this call started it.
 
         `start` must not block (submitting does not); what it raises is raised here. A late reader gets every
-        earlier chunk again. The source is closed when its last reader closes, not before.
+        earlier chunk again, and as much time as if it were the first: `start` is given a request with time for two,
+        and whoever comes when less than its own is left starts anew. The source is closed when its last reader
+        closes, not before.
         """
         while True:
             with self._lock:
                 if leads := key not in self._flights:
-                    self._flights[key] = _Flight(start(), lambda ended: self._forget(key, ended))
+                    source = start(replace(request, timeout=2 * request.timeout))
+                    until = time.monotonic() + 2 * request.timeout
+                    self._flights[key] = _Flight(source, until, lambda ended: self._forget(key, ended))
                 flight = self._flights[key]
-            if reader := flight.board():
+            if reader := flight.board(request):
                 return reader, leads
             self._forget(key, flight)
 
@@ -50,22 +56,23 @@ class Flights:
 class _Flight:
     """One source and what it has said so far. Whichever reader waits pumps; the others wait for that one."""
 
-    def __init__(self, source: Stream, on_end: Callable[[_Flight], None]) -> None:
+    def __init__(self, source: Stream, until: float, on_end: Callable[[_Flight], None]) -> None:
         self.news = threading.Condition()
         self.events: list[Chunk | Done] = []
         self.status: Status | None = None  # only the latest counts, and none once text has come
         self.error: Exception | None = None
-        self._source, self._on_end = source, on_end
+        self._source, self._until, self._on_end = source, until, on_end
         self._readers = 0
         self._pumping = self._over = False
 
-    def board(self) -> _Reader | None:
+    def board(self, request: GenerateRequest) -> _Reader | None:
         """One more reader, or None when it is too late."""
+        deadline = time.monotonic() + request.timeout
         with self.news:
-            if self._over:
+            if self._over or deadline > self._until:
                 return None
             self._readers += 1
-            return _Reader(self)
+            return _Reader(self, deadline, len(request.prompt_ids))
 
     def leave(self) -> bool:
         """One reader less, while `news` is held. True for the last one, who then has to `abandon`."""
@@ -78,13 +85,13 @@ class _Flight:
         self._on_end(self)
         self._source.close()
 
-    def farewell(self) -> Done | None:
+    def farewell(self, given: Usage) -> Done | None:
         """What a closed reader hears; None while the source, closed with its last reader, has yet to count its tokens.
 
-        Where others read on, the tokens are theirs.
+        Where others read on, it is what this one was given.
         """
         if self._readers or self.error is not None:
-            return Done(FinishReason.CANCELLED, Usage())
+            return Done(FinishReason.CANCELLED, given)
         last = self.events[-1] if self.events else None
         return replace(last, finish_reason=FinishReason.CANCELLED) if isinstance(last, Done) else None
 
@@ -120,23 +127,28 @@ class _Flight:
 
 
 class _Reader:
-    """One request's view of a flight: a Stream."""
+    """One request's view of a flight: a Stream. `deadline` by time.monotonic."""
 
-    def __init__(self, flight: _Flight) -> None:
+    def __init__(self, flight: _Flight, deadline: float, prompt_tokens: int) -> None:
         self._flight = flight
+        self._deadline = deadline
+        self._prompt_tokens = prompt_tokens
         self._position = 0
         self._status: Status | None = None
         self._closed = False
 
     def get(self, timeout: float) -> Event | None:
-        deadline = time.monotonic() + timeout
+        end = time.monotonic() + timeout
         with self._flight.news:
             while True:
                 if (event := self._next()) is not None:
                     return event
-                if (left := deadline - time.monotonic()) <= 0:
+                now = time.monotonic()
+                if now >= self._deadline:
+                    raise DeadlineExceeded("the request took longer than it may")
+                if now >= end:
                     return None
-                self._flight.wait(left)
+                self._flight.wait(min(end, self._deadline) - now)
 
     def close(self) -> None:
         with self._flight.news:
@@ -151,7 +163,7 @@ class _Reader:
     def _next(self) -> Event | None:
         flight = self._flight
         if self._closed:
-            return flight.farewell()
+            return flight.farewell(self._given())
         if self._position < len(flight.events):
             self._position += 1
             return flight.events[self._position - 1]
@@ -161,3 +173,9 @@ class _Reader:
             self._status = flight.status
             return flight.status
         return None
+
+    def _given(self) -> Usage:
+        """A chunk is a token, or more where one alone was no whole character."""
+        read = [event for event in self._flight.events[: self._position] if isinstance(event, Chunk)]
+        reasoning = sum(chunk.channel == "reasoning" for chunk in read)
+        return Usage(self._prompt_tokens, len(read), reasoning_tokens=reasoning)

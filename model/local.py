@@ -86,6 +86,9 @@ class LocalBackend:
     def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
         self._engine.start(on_failure)
 
+    def watch(self, on_hang: Callable[[str], None]) -> None:
+        self._engine.watch(on_hang)
+
     def close(self, grace: float) -> None:
         self._engine.stop(grace)
 

@@ -43,6 +43,7 @@ class Sequence:
         self.generated = 0
         self.admitted = self.first = self.latest = now
         self._items: queue.SimpleQueue[Status | int | Finished | ServiceError] = queue.SimpleQueue()
+        self._ended = False
         self._announced: tuple[str, int | None, int | None] | None = None
         self._wake, self._metrics = wake, metrics
 
@@ -73,7 +74,10 @@ class Sequence:
         return DeadlineExceeded("the request took longer than it may") if now >= self.deadline else None
 
     def finish(self, ending: Finished | ServiceError, now: float) -> None:
-        """Tell the reader that nothing follows, and count it."""
+        """Tell the reader that nothing follows, and count it. Only the first ending is one."""
+        if self._ended:
+            return
+        self._ended = True
         self._items.put(ending)
         self._metrics.finished.labels(ending.reason.value if isinstance(ending, Finished) else ending.code).inc()
         self._metrics.e2e.observe(now - self.submitted)

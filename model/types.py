@@ -163,6 +163,9 @@ class Backend(Protocol):
         on_failure: called once, from another thread and with one line, if the model cannot be served after all.
         """
 
+    def watch(self, on_hang: Callable[[str], None]) -> None:
+        """on_hang: called from another thread, with one line, when only a new process heals what makes the text."""
+
     def close(self, grace: float) -> None:
         """Admit nothing more, let running streams finish for `grace` seconds, then end the rest with an error."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from model.scheduler import Batch
 from model.sequence import Sequence
 from model.types import ServiceError, Status
 from telemetry import Metrics
@@ -61,3 +62,11 @@ class WaitingLine:
         for position, sequence in enumerate(self._line, 1):
             sequence.announce(Status("queued", position=position, eta_seconds=seconds_for(ahead)))
             ahead += sequence.left
+
+
+def seconds_until_free(batch: Batch | None, tokens: int) -> float:
+    """Time until a slot of `batch` is free after `tokens` more, at the speed measured so far; never under a second."""
+    if batch is None:  # still loading: one token a second promises nothing
+        return round(min(600.0, max(1.0, tokens)), 1)
+    left = [sequence.left for sequence in list(batch.running)]
+    return round(min(600.0, max(1.0, (tokens + min(left, default=0) * max(1, len(left))) / batch.speed)), 1)

@@ -40,35 +40,38 @@ def load_or_create_key(path: Path, size: int = 32) -> bytes:
     """
     try:
         if not path.exists():
-            _create(path, secrets.token_bytes(size))
-        return _read(path, size)
+            make_private(path, secrets.token_bytes(size))
+        key = read_private(path, size + 1)
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror}; no key can be kept there") from error
+    if len(key) != size:
+        raise KeyFileError(f"{path}: must hold exactly {size} random bytes; delete it to have a new one made")
+    return key
 
 
-def _create(path: Path, key: bytes) -> None:
+def make_private(path: Path, content: bytes) -> None:
+    """Make this file (mode 600), durable and whole; where there is one already, it stays. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 600 from the start
     try:
         with open(descriptor, "wb") as file:
-            file.write(key)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError):  # the other process won: its key is the key
+        with suppress(FileExistsError):  # another process won: its key is the key
             os.link(draft, path)
     finally:
         os.unlink(draft)
 
 
-def _read(path: Path, size: int) -> bytes:
+def read_private(path: Path, most: int) -> bytes:
+    """Up to `most` bytes of a secret. Raises KeyFileError for a file that others may touch, OSError."""
     with open(path, "rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        key = file.read(size + 1)
+        content = file.read(most)
     if mode & 0o037:  # a group may read, as Kubernetes mounts secrets, but not write; others may nothing
         raise KeyFileError(f"{path}: mode {mode:o} is too open for a secret; run chmod 600 on it")
-    if len(key) != size:
-        raise KeyFileError(f"{path}: must hold exactly {size} random bytes; delete it to have a new one made")
-    return key
+    return content
 
 
 def derive(master: bytes, purpose: str, size: int = 32) -> bytes:

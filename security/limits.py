@@ -1,41 +1,94 @@
-"""How often one may ask: requests a minute, streams at once, guesses at a password.
+"""How often one may ask: requests a minute, streams at once, tokens a day, guesses at a password.
 
-Does not outlive the process, and knows no HTTP status; the caller turns `retry_after` into a header.
+Does not keep the counts, and knows no HTTP status; the caller turns `retry_after` into a header.
 """
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
-import threading
 import time
-from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Protocol
 
-from limits import RateLimitItem, RateLimitItemPerMinute, RateLimitItemPerSecond
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+_MINUTE, _DAY = 60.0, 86_400.0
+_SOON = 1.0  # seconds; when a place becomes free nobody knows
 
-Clock = Callable[[], float]
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is left of one limit. `reset`: seconds until there is more."""
+
+    limit: int
+    left: int
+    reset: float
 
 
 class LimitExceeded(Exception):
     """Too often. `retry_after`: seconds until the next try can succeed."""
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float, room: Room | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.room = room
+
+
+class QuotaExceeded(LimitExceeded):
+    """Not before tomorrow: trying again soon is of no use."""
+
+
+class Windows(Protocol):
+    """Counts of what happened lately, by name. Exact, however many threads or processes count at once."""
+
+    def hit(self, name: str, most: int, seconds: float) -> tuple[bool, int, float]:
+        """Count one, unless `most` were counted within the last `seconds`.
+
+        Returns whether it was counted, for how many more there is room, and the seconds until there is more.
+        """
+
+    def forget(self, name: str) -> None: ...
+
+
+class Leases(Protocol):
+    """Who holds how many of something, by name. A lease that is not kept up for a while may be lost."""
+
+    def take(self, name: str, lease: str, most: int) -> bool:
+        """Whether there was room for one more."""
+
+    def keep(self, name: str, lease: str) -> None: ...
+
+    def give_back(self, name: str, lease: str) -> None:
+        """Any number of times."""
+
+
+class Quotas(Protocol):
+    """Tokens of a day, by name. What is reserved and never settled stays taken."""
+
+    def reserve(self, name: str, day: int, bill: str, tokens: int, most: int) -> tuple[bool, int, int]:
+        """Take `tokens` if they fit beside what is settled and reserved. Returns whether, and both sums."""
+
+    def settle(self, name: str, day: int, bill: str, tokens: int) -> None:
+        """Replace a reservation by what was used, once; later calls change nothing."""
+
+    def spent(self, name: str, day: int) -> int:
+        """The tokens that are settled."""
 
 
 class RequestRate:
-    """At most `per_minute` requests a user, in any 60 seconds."""
+    """So many requests a user, in any 60 seconds."""
 
-    def __init__(self, per_minute: int, clock: Clock = time.monotonic, most_users: int = 10_000) -> None:
-        self._windows = _Windows(RateLimitItemPerMinute(per_minute), clock, most_users)
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
 
-    def hit(self, user: str) -> None:
+    def hit(self, user: str, most: int) -> Room:
         """Count one request. Raises LimitExceeded, and then does not count it."""
-        self._windows.hit("too many requests in a minute", user)
+        counted, left, reset = self._windows.hit(f"rate:{user}", most, _MINUTE)
+        room = Room(most, left, reset)
+        if not counted:
+            raise LimitExceeded("too many requests in a minute", reset, room)
+        return room
 
 
 class LoginGuard:
@@ -45,112 +98,95 @@ class LoginGuard:
     moment are five guesses too.
     """
 
-    def __init__(
-        self, attempts: int = 5, window: int = 900, clock: Clock = time.monotonic, most_pairs: int = 10_000
-    ) -> None:
-        self._windows = _Windows(RateLimitItemPerSecond(attempts, window), clock, most_pairs)
+    def __init__(self, windows: Windows, attempts: int = 5, window: float = 900) -> None:
+        self._windows, self._attempts, self._window = windows, attempts, window
 
     def attempt(self, address: str, name: str) -> None:
         """Count one try. Raises LimitExceeded when there were too many wrong ones."""
-        self._windows.hit("too many wrong passwords", _network(address), name)
+        counted, _, reset = self._windows.hit(_pair(address, name), self._attempts, self._window)
+        if not counted:
+            raise LimitExceeded("too many wrong passwords", reset)
 
     def succeeded(self, address: str, name: str) -> None:
         """The password was right: forget this pair."""
-        self._windows.forget(_network(address), name)
+        self._windows.forget(_pair(address, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One open stream."""
+
+    leases: Leases
+    user: str
+    id: str
+
+    def keep(self) -> None:
+        """Say that it is still open; without a word for a minute it may be counted as closed."""
+        self.leases.keep(self.user, self.id)
+
+    def give_back(self) -> None:
+        self.leases.give_back(self.user, self.id)
 
 
 class StreamLimit:
-    """At most `most` open streams a user."""
+    """So many open streams a user."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._open: Counter[str] = Counter()
-        self._lock = threading.Lock()
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
 
-    def take(self, user: str) -> Callable[[], None]:
-        """Count one stream; returns what gives it back (any number of times, from any thread).
-
-        Raises LimitExceeded: when a place becomes free nobody knows, so it says to look again in a second.
-        """
-        with self._lock:
-            if self._open[user] >= self._most:
-                raise LimitExceeded("too many streams at once", 1.0)
-            self._open[user] += 1
-        once = [user]
-        return lambda: self._give_back(once)
-
-    def _give_back(self, once: list[str]) -> None:
-        with self._lock:
-            if once:
-                user = once.pop()
-                self._open[user] -= 1
-                if not self._open[user]:
-                    del self._open[user]
+    def take(self, user: str, most: int) -> Lease:
+        """Count one stream, until it is given back. Raises LimitExceeded."""
+        lease = Lease(self._leases, user, token_hex(8))
+        if not self._leases.take(user, lease.id, most):
+            raise LimitExceeded("too many streams at once", _SOON)
+        return lease
 
 
-class _Windows:
-    """The moving windows of one limit, each named by some words of any length."""
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """Tokens reserved for one generation. `room` is what the day has left beside them."""
 
-    def __init__(self, item: RateLimitItem, clock: Clock, most: int) -> None:
-        self._item = item
-        self._clock = clock
-        self._limiter = MovingWindowRateLimiter(_BoundedStorage(clock, most))
+    quotas: Quotas
+    user: str
+    day: int
+    id: str
+    room: Room
 
-    def hit(self, complaint: str, *words: str) -> None:
-        name = _digest(words)
-        if not self._limiter.hit(self._item, name):
-            opens_again = self._limiter.get_window_stats(self._item, name).reset_time
-            raise LimitExceeded(complaint, max(opens_again - self._clock(), 0.001))
-
-    def forget(self, *words: str) -> None:
-        self._limiter.clear(self._item, _digest(words))
+    def settle(self, used: int) -> None:
+        """Say what it took in the end; the first word counts."""
+        self.quotas.settle(self.user, self.day, self.id, used)
 
 
-class _BoundedStorage(MemoryStorage):
-    """limits' storage in memory, but with our clock, one lock, and at most `most` windows: the stalest goes first.
+class TokenQuota:
+    """So many tokens a user, prompts and answers together, from midnight to midnight in UTC."""
 
-    The library's own reads the wall clock, starts a timer thread after a hit, and keeps every name that a guesser
-    invents for the whole window.
-    """
+    def __init__(self, quotas: Quotas, clock: Callable[[], float] = time.time) -> None:
+        self._quotas, self._clock = quotas, clock
 
-    def __init__(self, clock: Clock, most: int) -> None:
-        super().__init__()
-        self._clock = clock
-        self._most = most
-        self._hits: OrderedDict[str, deque[float]] = OrderedDict()
-        self._lock = threading.Lock()
+    def reserve(self, user: str, tokens: int, most: int) -> Bill:
+        """Set aside what a generation may take at most. Raises QuotaExceeded, and LimitExceeded where it may fit soon:
+        as soon as others, which have more set aside than they will take, have ended."""
+        now = self._clock()
+        day, tomorrow = int(now // _DAY), _DAY - now % _DAY
+        bill = token_hex(8)
+        granted, settled, reserved = self._quotas.reserve(user, day, bill, tokens, most)
+        room = Room(most, max(most - settled - reserved, 0), tomorrow)
+        if granted:
+            return Bill(self._quotas, user, day, bill, room)
+        words = f"this request may take {tokens} tokens, and {room.left} of today's {most} are left"
+        if settled + tokens > most:
+            raise QuotaExceeded(words, tomorrow, room)
+        raise LimitExceeded(f"{words} while others of yours run", _SOON, room)
 
-    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        with self._lock:
-            hits = self._current(key, expiry)
-            if len(hits) + amount > limit:
-                return False
-            hits.extend([self._clock()] * amount)
-            self._hits[key] = hits
-            self._hits.move_to_end(key)
-            while len(self._hits) > self._most:
-                self._hits.popitem(last=False)
-            return True
-
-    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        with self._lock:
-            hits = self._current(key, expiry)
-            return (hits[0] if hits else self._clock()), len(hits)
-
-    def clear(self, key: str) -> None:
-        with self._lock:
-            self._hits.pop(key, None)
-
-    def _current(self, key: str, expiry: int) -> deque[float]:
-        hits = self._hits.get(key) or deque()
-        while hits and hits[0] <= self._clock() - expiry:
-            hits.popleft()
-        return hits
+    def spent(self, user: str) -> int:
+        """Tokens of today, without those of what still runs."""
+        return self._quotas.spent(user, int(self._clock() // _DAY))
 
 
-def _digest(words: tuple[str, ...]) -> str:
+def _pair(address: str, name: str) -> str:
     """A name of fixed length; a tuple's repr keeps ("ab", "c") and ("a", "bc") apart."""
-    return hashlib.sha256(repr(words).encode("utf-8", "backslashreplace")).hexdigest()
+    words = repr((_network(address), name)).encode("utf-8", "backslashreplace")
+    return f"login:{hashlib.sha256(words).hexdigest()}"
 
 
 def _network(address: str) -> str:

@@ -22,12 +22,18 @@ class Permission(StrEnum):
     READ_MODELS = "models"
     MANAGE_KEYS = "keys"  # one's own
     END_SESSION = "session"  # log out
+    CHANGE_PASSWORD = "password"  # one's own
+    MANAGE_USERS = "users"
+    READ_AUDIT = "audit"
 
 
+# Whoever runs the service cannot read what is recorded about them and others, and whoever reads it runs nothing.
+_EVERYONE = frozenset({Permission.READ_MODELS, Permission.END_SESSION, Permission.CHANGE_PASSWORD})
+_USER = _EVERYONE | {Permission.GENERATE, Permission.MANAGE_KEYS}
 _TABLE: dict[str, frozenset[Permission]] = {
-    Role.ADMIN: frozenset(Permission),
-    Role.USER: frozenset(Permission),
-    Role.AUDITOR: frozenset({Permission.READ_MODELS, Permission.END_SESSION}),
+    Role.ADMIN: _USER | {Permission.MANAGE_USERS},
+    Role.USER: _USER,
+    Role.AUDITOR: _EVERYONE | {Permission.READ_AUDIT},
 }
 
 

@@ -11,15 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
 from store.breaker import Breaker
 from store.database import Database, StoreUnavailable
-
-# What a server that is down, slow, or no Redis at all can make redis-py raise; its parser trusts what it reads.
-_FAULTS = (redis.RedisError, OSError, ValueError, TypeError, LookupError, RecursionError, MemoryError)
+from store.redis_link import RedisFault, RedisLink
 
 
 class Cache(Protocol):
@@ -34,46 +28,27 @@ class Cache(Protocol):
 
 
 class RedisCache:
-    """A Redis at `url`, left alone by the breaker while it is down. Raises ValueError for a malformed URL.
+    """A Redis at `url`. Raises ValueError for a malformed URL.
 
-    `timeout` (seconds) bounds connecting and each reply. A request asks twice, to look up and to keep, and may wait a
-    quarter of a second in all. A lost connection is tried once more, since Redis may just have been restarted; a
-    timeout is not.
+    A request asks twice, to look up and to keep, and may wait a quarter of a second in all.
     """
 
     def __init__(self, url: str, breaker: Breaker | None = None, timeout: float = 0.1) -> None:
-        self._breaker = breaker or Breaker()
-        self._redis = redis.Redis.from_url(
-            url,
-            socket_connect_timeout=timeout,
-            socket_timeout=timeout,
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            protocol=2,  # and no driver_info: a new connection then needs no round trips of its own
-            driver_info=None,
-        )
+        self._link = RedisLink(url, breaker or Breaker(), timeout)
 
     def get(self, key: str) -> bytes | None:
-        value = self._guarded(lambda: self._redis.get(key))
-        return value if isinstance(value, bytes) else None
+        with suppress(RedisFault):
+            value = self._link.ask(lambda: self._link.redis.get(key))
+            return value if isinstance(value, bytes) else None
+        return None
 
     def put(self, key: str, value: bytes, ttl: int) -> None:
         if ttl > 0:
-            self._guarded(lambda: self._redis.set(key, value, ex=ttl))
+            with suppress(RedisFault):
+                self._link.ask(lambda: self._link.redis.set(key, value, ex=ttl))
 
     def close(self) -> None:
-        with suppress(*_FAULTS):
-            self._redis.close()
-
-    def _guarded(self, command: Callable[[], object]) -> object:
-        if not self._breaker.allows():
-            return None
-        try:
-            reply = command()
-        except _FAULTS:
-            self._breaker.failed()
-            return None
-        self._breaker.succeeded()
-        return reply
+        self._link.close()
 
 
 _ENTRIES = (

@@ -29,4 +29,19 @@ _FIRST = (
     "CREATE INDEX tickets_by_expiry ON tickets (expires)",
 )
 
-STATE = (_FIRST,)
+_LIMITS = (
+    # A user's own limits; NULL is what the role has.
+    "ALTER TABLE users ADD COLUMN streams INTEGER",
+    "ALTER TABLE users ADD COLUMN rpm INTEGER",
+    "ALTER TABLE users ADD COLUMN tokens_per_day INTEGER",
+    # Days count from 1970 in UTC. A reservation is what one generation may still take.
+    """CREATE TABLE days (
+        owner TEXT NOT NULL, day INTEGER NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (owner, day)
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE reservations (
+        id TEXT PRIMARY KEY, owner TEXT NOT NULL, day INTEGER NOT NULL, tokens INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX reservations_by_owner ON reservations (owner, day)",
+)
+
+STATE = (_FIRST, _LIMITS)

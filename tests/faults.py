@@ -1,6 +1,6 @@
-"""A TCP proxy that injects faults between a client and a real server, and counts them.
+"""What the tests break on purpose: the network to a server (and how often it was broken), and the clock.
 
-Knows no protocol: it looks only at when bytes pass.
+Knows no protocol: the proxy looks only at when bytes pass.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import itertools
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Literal
@@ -16,6 +18,17 @@ from typing import Literal
 # refuse: connections are reset; black hole: bytes vanish; slow: they wait; flap: every second request is reset.
 Mode = Literal["pass", "refuse", "black hole", "slow", "garbage", "flap"]
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 seconds: close sends a reset
+
+
+class Clock:
+    """The time of day of `now`, and `offset` seconds more: set it to make the clock jump."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.offset = 0.0
+        self._now = now
+
+    def __call__(self) -> float:
+        return self._now() + self.offset
 
 
 class FaultProxy:

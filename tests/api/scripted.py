@@ -146,6 +146,9 @@ class ScriptedBackend:
     def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
         self.preloaded = True
 
+    def watch(self, on_hang: Callable[[str], None]) -> None:
+        """Nothing hangs here."""
+
     def close(self, grace: float) -> None:
         deadline = time.monotonic() + grace
         with self._changed:

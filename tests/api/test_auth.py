@@ -33,6 +33,7 @@ def test_login_gives_the_contracts_tokens(nobody: Client) -> None:
     assert with_token(nobody, tokens["access_token"]).post("/generate", HI).status_code == 200
 
 
+@pytest.mark.promise("P22", injected="unknown names, look-alikes, wrong passwords", counted="equal answers")
 @pytest.mark.parametrize(
     ("name", "password"),
     [
@@ -56,10 +57,11 @@ def test_wrong_name_and_wrong_password_are_answered_alike(nobody: Client, name: 
 
 def test_a_disabled_user_cannot_log_in(nobody: Client, rooms: Services, add_user: Callable[..., Client]) -> None:
     add_user("bob")
-    rooms.users.set_disabled("bob", True)
+    rooms.users.change("bob", disabled=True)
     assert nobody.post("/login", {"username": "bob", "password": PASSWORD}).status_code == 401
 
 
+@pytest.mark.promise("P22", injected="six wrong passwords from one address", counted="429 there, 200 from another")
 def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(nobody: Client) -> None:
     body = {"username": "admin", "password": "wrong password"}
     assert [nobody.post("/login", body).status_code for _ in range(6)] == [401] * 5 + [429]
@@ -68,6 +70,7 @@ def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(n
     assert nobody.post("/login", right, environ_base={"REMOTE_ADDR": "192.0.2.7"}).status_code == 200
 
 
+@pytest.mark.promise("P22", injected="a new X-Forwarded-For for each guess", counted="the sixth is 429")
 def test_a_forged_forwarded_address_does_not_give_more_guesses(nobody: Client) -> None:
     body = {"username": "admin", "password": "wrong password"}
     tries = [nobody.post("/login", body, headers={"X-Forwarded-For": f"192.0.2.{n}"}).status_code for n in range(6)]
@@ -81,6 +84,7 @@ def test_behind_a_trusted_proxy_the_forwarded_address_counts(make_app: Callable[
     assert tries == [401] * 6
 
 
+@pytest.mark.promise("P18", injected="a refresh token used twice", counted="every token of the session 401")
 def test_refresh_rotates_and_a_reused_token_ends_the_family(nobody: Client) -> None:
     first = log_in(nobody)
     second = with_token(nobody, first["refresh_token"]).post("/refresh").json
@@ -90,6 +94,7 @@ def test_refresh_rotates_and_a_reused_token_ends_the_family(nobody: Client) -> N
     assert with_token(nobody, second["access_token"]).get("/keys").status_code == 401
 
 
+@pytest.mark.promise("P18", injected="one refresh token sent twice at once", counted="one 200, one 401")
 def test_of_two_refreshes_at_once_one_succeeds(nobody: Client) -> None:
     for _ in range(5):
         holder = with_token(nobody, log_in(nobody)["refresh_token"])
@@ -132,24 +137,28 @@ def test_a_key_makes_no_keys_and_nobody_revokes_anothers(admin: Client, add_user
     assert add_user("eve").ask("DELETE", f"/keys/{made['id']}").status_code == 404
 
 
-@pytest.mark.parametrize(("change", "ticket_status"), [("disable", 401), ("demote", 401), ("delete", 204)])
-def test_tokens_and_keys_die_with_their_owners_rights(
-    rooms: Services, add_user: Callable[..., Client], change: str, ticket_status: int
+@pytest.mark.promise(
+    "P18", injected="their owner disabled, demoted or deleted", counted="token and key 401, ticket spent"
+)
+@pytest.mark.parametrize("change", ["disable", "demote", "delete"])
+def test_tokens_keys_and_tickets_die_with_their_owners_rights(
+    rooms: Services, add_user: Callable[..., Client], change: str
 ) -> None:
     bob = add_user("bob")
     key = Client(bob.app, bob.post("/keys", {"name": "ci"}).json["key"])
     ticket = bob.post("/stream/ticket", HI).json["ticket"]
     if change == "disable":
-        rooms.users.set_disabled("bob", True)
+        rooms.users.change("bob", disabled=True)
     elif change == "demote":
-        rooms.users.set_role("bob", "auditor")
+        rooms.users.change("bob", role="auditor")
     else:
         rooms.users.delete("bob")
     assert bob.post("/generate", HI).status_code == 401
     assert key.post("/generate", HI).status_code == 401
-    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == ticket_status
+    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 204
 
 
+@pytest.mark.promise("P18", injected="a state store that fails", counted="503, never let in")
 def test_when_the_store_does_not_answer_nobody_gets_in(
     admin: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +182,7 @@ def test_a_ticket_opens_its_stream_once(admin: Client, nobody: Client, backend: 
     assert len(backend.submitted) == 1
 
 
+@pytest.mark.promise("P18", injected="a logout after the ticket was made", counted="401")
 def test_a_ticket_dies_with_the_session_that_made_it(admin: Client, nobody: Client) -> None:
     ticket = admin.post("/stream/ticket", HI).json["ticket"]
     admin.post("/logout")
@@ -191,7 +201,7 @@ def test_a_tickets_body_is_checked_when_it_is_made(admin: Client) -> None:
 
 def test_the_stored_ticket_holds_no_prompt_that_can_be_read(admin: Client, rooms: Services) -> None:
     admin.post("/stream/ticket", {"prompt": "a very private prompt"})
-    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.iterdir())
+    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file())
     assert b"tickets" in written and b"private" not in written
 
 

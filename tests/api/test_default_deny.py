@@ -9,6 +9,7 @@ from flask import Flask
 
 from security.roles import Permission, Role, allowed
 from tests.api.conftest import Client
+from tests.api.scripted import ScriptedBackend
 
 PUBLIC = {
     ("GET", "/"),
@@ -30,6 +31,9 @@ def routes(app: Flask) -> Iterator[tuple[str, str, object]]:
             yield method, rule.rule, app.view_functions[rule.endpoint]
 
 
+@pytest.mark.promise(
+    "P24", injected="nothing", counted="every rule of the URL map is public by list or names a permission"
+)
 def test_exactly_the_listed_routes_are_public_and_every_other_names_its_permission(app: Flask) -> None:
     for method, rule, view in routes(app):
         is_public = (method, rule) in PUBLIC
@@ -42,6 +46,9 @@ def path_of(rule: str) -> str:
     return rule.replace("<path:id>", "x").replace("<id>", "x").replace("<name>", "docs.js")
 
 
+@pytest.mark.promise(
+    "P24", injected="the URL map x nobody, admin, user, auditor", counted="401 and 403 just where the table says"
+)
 @pytest.mark.parametrize("role", [None, *Role])
 def test_the_url_map_lets_in_whom_the_table_says(
     app: Flask, nobody: Client, add_user: Callable[..., Client], role: Role | None
@@ -60,6 +67,31 @@ def test_the_url_map_lets_in_whom_the_table_says(
             assert (status not in {401, 403}) is let_in, (method, rule, status)
 
 
+OWNED = {("DELETE", "/keys/<id>"), ("DELETE", "/requests/<id>"), ("GET", "/stream")}
+NOBODYS = {"/v1/models/<path:id>", "/docs/<name>", "/admin/users/<name>", "/admin/audit/<id>"}  # roles decide there
+
+
+@pytest.mark.promise("P24", injected="another user's key, request and ticket", counted="404, 404, the owner's stream")
+@pytest.mark.parametrize("role", [Role.USER, Role.ADMIN])
+def test_what_belongs_to_a_user_is_out_of_reach_for_every_other(
+    app: Flask, add_user: Callable[..., Client], backend: ScriptedBackend, role: Role
+) -> None:
+    named = {(method, rule) for method, rule, _ in routes(app) if "<" in rule and rule not in NOBODYS}
+    assert named | {("GET", "/stream")} == OWNED, "a new route names a thing: whose is it?"
+    ann, eve = add_user("ann"), add_user("eve", role)
+    key = ann.post("/keys", {"name": "ci"}).json
+    ticket = ann.post("/stream/ticket", {"prompt": "hi"}).json["ticket"]
+    with ann.post("/stream", {"prompt": "silent"}, headers={"X-Request-Id": "anns"}) as stream:
+        assert eve.ask("DELETE", f"/keys/{key['id']}").status_code == 404
+        assert eve.ask("DELETE", "/requests/anns").status_code == 404
+        assert eve.get("/keys").json == {"keys": []}
+        assert stream.status_code == 200 and len(backend.submitted) == 1
+        assert Client(app, key["key"]).get("/v1/models").status_code == 200
+    with eve.get("/stream", query_string={"ticket": ticket}):
+        assert backend.submitted[-1].owner == "ann", "a ticket spoke for whoever carried it"
+
+
+@pytest.mark.promise("P24", injected="a route that names no permission", counted="403 for an admin too")
 def test_a_route_that_says_nothing_is_denied_to_everybody(app: Flask, admin: Client, nobody: Client) -> None:
     app.view_functions["forgotten"] = lambda: "open"
     app.url_map.add(app.url_rule_class("/forgotten", endpoint="forgotten"))

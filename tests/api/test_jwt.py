@@ -1,10 +1,9 @@
-"""Every token that is not exactly ours is 401: the matrix of RELIABILITY.md."""
+"""Tokens that no change of a claim or header makes (those are in tests/corpus/jwt.jsonl) are 401 too."""
 
 from __future__ import annotations
 
 import base64
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,46 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from api.services import Services
 from tests.api.conftest import Client
 
-NOW = time.time()
 GOOD_HEADER = {"alg": "HS256", "typ": "JWT"}
-
-# What each forger changes in the claims of a good token; None takes a claim out.
-CLAIMS: dict[str, dict[str, Any]] = {
-    "no exp": {"exp": None},
-    "expired": {"exp": NOW - 60},
-    "exp NaN": {"exp": float("nan")},
-    "exp infinite": {"exp": float("inf")},
-    "exp 1e308": {"exp": 1e308},
-    "exp a text": {"exp": "9999999999"},
-    "exp beyond its type": {"exp": NOW + 3600},
-    "future nbf": {"nbf": NOW + 600},
-    "future iat": {"iat": NOW + 600},
-    "wrong iss": {"iss": "elsewhere"},
-    "no iss": {"iss": None},
-    "wrong aud": {"aud": "elsewhere"},
-    "aud in a list": {"aud": ["flask-llm", "elsewhere"]},
-    "no aud": {"aud": None},
-    "no jti": {"jti": None},
-    "jti a number": {"jti": 7},
-    "no type": {"type": None},
-    "unknown type": {"type": "admin"},
-    "refresh as access": {"type": "refresh"},
-    "key that was never made": {"type": "key"},
-    "no sub": {"sub": None},
-    "unknown user": {"sub": "nobody"},
-    "sub an object": {"sub": {"name": "admin"}},
-    "another role": {"role": "auditor"},
-    "no role": {"role": None},
-    "no family": {"family": None},
-    "another family": {"family": "0" * 32},
-}
-HEADERS: dict[str, dict[str, Any]] = {
-    "unknown crit": {"crit": ["b64"]},
-    "kid path": {"kid": "../../../../dev/null"},
-    "jku": {"jku": "https://evil.example/keys"},
-    "jwk": {"jwk": {"kty": "oct", "k": "AA"}},
-    "other typ": {"typ": "at+jwt"},
-}
 
 
 def encode(part: object) -> str:
@@ -86,22 +46,6 @@ def status(nobody: Client) -> Callable[[str], int]:
     return ask
 
 
-def test_the_unchanged_token_is_good(forge: Callable[..., str], status: Callable[[str], int]) -> None:
-    assert status(forge()) == 422  # let in, and only then is the body looked at
-
-
-@pytest.mark.parametrize("changes", CLAIMS.values(), ids=CLAIMS)
-def test_wrong_claims_are_401(forge: Callable[..., str], status: Callable[[str], int], changes: dict[str, Any]) -> None:
-    assert status(forge(changes)) == 401
-
-
-@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
-def test_wrong_headers_are_401(
-    forge: Callable[..., str], status: Callable[[str], int], headers: dict[str, Any]
-) -> None:
-    assert status(forge(headers=headers)) == 401
-
-
 @pytest.mark.parametrize("algorithm", ["none", "nOnE", "HS512", "RS256"])
 def test_other_algorithms_are_401(
     forge: Callable[..., str], status: Callable[[str], int], rooms: Services, algorithm: str
@@ -120,6 +64,7 @@ def test_other_algorithms_are_401(
     assert status(token) == 401
 
 
+@pytest.mark.promise("P23", injected="flipped bits, cut and long tokens", counted="401")
 @pytest.mark.parametrize(
     "garble",
     [
@@ -146,6 +91,7 @@ def test_a_signature_by_another_key_is_401(forge: Callable[..., str], status: Ca
     assert status(forge(key=b"x" * 32)) == 401
 
 
+@pytest.mark.promise("P23", injected="a good token in a query string or a cookie", counted="401")
 def test_only_the_authorization_header_counts(nobody: Client, forge: Callable[..., str]) -> None:
     token = forge()
     for place in ({"query_string": {"jwt": token, "access_token": token}}, {"headers": {"Cookie": f"jwt={token}"}}):

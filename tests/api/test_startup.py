@@ -26,7 +26,7 @@ def test_without_a_password_one_is_made_shown_once_and_stored_hashed(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "password" in line]
     password = line.split("password ")[1].split(" ")[0]
     Client(app).login("admin", password)
-    assert password.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert password.encode() not in b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     make_app(admin_password=None)
     assert "password" not in capfd.readouterr().err
     Client(make_app(admin_password=None)).login("admin", password)
@@ -56,7 +56,7 @@ def test_what_is_kept_is_for_this_user_only_and_tokens_outlive_a_restart(make_ap
     folder = tmp_path / "deeper" / "data"
     token = Client(make_app(data_dir=folder)).login().token
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.rglob("*") if file.is_file()} == {0o600}
     assert Client(make_app(data_dir=folder), token).get("/keys").status_code == 200
 
 
@@ -71,6 +71,7 @@ def test_a_revoked_token_stays_revoked_after_a_restart(make_app: MakeApp) -> Non
     [
         ({"model": "no-such-model"}, "MODEL=no-such-model"),
         ({"redis_url": "http://:hunter2@localhost"}, "REDIS_URL: "),
+        ({"state_redis_url": "http://:hunter2@localhost"}, "STATE_REDIS_URL: "),
         ({"jwt_secret_file": Path("/nowhere/key")}, "JWT_SECRET_FILE: "),
         ({"admin_password_file": Path("/nowhere/password"), "admin_password": None}, "ADMIN_PASSWORD_FILE: "),
         ({"data_dir": Path("/proc/nowhere")}, "DATA_DIR: "),
@@ -103,6 +104,7 @@ def test_a_short_secret_is_refused(make_app: MakeApp, tmp_path: Path, capfd: pyt
         ("admin_password_file", b"hunter2" * 1000),
         ("admin_password_file", b"hunter2 hunter2 \xff"),
         ("redis_url_file", b"redis://:hunter2\xff@127.0.0.1"),
+        ("state_redis_url_file", b"hunter2"),
     ],
     ids=repr,
 )

@@ -14,6 +14,7 @@ from model.types import (
     ServiceError,
     Status,
 )
+from model.waiting import seconds_until_free
 from tests.model.driving import WAIT, Gate, read, request, serving
 from tests.model.scripted import ScriptedRunner, continuation
 
@@ -81,7 +82,7 @@ def test_the_time_to_come_back_grows_with_the_backlog() -> None:
         times = []
         for _ in range(3):
             engine.submit(request([1], count=1000))
-            times.append(engine._seconds_for(engine._waiting.tokens))
+            times.append(seconds_until_free(engine._batch, engine._waiting.tokens))
         # One lane at the first guess of 50 tokens/s: 20 seconds for each thousand.
         assert times == [pytest.approx(22, abs=0.5), pytest.approx(42, abs=0.5), pytest.approx(62, abs=0.5)]
         gate.open()

@@ -1,19 +1,31 @@
+"""Who starts a shared generation, who follows, and how it ends."""
+
 from __future__ import annotations
 
 import gc
 import queue
 import threading
-import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from model.flight import Flights
-from model.types import Chunk, Done, Event, FinishReason, GenerationFailed, Status, Stream, Usage
+from model.types import (
+    Chunk,
+    Done,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    GenerationFailed,
+    Status,
+    Stream,
+    Usage,
+)
 
 END = Done(FinishReason.STOP, Usage(3, 5))
+REQUEST = GenerateRequest("id", "ann", "model", (), timeout=10, prompt_ids=(1, 2, 3))
 
 
 class Source:
@@ -53,48 +65,52 @@ def events(stream: Stream, timeout: float = 5) -> Iterator[Event]:
             return
 
 
+def join(flights: Flights, key: str, start: Callable[[], Stream]) -> tuple[Stream, bool]:
+    return flights.join(key, REQUEST, lambda _: start())
+
+
 def never() -> Stream:
     raise AssertionError("started a second time")
 
 
 def test_only_the_first_starts_and_everyone_gets_the_same() -> None:
     flights, source = Flights(), Source(*chunks(3), END)
-    first, leads = flights.join("k", lambda: source)
-    second, follows = flights.join("k", never)
+    first, leads = join(flights, "k", lambda: source)
+    second, follows = join(flights, "k", never)
     assert (leads, follows) == (True, False)
     assert list(events(first)) == list(events(second)) == [*chunks(3), END]
 
 
 def test_other_keys_fly_alone() -> None:
     flights = Flights()
-    a, _ = flights.join("a", lambda: Source(Chunk("a"), END))
-    b, leads = flights.join("b", lambda: Source(Chunk("b"), END))
+    a, _ = join(flights, "a", lambda: Source(Chunk("a"), END))
+    b, leads = join(flights, "b", lambda: Source(Chunk("b"), END))
     assert leads and next(events(a)) == Chunk("a") and next(events(b)) == Chunk("b")
 
 
 def test_a_late_reader_gets_every_chunk_but_no_stale_status() -> None:
     flights, source = Flights(), Source(Status("queued", position=2), Status("loading", percent=9), *chunks(2))
-    first, _ = flights.join("k", lambda: source)
+    first, _ = join(flights, "k", lambda: source)
     assert [first.get(5), first.get(5)] == [Status("queued", position=2), Status("loading", percent=9)]
     assert [first.get(5), first.get(5)] == chunks(2)
-    late, _ = flights.join("k", never)
+    late, _ = join(flights, "k", never)
     source.queue.put(END)
     assert list(events(late)) == [*chunks(2), END]
 
 
 def test_a_late_reader_gets_only_the_latest_status() -> None:
     flights, source = Flights(), Source(Status("queued", position=2), Status("queued", position=1))
-    first, _ = flights.join("k", lambda: source)
+    first, _ = join(flights, "k", lambda: source)
     assert [first.get(5), first.get(5)] == [Status("queued", position=2), Status("queued", position=1)]
-    late, _ = flights.join("k", never)
+    late, _ = join(flights, "k", never)
     assert late.get(0) == Status("queued", position=1)
     assert late.get(0) is None
 
 
 def test_the_leader_may_leave_and_the_others_go_on() -> None:
     flights, source = Flights(), Source(*chunks(1))
-    leader, _ = flights.join("k", lambda: source)
-    follower, _ = flights.join("k", never)
+    leader, _ = join(flights, "k", lambda: source)
+    follower, _ = join(flights, "k", never)
     assert leader.get(5) == Chunk("0 ")
     leader.close()
     source.queue.put(END)
@@ -104,57 +120,17 @@ def test_the_leader_may_leave_and_the_others_go_on() -> None:
 
 def test_the_last_close_closes_the_source_once_and_the_next_request_starts_anew() -> None:
     flights, source = Flights(), Source(*chunks(1))
-    readers = [flights.join("k", lambda: source)[0] for _ in range(3)]
+    readers = [join(flights, "k", lambda: source)[0] for _ in range(3)]
     for reader in readers * 2:
         reader.close()
     assert source.closed == 1
     assert readers[0].get(5) == Done(FinishReason.CANCELLED, Usage())
-    assert flights.join("k", lambda: Source(END))[1]
-
-
-def test_a_reader_that_stops_reading_starves_nobody() -> None:
-    flights, source = Flights(), Source(*chunks(50), END)
-    idle, _ = flights.join("k", lambda: source)
-    busy, _ = flights.join("k", never)
-    assert idle.get(5) == Chunk("0 ")
-    assert list(events(busy)) == [*chunks(50), END]
-    assert list(events(idle)) == [*chunks(50)[1:], END]
-
-
-def test_one_event_wakes_everyone_who_waits() -> None:
-    flights, source = Flights(), Source()
-    readers = [flights.join("k", lambda: source)[0] for _ in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(reader.get, 30) for reader in readers]
-        source.queue.put(Chunk("a"))
-        assert [answer.result(timeout=5) for answer in answers] == [Chunk("a")] * 4
-
-
-def test_close_wakes_a_reader_that_waits_in_another_thread() -> None:
-    flights, source = Flights(), Source()
-    waiting, _ = flights.join("k", lambda: source)
-    other, _ = flights.join("k", never)
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(waiting.get, 30)
-        waiting.close()
-        assert answer.result(timeout=5) == Done(FinishReason.CANCELLED, Usage())
-    assert source.closed == 0
-    other.close()
-
-
-def test_a_timeout_is_kept_whoever_pumps() -> None:
-    flights = Flights()
-    source = Source()
-    readers = [flights.join("k", lambda: source)[0] for _ in range(4)]
-    started = time.monotonic()
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda reader: reader.get(0.05), readers)) == [None] * 4
-    assert time.monotonic() - started < 2
+    assert join(flights, "k", lambda: Source(END))[1]
 
 
 def test_an_error_reaches_every_reader_after_what_came_before() -> None:
     flights, source = Flights(), Source(Chunk("a"), GenerationFailed("numbers that are not numbers"))
-    readers = [flights.join("k", lambda: source)[0] for _ in range(3)]
+    readers = [join(flights, "k", lambda: source)[0] for _ in range(3)]
     for reader in readers:
         assert reader.get(5) == Chunk("a")
         with pytest.raises(GenerationFailed, match="not numbers"):
@@ -165,7 +141,7 @@ def test_an_error_reaches_every_reader_after_what_came_before() -> None:
 def test_what_start_raises_is_raised_and_leaves_nothing_behind() -> None:
     flights = Flights()
     with pytest.raises(AssertionError, match="second time"):
-        flights.join("k", never)
+        join(flights, "k", never)
     assert len(flights) == 0
 
 
@@ -173,7 +149,7 @@ def test_an_ended_flight_is_forgotten() -> None:
     flights = Flights()
     source = Source(*chunks(2), END)
     gone = weakref.ref(source)
-    reader, _ = flights.join("k", lambda: source)
+    reader, _ = join(flights, "k", lambda: source)
     assert list(events(reader))[-1] == END
     assert len(flights) == 0
     reader.close()
@@ -200,7 +176,7 @@ def test_thirty_two_threads_share_one_generation_though_some_leave_early() -> No
         return source
 
     def read(number: int) -> list[Event] | None:
-        stream, _ = flights.join("k", start)
+        stream, _ = join(flights, "k", start)
         everyone.wait(timeout=10)
         try:
             if number % 4 == 0:  # leaves early, the leader perhaps among them

@@ -48,6 +48,9 @@ def test_hashes_are_argon2id_with_64_mib() -> None:
     assert parameters == RFC_9106_LOW_MEMORY and parameters.memory_cost == 64 << 10
 
 
+@pytest.mark.promise(
+    "P22", injected="known and unknown names", counted="one Argon2 verification each, of equal parameters"
+)
 def test_known_and_unknown_users_cost_one_equal_verification(passwords: Passwords, hasher: Recording) -> None:
     stored = passwords.hash("right")
     assert not passwords.verify(stored, "wrong")

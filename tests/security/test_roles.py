@@ -7,9 +7,9 @@ import pytest
 from security.roles import Permission, Role, allowed
 
 HELD = {
-    Role.ADMIN: set(Permission),
-    Role.USER: {Permission.GENERATE, Permission.READ_MODELS, Permission.MANAGE_KEYS, Permission.END_SESSION},
-    Role.AUDITOR: {Permission.READ_MODELS, Permission.END_SESSION},
+    Role.ADMIN: {"generate", "models", "keys", "session", "password", "users"},
+    Role.USER: {"generate", "models", "keys", "session", "password"},
+    Role.AUDITOR: {"models", "session", "password", "audit"},
 }
 
 

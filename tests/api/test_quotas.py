@@ -1,0 +1,229 @@
+"""Limits by user and by role, as a client meets them: statuses, headers, and what a generation costs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from api.services import NAME, Services
+from model.types import GenerateRequest, Message
+from store.database import StoreUnavailable
+from tests.api.conftest import PASSWORD, Client, assert_refused
+from tests.api.scripted import MODEL, ScriptedBackend
+from tests.api.test_generate import events
+
+WORDS = {"prompt": "one two three", "max_new_tokens": 10, "cache": False}
+PROMPT = len("user:one two three")  # the script's tokens of a prompt are its letters, those of an answer its words
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": WORDS["prompt"]}], "max_tokens": 10}
+COST, MOST = PROMPT + 3, PROMPT + 10
+
+
+@pytest.fixture
+def bob(add_user: Callable[..., Client]) -> Client:
+    return add_user("bob")
+
+
+def limit(rooms: Services, **limits: int) -> None:
+    rooms.users.change("bob", **limits)  # type: ignore[typeddict-item]
+
+
+def left(answer: Any, kind: str) -> int:
+    return int(answer.headers[f"X-RateLimit-Remaining-{kind}"])
+
+
+def spent(rooms: Services) -> int:
+    return rooms.tokens.spent("bob")
+
+
+def test_every_answer_says_how_many_requests_are_left(bob: Client, rooms: Services) -> None:
+    limit(rooms, rpm=3)
+    answers = [bob.get("/v1/models") for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert [left(answer, "Requests") for answer in answers] == [2, 1, 0, 0]
+    assert {answer.headers["X-RateLimit-Limit-Requests"] for answer in answers} == {"3"}
+    assert_refused(answers[-1], 429)
+    assert answers[-1].json["error"]["code"] == "rate_limited" and "X-Should-Retry" not in answers[-1].headers
+    assert 50 <= int(answers[-1].headers["Retry-After"]) <= 60
+    assert 50 < float(answers[-1].headers["X-RateLimit-Reset-Requests"].removesuffix("s")) <= 60
+
+
+def test_a_refused_user_harms_no_other(bob: Client, admin: Client, rooms: Services) -> None:
+    limit(rooms, rpm=1)
+    assert [bob.get("/v1/models").status_code for _ in range(2)] == [200, 429]
+    assert admin.get("/v1/models").status_code == 200
+
+
+def test_roles_have_limits_and_a_users_own_win_over_them(make_app: Callable[..., Flask]) -> None:
+    app = make_app(role_limits="admin.rpm=2,admin.streams=3", user_rpm=50)
+    admin = Client(app).login()
+    assert admin.get("/v1/models").headers["X-RateLimit-Limit-Requests"] == "2"
+    app.extensions[NAME].users.change("admin", rpm=9)
+    assert admin.get("/v1/models").headers["X-RateLimit-Limit-Requests"] == "9"
+    shown = admin.get("/admin/users/admin").json
+    assert (shown["limits"]["streams"], shown["limits"]["rpm"], shown["own_limits"]["streams"]) == (3, 9, None)
+
+
+def test_one_stream_too_many_is_429_until_one_ends(bob: Client, rooms: Services) -> None:
+    limit(rooms, streams=2)
+    silent = {"prompt": "silent", "cache": False}
+    with ExitStack() as streams:
+        for _ in range(2):
+            streams.enter_context(bob.post("/stream", silent))
+        for path in ("/stream", "/generate"):
+            refused = bob.post(path, WORDS)
+            assert_refused(refused, 429)
+            assert refused.headers["Retry-After"] == "1"
+    assert bob.post("/generate", WORDS).status_code == 200
+
+
+def test_a_generation_costs_what_it_used_and_not_what_it_might_have(bob: Client, rooms: Services) -> None:
+    limit(rooms, tokens_per_day=100)
+    answer = bob.post("/generate", WORDS)
+    assert answer.json["usage"]["total_tokens"] == COST == spent(rooms)
+    assert (answer.headers["X-RateLimit-Limit-Tokens"], left(answer, "Tokens")) == ("100", 100 - MOST)
+    stream = bob.post("/stream", WORDS)
+    assert events(stream.text)[-1][1]["usage"]["total_tokens"] == COST
+    stream.close()
+    assert spent(rooms) == 2 * COST
+
+
+def test_a_quota_that_is_used_up_is_429_until_tomorrow(bob: Client, rooms: Services, backend: ScriptedBackend) -> None:
+    limit(rooms, tokens_per_day=MOST + COST - 1)
+    assert bob.post("/generate", WORDS).status_code == 200
+    for path, body in (
+        ("/generate", WORDS),
+        ("/stream", WORDS),
+        ("/v1/chat/completions", CHAT),
+    ):
+        refused = bob.post(path, body)
+        assert_refused(refused, 429)
+        assert refused.json["error"]["code"] == "insufficient_quota"
+        assert refused.headers["X-Should-Retry"] == "false" and 0 < int(refused.headers["Retry-After"]) <= 86_400
+        assert left(refused, "Tokens") == MOST - 1
+    assert len(backend.submitted) == 1 and spent(rooms) == COST
+    assert bob.post("/generate", {**WORDS, "max_new_tokens": 9}).status_code == 200, "a shorter one still fits"
+
+
+def test_what_running_generations_may_take_is_set_aside(bob: Client, rooms: Services) -> None:
+    silent = {"prompt": "silent", "max_new_tokens": 50, "cache": False}
+    aside = len("user:silent") + 50
+    limit(rooms, tokens_per_day=aside + 20)
+    with bob.post("/stream", silent) as stream:
+        refused = bob.post("/generate", silent)
+        assert_refused(refused, 429)
+        assert (refused.json["error"]["code"], refused.headers["Retry-After"]) == ("rate_limited", "1")
+        assert "X-Should-Retry" not in refused.headers
+        assert left(stream, "Tokens") == left(refused, "Tokens") == 20
+    assert bob.post("/generate", {**silent, "prompt": "sounds"}).status_code == 200
+
+
+def test_a_cached_answer_costs_no_tokens(bob: Client, rooms: Services) -> None:
+    limit(rooms, tokens_per_day=MOST)
+    sure = {**WORDS, "temperature": 0, "cache": True}
+    answers = [bob.post("/generate", sure) for _ in range(4)]
+    assert [answer.headers["X-Cache"] for answer in answers] == ["miss", "hit", "hit", "hit"]
+    assert spent(rooms) == COST
+
+
+def test_whoever_leaves_early_pays_what_came(bob: Client, rooms: Services) -> None:
+    limit(rooms, tokens_per_day=1000)
+    with bob.post("/stream", {**WORDS, "prompt": "slow " + "and on " * 20}) as stream:
+        for frame in stream.response:
+            if b"and" in frame:
+                break
+    assert spent(rooms) == len("user:slow " + "and on " * 20) + 2
+
+
+@pytest.mark.parametrize(("prompt", "status", "cost"), [("refuse", 503, 0), ("fail", 503, 0), ("break a b c", 503, 18)])
+def test_what_fails_costs_only_what_came_of_it(
+    bob: Client, rooms: Services, prompt: str, status: int, cost: int
+) -> None:
+    limit(rooms, tokens_per_day=1000)
+    assert bob.post("/generate", {**WORDS, "prompt": prompt}).status_code == status
+    assert spent(rooms) == cost
+    assert rooms.tokens.reserve("bob", 1000 - cost, 1000).room.left == 0, "something is still set aside"
+
+
+def test_a_request_that_is_refused_before_it_runs_costs_nothing(bob: Client, rooms: Services) -> None:
+    limit(rooms, tokens_per_day=1000)
+    for body in ({"prompt": ""}, {"prompt": "hi", "max_new_tokens": 5000}, {"prompt": "hi", "model": "no"}):
+        assert bob.post("/generate", body).status_code in (404, 422)
+    assert rooms.tokens.reserve("bob", 1000, 1000).room.left == 0
+
+
+def test_a_ticket_is_paid_when_it_is_used(bob: Client, nobody: Client, rooms: Services) -> None:
+    limit(rooms, tokens_per_day=MOST)
+    tickets = [bob.post("/stream/ticket", WORDS).json["ticket"] for _ in range(2)]
+    assert spent(rooms) == 0
+    statuses = []
+    for ticket in tickets:
+        with nobody.get("/stream", query_string={"ticket": ticket}) as stream:
+            statuses.append((stream.status_code, stream.text != ""))
+    assert statuses == [(200, True), (429, True)] and spent(rooms) == COST
+
+
+def test_quotas_are_exact_for_32_requests_at_once(bob: Client, rooms: Services) -> None:
+    """All that are let in together fit, even if each takes all it may."""
+    limit(rooms, tokens_per_day=10 * MOST + 5, streams=100)
+    silent = {"prompt": "silent one two", "max_new_tokens": MOST - len("user:silent one two"), "cache": False}
+    with ExitStack() as held:
+
+        def begin(_: int) -> int:
+            return held.enter_context(bob.post("/stream", silent)).status_code
+
+        with ThreadPoolExecutor(32) as pool:
+            assert sorted(pool.map(begin, range(32))) == [200] * 10 + [429] * 22
+
+
+def test_a_bill_that_cannot_be_settled_ends_no_answer_and_stays(
+    bob: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit(rooms, tokens_per_day=MOST)
+
+    def full(*_: object) -> None:
+        raise StoreUnavailable("the store does not answer (SQLITE_FULL)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("store.counts.SqliteQuotas.settle", full)
+        assert bob.post("/generate", WORDS).json["response"] == "one two three"
+    assert "tokens not settled" in caplog.text
+    assert_refused(bob.post("/generate", WORDS), 429)
+
+
+def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
+    bob: Client, rooms: Services, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(rooms, tokens_per_day=1000)
+
+    def full(*_: object) -> None:
+        raise StoreUnavailable("the store does not answer (SQLITE_FULL)")
+
+    monkeypatch.setattr("store.counts.SqliteQuotas.reserve", full)
+    assert_refused(bob.post("/generate", WORDS), 503)
+    assert backend.submitted == []
+
+
+@pytest.mark.promise(
+    "P18", injected="a state Redis that is gone", counted="503 for login and for a token, never let in"
+)
+def test_without_its_state_redis_nobody_is_let_in_and_health_answers(make_app: Callable[..., Flask]) -> None:
+    token = Client(make_app()).login().token
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    app = make_app(state_redis_url=f"redis://127.0.0.1:{port}/0")
+    login = {"username": "admin", "password": PASSWORD}
+    for answer in (Client(app).post("/login", login), Client(app, token).post("/generate", WORDS)):
+        assert_refused(answer, 503)
+        assert answer.json["error"]["code"] == "store_unavailable" and int(answer.headers["Retry-After"]) >= 1
+    assert Client(app).get("/healthz").status_code == Client(app).get("/readyz").status_code == 200
+
+
+def test_the_script_counts_as_these_tests_do(backend: ScriptedBackend) -> None:
+    prepared = backend.prepare(GenerateRequest("i", "bob", MODEL, (Message("user", WORDS["prompt"]),)))
+    assert len(prepared.prompt_ids) == PROMPT

@@ -1,0 +1,153 @@
+"""What ends a session, on real servers: restarts, other processes, and while a stream runs."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.api.conftest import PASSWORD
+from tests.api.server import ROOT, SECONDS, Server, eventually
+from tests.api.test_generate import events
+
+SILENT = {"prompt": "silent", "cache": False}
+
+
+def status(server: Server, method: str, path: str, body: object = None) -> int:
+    with closing(server.connect(method, path, body)) as connection:
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+
+
+def login(server: Server, name: str) -> dict[str, str]:
+    return server.ask("POST", "/login", {"username": name, "password": PASSWORD})
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Server]:
+    with Server(tmp_path, PASSWORD) as running:
+        yield running
+
+
+def by_http(server: Server, body: dict[str, Any]) -> Callable[[], object]:
+    return lambda: server.ask("PATCH", "/admin/users/bob", body)
+
+
+def by_command(server: Server, folder: Path, *words: str) -> Callable[[], object]:
+    environ = {**os.environ, "DATA_DIR": str(folder / "data")}
+    command = [sys.executable, "-m", "flask", "--app", "app", "users", *words]
+    return lambda: subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, check=True, timeout=60)
+
+
+@pytest.mark.promise(
+    "P18",
+    injected="disabled, demoted, deleted or a new password, by HTTP or command, while streams run",
+    counted="that user's streams end in an error within 3 s, others go on",
+)
+@pytest.mark.parametrize("act", ["disable", "role", "password", "delete", "command"])
+def test_a_running_stream_is_cut_when_its_user_loses_the_right_to_it(alone: Server, tmp_path: Path, act: str) -> None:
+    alone.ask("POST", "/admin/users", {"username": "bob", "password": PASSWORD})
+    admin, bob = alone.token, login(alone, "bob")["access_token"]
+    acts = {
+        "disable": by_http(alone, {"disabled": True}),
+        "role": by_http(alone, {"role": "auditor"}),
+        "password": by_http(alone, {"password": "another long password"}),
+        "delete": lambda: status(alone, "DELETE", "/admin/users/bob"),
+        "command": by_command(alone, tmp_path, "disable", "bob"),
+    }
+    with ExitStack() as open_streams:
+        streams = [opened(open_streams, alone, SILENT, token) for token in (bob, bob, admin)]
+        eventually(lambda: alone.open_streams() == 3)
+        alone.token = admin
+        acts[act]()
+        done = time.monotonic()
+        for stream in streams[:2]:
+            name, data = events(stream.read().decode())[-1]
+            assert (name, data["error"]["code"]) == ("error", "invalid_token")
+        assert time.monotonic() - done < 3
+        eventually(lambda: alone.open_streams() == 1, 5)
+
+
+def opened(held: ExitStack, server: Server, body: object, token: str) -> http.client.HTTPResponse:
+    """A stream that has begun, or the refusal; hung up when `held` is left."""
+    server.token = token
+    connection = held.enter_context(closing(server.connect("POST", "/stream", body)))
+    return held.enter_context(connection.getresponse())
+
+
+@pytest.mark.promise(
+    "P18", injected="kill -9, a cache filled and flushed, a restart", counted="revoked access, refresh and API key 401"
+)
+def test_a_revoked_token_stays_revoked_through_kill_restart_and_a_lost_cache(tmp_path: Path, redis_url: str) -> None:
+    cache = redis.Redis.from_url(redis_url)
+    with Server(tmp_path, PASSWORD, REDIS_URL=redis_url) as server:
+        tokens = login(server, "admin")
+        key = server.ask("POST", "/keys", {"name": "ci"})
+        server.token, admin = tokens["access_token"], server.token
+        assert status(server, "POST", "/logout") == 204
+        server.token = admin
+        assert status(server, "DELETE", f"/keys/{key['id']}") == 204
+        os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait(SECONDS)
+    cache.set("fill", b"x" * 1_000_000)
+    cache.flushall()
+    cache.close()
+    with Server(tmp_path, PASSWORD, REDIS_URL=redis_url) as server:
+        for token in (tokens["access_token"], key["key"]):
+            server.token = token
+            assert status(server, "GET", "/v1/models") == 401
+        server.token = tokens["refresh_token"]
+        assert status(server, "POST", "/refresh") == 401
+        server.token = admin
+        assert status(server, "GET", "/v1/models") == 200, "a token that nobody revoked was lost"
+
+
+@pytest.fixture
+def pair(tmp_path: Path, redis_url: str) -> Iterator[tuple[Server, Server]]:
+    """Two processes with one data folder and one state Redis."""
+    state = redis.Redis.from_url(redis_url)
+    state.flushall()
+    state.close()
+    shared = {"STATE_REDIS_URL": redis_url, "DATA_DIR": str(tmp_path / "data"), "USER_RPM": "120"}
+    (tmp_path / "two").mkdir()
+    with Server(tmp_path, PASSWORD, **shared) as one, Server(tmp_path / "two", PASSWORD, **shared) as two:
+        one.ask("POST", "/admin/users", {"username": "bob", "password": PASSWORD})
+        yield one, two
+
+
+def at_once(pair: tuple[Server, Server], begin: Callable[[Server], int]) -> list[int]:
+    with ThreadPoolExecutor(32) as pool:
+        return sorted(pool.map(lambda number: begin(pair[number % 2]), range(64)))
+
+
+def test_two_processes_share_each_limit_exactly(pair: tuple[Server, Server]) -> None:
+    one, two = pair
+    one.ask("PATCH", "/admin/users/bob", {"limits": {"rpm": 150, "streams": 9, "tokens_per_day": 0}})
+    admin = one.token
+    one.token = two.token = bob = login(two, "bob")["access_token"]
+    with ExitStack() as held:
+        assert at_once(pair, lambda server: opened(held, server, SILENT, bob).status) == [200] * 9 + [429] * 55
+    eventually(lambda: one.open_streams() + two.open_streams() == 0, 5)
+    assert at_once(pair, lambda server: status(server, "GET", "/v1/models")) == [200] * 64
+    assert at_once(pair, lambda server: status(server, "GET", "/v1/models")) == [200] * 22 + [429] * 42
+
+    one.token = admin
+    limits = {"rpm": 1000, "streams": 100, "tokens_per_day": 7 * 111 + 110}
+    one.ask("PATCH", "/admin/users/bob", {"limits": limits})
+    one.token = two.token
+    body = {**SILENT, "max_new_tokens": 100}  # beside "user:silent", 11 tokens to the script
+    with ExitStack() as held:
+        assert at_once(pair, lambda server: opened(held, server, body, bob).status) == [200] * 7 + [429] * 57
+    eventually(lambda: one.open_streams() + two.open_streams() == 0, 5)

@@ -1,0 +1,234 @@
+"""/admin/users and /password, in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from api.services import Services
+from security.roles import Role
+from store.users import OwnLimits, User
+from tests.api.conftest import PASSWORD, Client, assert_refused
+
+HI = {"prompt": "hi there"}
+NEW = "another long password"
+NO_OWN = {"streams": None, "rpm": None, "tokens_per_day": None}
+
+
+def patch(admin: Client, name: str, body: dict[str, Any]) -> Any:
+    return admin.ask("PATCH", f"/admin/users/{name}", body)
+
+
+def test_an_admin_adds_reads_changes_and_removes_an_account(admin: Client) -> None:
+    added = admin.post("/admin/users", {"username": "bob", "role": "user", "password": PASSWORD})
+    assert added.status_code == 201
+    bob = {
+        "username": "bob",
+        "role": "user",
+        "disabled": False,
+        "own_limits": NO_OWN,
+        "limits": {"streams": 10, "rpm": 120, "tokens_per_day": 0},
+        "tokens_today": 0,
+    }
+    assert added.json == {**bob, "password": None}
+    assert admin.get("/admin/users/bob").json == bob
+    assert [user["username"] for user in admin.get("/admin/users").json["users"]] == ["admin", "bob"]
+    assert Client(admin.app).login("bob", PASSWORD).post("/generate", HI).status_code == 200
+    assert patch(admin, "bob", {"role": "auditor"}).json == {**bob, "role": "auditor"}
+    assert admin.ask("DELETE", "/admin/users/bob").status_code == 204
+    assert_refused(admin.get("/admin/users/bob"), 404)
+    assert_refused(patch(admin, "bob", {"disabled": True}), 404)
+    assert_refused(admin.ask("DELETE", "/admin/users/bob"), 404)
+
+
+def test_a_password_is_made_up_where_none_is_sent_and_shown_once(admin: Client, nobody: Client) -> None:
+    added = admin.post("/admin/users", {"username": "bob"}).json
+    assert added["role"] == "user" and len(added["password"]) >= 20
+    nobody.login("bob", added["password"])
+    assert added["password"] not in admin.get("/admin/users/bob").text + admin.get("/admin/users").text
+
+
+def test_no_answer_holds_a_hash(admin: Client, rooms: Services) -> None:
+    admin.post("/admin/users", {"username": "bob", "password": PASSWORD})
+    answers = admin.get("/admin/users").text + admin.get("/admin/users/bob").text
+    assert "argon2" not in answers and "hash" not in answers and rooms.users.get("bob") is not None
+
+
+def test_accounts_come_by_the_page(admin: Client, rooms: Services) -> None:
+    for number in range(5):
+        rooms.users.add(f"u{number}", "user", "hash")
+    seen, after = [], ""
+    while page := admin.get("/admin/users", query_string={"after": after, "limit": 2}).json["users"]:
+        assert len(page) <= 2
+        seen += [user["username"] for user in page]
+        after = seen[-1]
+    assert seen == ["admin", "u0", "u1", "u2", "u3", "u4"]
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "no name": {"role": "user"},
+    "an impossible name": {"username": "a/b"},
+    "a name that looks like another": {"username": "\u0430dmin"},
+    "a trailing newline": {"username": "ann\n"},
+    "a number as name": {"username": 5},
+    "an unknown role": {"username": "ann", "role": "root"},
+    "no role": {"username": "ann", "role": None},
+    "a short password": {"username": "ann", "password": "1234567"},
+    "a long password": {"username": "ann", "password": "x" * 1025},
+    "an unknown field": {"username": "ann", "admin": True},
+    "no streams": {"username": "ann", "limits": {"streams": 0}},
+    "a limit that is true": {"username": "ann", "limits": {"rpm": True}},
+    "fewer tokens than none": {"username": "ann", "limits": {"tokens_per_day": -1}},
+    "more tokens than can be counted": {"username": "ann", "limits": {"tokens_per_day": 1 << 53}},
+    "an unknown limit": {"username": "ann", "limits": {"wishes": 3}},
+}
+
+
+@pytest.mark.parametrize("body", WRONG.values(), ids=WRONG)
+def test_a_wrong_account_is_422_and_not_made(admin: Client, rooms: Services, body: dict[str, Any]) -> None:
+    assert_refused(admin.post("/admin/users", body), 422)
+    assert rooms.users.count() == 1
+
+
+@pytest.mark.parametrize("body", [{"role": "root"}, {"disabled": "yes"}, {"password": "short"}, {"username": "new"}])
+def test_a_wrong_change_is_422_and_not_made(admin: Client, rooms: Services, body: dict[str, Any]) -> None:
+    before = rooms.users.get("admin")
+    assert_refused(patch(admin, "admin", body), 422)
+    assert rooms.users.get("admin") == before
+
+
+def test_a_taken_name_and_the_last_admin_are_409(admin: Client, rooms: Services) -> None:
+    assert_refused(admin.post("/admin/users", {"username": "admin", "role": "user"}), 409)
+    assert_refused(patch(admin, "admin", {"disabled": True}), 409)
+    assert_refused(patch(admin, "admin", {"role": "user", "password": NEW}), 409)
+    assert_refused(admin.ask("DELETE", "/admin/users/admin"), 409)
+    assert rooms.users.get("admin") is not None and admin.get("/admin/users").status_code == 200
+
+
+def test_of_one_name_added_32_times_at_once_one_account_comes(admin: Client) -> None:
+    def add(_: int) -> int:
+        return admin.post("/admin/users", {"username": "bob"}).status_code
+
+    with ThreadPoolExecutor(32) as pool:
+        assert sorted(pool.map(add, range(32))) == [201] + [409] * 31
+
+
+def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Client, rooms: Services) -> None:
+    admin.post("/admin/users", {"username": "bob", "limits": {"rpm": 7, "tokens_per_day": 99}})
+    assert patch(admin, "bob", {"limits": {"streams": 2, "rpm": None}}).json["own_limits"] == {
+        "streams": 2,
+        "rpm": None,
+        "tokens_per_day": 99,
+    }
+    assert patch(admin, "bob", {"disabled": False, "role": None}).json["limits"] == {
+        "streams": 2,
+        "rpm": 120,
+        "tokens_per_day": 99,
+    }
+    assert rooms.users.get("bob").limits == OwnLimits(2, None, 99)
+
+
+@pytest.mark.promise(
+    "P24", injected="each act on accounts, by a user, an auditor and an admin's API key", counted="403, nothing changed"
+)
+@pytest.mark.parametrize("role", [Role.USER, Role.AUDITOR])
+def test_only_admins_manage_accounts_and_no_key_does(
+    admin: Client, add_user: Callable[..., Client], rooms: Services, role: Role
+) -> None:
+    other = add_user("ann", role)
+    key = Client(admin.app, admin.post("/keys", {"name": "ci"}).json["key"])
+    before = [rooms.users.get(name) for name in ("admin", "ann")]
+    for caller in (other, key):
+        assert_refused(caller.get("/admin/users"), 403)
+        assert_refused(caller.get("/admin/users/ann"), 403)
+        assert_refused(caller.post("/admin/users", {"username": "eve", "role": "admin"}), 403)
+        assert_refused(patch(caller, "ann", {"role": "admin"}), 403)
+        assert_refused(caller.ask("DELETE", "/admin/users/admin"), 403)
+    assert [rooms.users.get(name) for name in ("admin", "ann")] == before and rooms.users.count() == 2
+
+
+def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user: Callable[..., Client]) -> None:
+    boss = add_user("boss", Role.ADMIN)
+    assert boss.get("/admin/users").status_code == 200
+    patch(admin, "boss", {"role": "user"})
+    assert_refused(boss.get("/admin/users"), 401)
+    assert_refused(boss.login("boss").get("/admin/users"), 403)
+
+
+@pytest.mark.promise("P18", injected="an account disabled and let in again", counted="its old token and key 401")
+def test_what_ended_with_the_rights_does_not_come_back_with_them(
+    admin: Client, add_user: Callable[..., Client]
+) -> None:
+    bob = add_user("bob")
+    key = Client(bob.app, bob.post("/keys", {"name": "ci"}).json["key"])
+    for disabled in (True, False):
+        patch(admin, "bob", {"disabled": disabled})
+    assert_refused(bob.post("/generate", HI), 401)
+    assert_refused(key.post("/generate", HI), 401)
+    assert bob.login("bob").post("/generate", HI).status_code == 200
+
+
+@pytest.mark.promise("P18", injected="a new password", counted="old token and old password 401")
+def test_a_password_that_an_admin_sets_ends_the_sessions_of_the_old_one(
+    admin: Client, add_user: Callable[..., Client], nobody: Client
+) -> None:
+    bob = add_user("bob")
+    assert patch(admin, "bob", {"password": NEW}).status_code == 200
+    assert_refused(bob.post("/generate", HI), 401)
+    assert nobody.post("/login", {"username": "bob", "password": PASSWORD}).status_code == 401
+    assert nobody.login("bob", NEW).post("/generate", HI).status_code == 200
+
+
+def change_password(caller: Client, current: str, new: str) -> Any:
+    return caller.post("/password", {"current_password": current, "new_password": new})
+
+
+@pytest.mark.promise("P18", injected="a new password, for each role", counted="every earlier token 401")
+@pytest.mark.parametrize("role", list(Role))
+def test_everybody_changes_their_own_password_which_ends_every_session(
+    nobody: Client, add_user: Callable[..., Client], role: Role
+) -> None:
+    bob = add_user("bob", role)
+    login = nobody.post("/login", {"username": "bob", "password": PASSWORD}).json
+    answer = change_password(bob, PASSWORD, NEW)
+    assert answer.status_code == 200
+    for old in (bob, Client(bob.app, login["access_token"])):
+        assert_refused(old.get("/v1/models"), 401)
+    assert_refused(Client(bob.app, login["refresh_token"]).post("/refresh"), 401)
+    assert Client(bob.app, answer.json["access_token"]).get("/v1/models").status_code == 200
+    assert Client(bob.app, answer.json["refresh_token"]).post("/refresh").status_code == 200
+    assert_refused(nobody.post("/login", {"username": "bob", "password": PASSWORD}), 401)
+
+
+def test_a_password_change_leaves_ones_keys(admin: Client) -> None:
+    key = Client(admin.app, admin.post("/keys", {"name": "ci"}).json["key"])
+    assert change_password(admin, PASSWORD, NEW).status_code == 200
+    assert key.post("/generate", HI).status_code == 200
+
+
+@pytest.mark.promise("P22", injected="guesses at /password with a valid token", counted="the sixth 429")
+def test_a_found_token_does_not_change_the_password_nor_guess_it(admin: Client, nobody: Client) -> None:
+    assert [change_password(admin, "wrong", NEW).status_code for _ in range(6)] == [401] * 5 + [429]
+    assert_refused(change_password(admin, PASSWORD, "short"), 422)
+    assert_refused(change_password(nobody, PASSWORD, NEW), 401)
+    key = Client(admin.app, admin.post("/keys", {"name": "ci"}).json["key"])
+    assert_refused(change_password(key, PASSWORD, NEW), 403)
+
+
+@pytest.mark.promise("P18", injected="a password changed while the old one is being checked", counted="401")
+def test_a_login_that_races_a_password_change_gets_no_session(
+    nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change comes after the old password was found right, before the session is there."""
+    start, injected = rooms.state.start_family, []
+
+    def start_late(*args: Any) -> str:
+        injected.append(rooms.users.change("admin", password_hash=rooms.passwords.hash(NEW)))
+        return start(*args)
+
+    monkeypatch.setattr("store.state.State.start_family", lambda _, *args: start_late(*args))
+    assert_refused(nobody.post("/login", {"username": "admin", "password": PASSWORD}), 401)
+    assert len(injected) == 1 and isinstance(injected[0], User)

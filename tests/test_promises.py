@@ -1,0 +1,16 @@
+"""The table of promises is current, and none is without a proof."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.promises import PROMISES, TABLE, proofs, table
+
+
+def test_the_committed_table_is_current() -> None:
+    assert TABLE.read_text() == table(), "run: make promises"
+
+
+@pytest.mark.parametrize("number", PROMISES)
+def test_every_promise_is_proved_by_a_test(number: str) -> None:
+    assert [proof.test for proof in proofs() if proof.promise == number]
