@@ -23,7 +23,7 @@ from benchmarks import record, table
 from benchmarks.engines import dense
 from benchmarks.ours import fill, load
 from benchmarks.record import HERE, Record
-from model import quant
+from model import native, quant
 from model.build import choose_device
 from model.loader import load_model, load_tokenizer, prepare
 from model.prompt import Prompt
@@ -53,7 +53,7 @@ def reference(settings: Settings) -> Any:
 def dequantised(settings: Settings) -> Any:
     """The model with its NF4 matrices as floats."""
     model = _load(prepare(find(settings), settings), settings, torch.float32)
-    quant.install(model, quant.Plan("dequantised", torch.float32))
+    quant.install(model, quant.Plan("dequantised", torch.float32, torch.float32))
     # A 4-bit checkpoint keeps its embedding in bf16 whatever it is loaded as, and transformers' own float() refuses.
     torch.nn.Module.float(model)
     return model
@@ -61,7 +61,9 @@ def dequantised(settings: Settings) -> Any:
 
 def served(settings: Settings) -> Any:
     """The model with the products that serve here, under transformers' own attention and cache."""
-    plan = quant.plan(choose_device(settings.device), settings.quantization)
+    device = choose_device(settings.device)
+    kernels = device == "cpu" and native.load(settings.data_dir / "compiled")
+    plan = quant.plan(device, settings.quantization, kernels)
     model = _load(prepare(find(settings), settings), settings, plan.dtype)
     quant.install(model, plan)
     return model
