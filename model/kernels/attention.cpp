@@ -1,7 +1,8 @@
 // One query token a row against the KV of its own slot, up to its own position: slots::attend.
 //
-// Knows no slot's owner and writes no KV. A row costs what its own length costs, whatever the longest is, and its result
-// is the same in any batch. Softmax in one pass over the columns, a tile at a time (Milakov and Gimelshein, 2018).
+// Knows no slot's owner and writes no KV. A row costs what its own length costs, whatever the longest is. Softmax in
+// one pass over the columns, a tile at a time (Milakov and Gimelshein, 2018). The only token of its slot, as in
+// decoding, has the same bits in any batch; tokens of one prompt share the work of reading their columns.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "vectors.h"
 
@@ -17,6 +19,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
+constexpr int64_t kRun = 32;   // most tokens of one prompt that are computed together
 
 inline float sum(Floats v) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -59,6 +62,20 @@ struct Heads {
         for (int g = 0; g < G; g++) sums[g] += key * load(q + g * d + i);
       }
       for (int g = 0; g < G; g++) weight[g][t] = sum(sums[g]) * scale;
+    }
+  }
+
+  // As above, from a tile of keys that lie [d][kTile], eight columns to a vector: no sums across lanes.
+  void score_columns(const float* keys) {
+    for (int64_t c = 0; c < kTile; c += 32) {
+      Floats sums[G][4] = {};
+      for (int64_t i = 0; i < d; i++)
+        for (int v = 0; v < 4; v++) {
+          const Floats key = load(keys + i * kTile + c + 8 * v);
+          for (int g = 0; g < G; g++) sums[g][v] += key * q[g * d + i];
+        }
+      for (int g = 0; g < G; g++)
+        for (int v = 0; v < 4; v++) store(&weight[g][c + 8 * v], sums[g][v] * scale);
     }
   }
 
@@ -109,48 +126,99 @@ struct Pages {
   }
 };
 
-template <int G, typename T>
-void attend_heads(const Pages& pages, const T* keys, const T* values, int64_t slot, int64_t head, int64_t length,
-                  const float* q, float scale, float* out) {
-  Heads<G> heads(q, out, pages.d, scale);
-  for (int64_t begin = 0; begin < length; begin += kTile) {
-    const int64_t count = std::min(kTile, length - begin), at = pages.at(slot, head, begin);
-    heads.score(keys + at, count);
-    heads.normalise(count);
-    heads.gather(values + at, count);
+// What all tasks read. T: float, or uint16_t for bfloat16.
+template <typename T>
+struct Call {
+  Pages pages;
+  int64_t heads, group;
+  const float* q;
+  const T *keys, *values;
+  const int64_t *slots, *positions;
+  float scale;
+  float* out;
+
+  // The single token of a row, for G of the query heads that share a KV head.
+  template <int G>
+  void alone(int64_t row, int64_t head, int64_t first) const {
+    const int64_t at = (row * heads + first) * pages.d, length = positions[row] + 1;
+    Heads<G> mine(q + at, out + at, pages.d, scale);
+    for (int64_t begin = 0; begin < length; begin += kTile) {
+      const int64_t count = std::min(kTile, length - begin), place = pages.at(slots[row], head, begin);
+      mine.score(keys + place, count);
+      mine.normalise(count);
+      mine.gather(values + place, count);
+    }
+    mine.finish();
   }
-  heads.finish();
-}
+
+  // The same for rows [begin, end) of one slot, which read each tile of columns together.
+  template <int G>
+  void together(int64_t begin, int64_t end, int64_t head, int64_t first) const {
+    const int64_t d = pages.d, length = *std::max_element(positions + begin, positions + end) + 1;
+    std::vector<Heads<G>> mine;
+    mine.reserve(end - begin);
+    for (int64_t row = begin, at; row < end; row++)
+      at = (row * heads + first) * d, mine.emplace_back(q + at, out + at, d, scale);
+    std::vector<float> columns(d * kTile), rows(kTile * d);
+    for (int64_t from = 0; from < length; from += kTile) {
+      const int64_t count = std::min(kTile, length - from), place = pages.at(slots[begin], head, from);
+      for (int64_t t = 0; t < count; t++)
+        for (int64_t i = 0; i < d; i += 8) {
+          const Floats key = load(keys + place + t * d + i);
+          for (int j = 0; j < 8; j++) columns[(i + j) * kTile + t] = key[j];
+          store(&rows[t * d + i], load(values + place + t * d + i));
+        }
+      for (int64_t row = begin; row < end; row++) {
+        const int64_t seen = std::min(count, positions[row] + 1 - from);
+        if (seen <= 0) continue;
+        Heads<G>& one = mine[row - begin];
+        one.score_columns(columns.data());
+        one.normalise(seen);
+        one.gather(rows.data(), seen);
+      }
+    }
+    for (Heads<G>& one : mine) one.finish();
+  }
+
+  template <int G>
+  void some_heads(int64_t begin, int64_t end, int64_t head, int64_t first) const {
+    end - begin == 1 ? alone<G>(begin, head, first) : together<G>(begin, end, head, first);
+  }
+
+  void run(int64_t begin, int64_t end, int64_t head) const {
+    for (int64_t g = 0; g < group; g += 4) {
+      const int64_t first = head * group + g;
+      switch (std::min<int64_t>(group - g, 4)) {
+        case 1: some_heads<1>(begin, end, head, first); break;
+        case 2: some_heads<2>(begin, end, head, first); break;
+        case 3: some_heads<3>(begin, end, head, first); break;
+        default: some_heads<4>(begin, end, head, first);
+      }
+    }
+  }
+};
 
 template <typename T>
 void attend_rows(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slot, const Tensor& position,
                  float scale, const Tensor& result) {
   const Pages pages(keys);
-  const int64_t rows = q.size(0), heads = q.size(1), group = heads / pages.heads;
-  const auto* in = static_cast<const float*>(q.data_ptr());
-  const auto* k = static_cast<const T*>(keys.data_ptr());
-  const auto* v = static_cast<const T*>(values.data_ptr());
-  const auto* slots = static_cast<const int64_t*>(slot.data_ptr());
-  const auto* positions = static_cast<const int64_t*>(position.data_ptr());
-  auto* out = static_cast<float*>(result.data_ptr());
+  const int64_t rows = q.size(0), heads = q.size(1);
+  const Call<T> call{pages, heads, heads / pages.heads, static_cast<const float*>(q.data_ptr()),
+                     static_cast<const T*>(keys.data_ptr()), static_cast<const T*>(values.data_ptr()),
+                     static_cast<const int64_t*>(slot.data_ptr()), static_cast<const int64_t*>(position.data_ptr()),
+                     scale, static_cast<float*>(result.data_ptr())};
+  std::vector<int64_t> runs{0};  // where each begins; rows of one slot that follow each other
+  for (int64_t row = 1; row < rows; row++)
+    if (call.slots[row] != call.slots[row - 1] || row - runs.back() == kRun) runs.push_back(row);
+  const int64_t count = runs.size();
+  runs.push_back(rows);
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t task = 0; task < rows * pages.heads; task++) {
-    const int64_t row = task / pages.heads, head = task % pages.heads;
-    for (int64_t g = 0; g < group;) {
-      const int64_t at = (row * heads + head * group + g) * pages.d, length = positions[row] + 1;
-      const auto run = [&](auto f) { f(pages, k, v, slots[row], head, length, in + at, scale, out + at); };
-      const int64_t together = std::min<int64_t>(group - g, 4);
-      if (together == 4) run(attend_heads<4, T>);
-      if (together == 3) run(attend_heads<3, T>);
-      if (together == 2) run(attend_heads<2, T>);
-      if (together == 1) run(attend_heads<1, T>);
-      g += together;
-    }
-  }
+  for (int64_t task = 0; task < count * pages.heads; task++)
+    call.run(runs[task / pages.heads], runs[task / pages.heads + 1], task % pages.heads);
 }
 
-// q float32 [rows, heads, d], d a multiple of 16; keys, values [pages, slots, kv_heads, size, d] in float32 or bfloat16,
-// size a multiple of 64; slot, position int64 [rows]: row i sees columns 0 to position[i] of slot[i]
+// q float32 [rows, heads, d], d a multiple of 16; keys, values [pages, slots, kv_heads, size, d] in float32 or
+// bfloat16, size a multiple of 64; slot, position int64 [rows]: row i sees columns 0 to position[i] of slot[i]
 // -> float32 [rows, heads, d].
 Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slot, const Tensor& position,
               double scale) {

@@ -65,7 +65,8 @@ inline __m256i dot4(__m256i sums, __m256i u8, __m256i s8) {
 #endif
 }
 
-// M input rows from `row` on, times kLanes output rows. weights [blocks][kBlock / 4][kLanes][4]; scales [blocks][kLanes].
+// M input rows from `row` on, times kLanes output rows.
+// weights [blocks][kBlock / 4][kLanes][4]; scales [blocks][kLanes].
 template <int M>
 void tile(const Panel& x, int64_t row, const __m256i* weights, const float* scales, float* out, int64_t stride) {
   const int8_t* q = &x.q[row * x.k];
@@ -89,7 +90,7 @@ void tile(const Panel& x, int64_t row, const __m256i* weights, const float* scal
   for (int m = 0; m < M; m++) store(out + m * stride, total[m]);
 }
 
-// 4-bit codes -> the bytes that `tile` reads: the low halves of 32 bytes are one group of four inputs, the high the next.
+// 4-bit codes -> the bytes that `tile` reads: low halves are one group of four inputs, high halves the next.
 void expand(const __m256i* packed, __m256i codebook, int64_t vectors, __m256i* weights) {
   const __m256i low = _mm256_set1_epi8(15);
   for (int64_t i = 0; i < vectors; i++) {

@@ -47,6 +47,20 @@ def test_attention_is_what_it_is_defined_to_be(heads: int, kv_heads: int, d: int
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (7, 1), (4, 4)])
+def test_prompts_side_by_side_are_attended_as_token_by_token(heads: int, kv_heads: int) -> None:
+    """Runs of one slot share their columns: of two prompts, the one longer than a run and over a page's border."""
+    torch.manual_seed(0)
+    keys, values = (torch.randn(2, 3, kv_heads, 256, 32) for _ in range(2))
+    keys[1, 0, :, 50:], values[1, 0, :, 50:] = torch.nan, torch.nan  # what lies behind a prompt is nobody's
+    slot, last = torch.tensor([0] * 70 + [2] * 5), torch.cat([torch.arange(236, 306), torch.arange(5)])
+    q = torch.randn(75, heads, 32)
+    got = torch.ops.slots.attend(q, keys, values, slot, last, 0.2)
+    want = [attention(q[row], keys, values, int(slot[row]), int(last[row]), 0.2) for row in range(75)]
+    torch.testing.assert_close(got, torch.stack(want))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_a_row_of_attention_is_bitwise_the_same_alone() -> None:
     torch.manual_seed(0)
     keys, values = (torch.randn(2, 8, 3, 256, 64).bfloat16() for _ in range(2))
