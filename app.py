@@ -18,7 +18,7 @@ from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import auth, bearer, errors, generate, guards, health, openai, trace
+from api import auth, bearer, errors, generate, guards, health, openai, page, trace
 from api.answers import Answers
 from api.places import LOGINS, Places, generations
 from api.running import Running
@@ -78,7 +78,7 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     guards.register(app)
     errors.register(app)
     bearer.register(app, rooms)
-    for room in (health, auth, generate, openai):
+    for room in (health, auth, generate, openai, page):
         app.register_api(room.blueprint)
     if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
