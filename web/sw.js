@@ -31,7 +31,9 @@ async function keepAll() {
 
 async function dropOlder() {
   const names = await caches.keys();
-  await Promise.all(names.filter((name) => name.startsWith("flask-llm-") && name !== CACHE).map((name) => caches.delete(name)));
+  await Promise.all(
+    names.filter((name) => name.startsWith("flask-llm-") && name !== CACHE).map((name) => caches.delete(name)),
+  );
 }
 
 /** All files of a page come from one version; the network is for what a browser threw out. */

@@ -45,7 +45,7 @@ export class Chat extends EventTarget {
 
   /** An empty conversation, stored when something is said in it. */
   fresh() {
-    this.#put(newHead(models.chosen), []);
+    if (!this.head || this.messages.length) this.#put(newHead(models.chosen), []);
   }
 
   async open(id) {
@@ -57,19 +57,20 @@ export class Chat extends EventTarget {
 
   /** Everything off the screen and out of memory; runs end. */
   close() {
-    for (const run of this.#runs.values()) run.stop();
+    for (const run of this.#runs.values()) run.discard();
     this.#runs.clear();
     this.#library = null;
     this.#composer.forget();
     this.#put(newHead(null), []);
-    hush();
   }
 
   send(text) {
     if (this.#run) return;
-    if (this.#editing !== null) this.messages.length = this.#editing;
+    const question = { role: "user", text };
+    if (this.#editing !== null) this.#cut(this.#editing);
     this.#cancelEdit(false);
-    this.messages.push({ role: "user", text });
+    this.messages.push(question);
+    this.#log.add(question, this.#acts(question));
     if (!this.head.title) this.head.title = titleOf(text);
     this.#answer();
   }
@@ -83,7 +84,7 @@ export class Chat extends EventTarget {
 
   /** Deletes, with a moment to think better of it. */
   async remove(id) {
-    await this.#runs.get(id)?.stop();
+    await this.#runs.get(id)?.discard();
     const [head, messages] = [await this.#library.head(id), await this.#library.messages(id)];
     if (!head) return;
     const library = this.#library;
@@ -116,26 +117,35 @@ export class Chat extends EventTarget {
 
   #show() {
     if (!this.head) return;
-    this.#log.show(this.messages, (index) => this.#acts(index), this.#run);
-    this.#composer.busy(Boolean(this.#run));
+    this.#log.show(this.messages, (message) => this.#acts(message), this.#run);
+    this.#showState();
+  }
+
+  #showState() {
+    const busy = Boolean(this.#run);
+    this.#composer.busy(busy);
+    this.#log.busy(busy);
     this.#showTitle();
   }
 
   #showTitle() {
-    find("title").textContent = this.head.title;
+    find("more").disabled = !this.messages.length;
+    find("title").textContent = this.head.title || say("untitled");
     document.title = this.head.title ? `${this.head.title} – Flask LLM` : "Flask LLM";
   }
 
-  #acts(index) {
-    if (this.#run) return {};
-    if (this.messages[index].role === "user") return { edit: () => this.#edit(index) };
-    if (index !== this.messages.length - 1) return {};
-    return { retry: () => this.#retry(), goOn: () => this.send(say("go.on")) };
+  #acts(message) {
+    return { edit: () => this.#edit(message), retry: () => this.#retry(), goOn: () => this.send(say("go.on")) };
   }
 
-  #edit(index) {
-    this.#editing = index;
-    this.#composer.edit(true, this.messages[index].text);
+  #edit(message) {
+    this.#editing = this.messages.indexOf(message);
+    this.#composer.edit(true, message.text);
+  }
+
+  #cut(count) {
+    this.messages.length = count;
+    this.#log.cut(count);
   }
 
   #cancelEdit(clear = true) {
@@ -145,7 +155,7 @@ export class Chat extends EventTarget {
   }
 
   #retry() {
-    this.messages.pop();
+    this.#cut(this.messages.length - 1);
     this.#answer();
   }
 
@@ -156,7 +166,8 @@ export class Chat extends EventTarget {
     messages.push({ role: "assistant", text: "", reasoning: "", model: head.model });
     const run = new Run(this.#library, head, messages);
     this.#runs.set(head.id, run);
-    this.#show();
+    this.#log.add(run.message, this.#acts(run.message), run);
+    this.#showState();
     run.save.now();
     readAloud(run, () => this.head !== head);
     this.dispatchEvent(new Event("run"));
@@ -166,7 +177,7 @@ export class Chat extends EventTarget {
 
   #ended(run) {
     if (this.#runs.get(run.head.id) === run) this.#runs.delete(run.head.id);
-    if (this.head === run.head) this.#show();
+    if (this.head === run.head) this.#showState();
     this.dispatchEvent(new Event("run"));
     models.look();
   }

@@ -6,7 +6,12 @@ import { say } from "./words.js";
 const SHOWN = 1500; // milliseconds
 
 export async function copyText(text, button) {
-  const done = navigator.clipboard ? await navigator.clipboard.writeText(text).then(() => true, () => false) : false;
+  const done = navigator.clipboard
+    ? await navigator.clipboard.writeText(text).then(
+        () => true,
+        () => false,
+      )
+    : false;
   if (done || copyByHand(text)) confirm(button);
 }
 

@@ -12,16 +12,24 @@ const LARGEST = 60_000; // characters; longer code stays uncoloured, or the page
 const STYLE = / style="[^"]*"/g; // the policy forbids them, and a browser would complain of each
 
 let highlighter, temml;
-const loadHighlighter = () => (highlighter ??= import("../vendor/highlight/highlight.min.js").then((module) => module.default));
+const loadHighlighter = () =>
+  (highlighter ??= import("../vendor/highlight/highlight.min.js").then((module) => module.default));
 const loadMath = () => (temml ??= loadTemml());
 
 /** Enhances what lies below `nodes`, now where the libraries are there and soon where they are not. */
 export function enhance(nodes) {
-  const all = (selector) => nodes.flatMap((node) => (node.matches ? [...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector)] : []));
+  const all = (selector) =>
+    nodes.flatMap((node) =>
+      node.matches ? [...(node.matches(selector) ? [node] : []), ...node.querySelectorAll(selector)] : [],
+    );
   all("figure.code").forEach(codeBlock);
   all("table").forEach(tableFrame);
   const formulas = all(".math");
-  if (formulas.length) loadMath().then((library) => formulas.forEach((each) => typeset(each, library)), () => {});
+  if (formulas.length)
+    loadMath().then(
+      (library) => formulas.forEach((each) => typeset(each, library)),
+      () => {},
+    );
 }
 
 function codeBlock(figure) {
@@ -30,7 +38,11 @@ function codeBlock(figure) {
   figure.querySelector("figcaption").append(button);
   figure.querySelector("pre").tabIndex = 0;
   const language = code.className.replace("language-", "");
-  if (language && code.textContent.length < LARGEST) loadHighlighter().then((library) => colour(code, language, library), () => {});
+  if (language && code.textContent.length < LARGEST)
+    loadHighlighter().then(
+      (library) => colour(code, language, library),
+      () => {},
+    );
 }
 
 function colour(code, language, library) {
@@ -42,7 +54,13 @@ function typeset(element, library) {
   const tex = element.textContent;
   try {
     const display = element.tagName === "DIV";
-    const math = library.renderToString(tex, { displayMode: display, throwOnError: true, trust: false, maxExpand: 200, maxSize: [20, 20] });
+    const math = library.renderToString(tex, {
+      displayMode: display,
+      throwOnError: true,
+      trust: false,
+      maxExpand: 200,
+      maxSize: [20, 20],
+    });
     element.replaceChildren(cleanMath(math.replace(STYLE, "")));
     element.setAttribute("title", tex);
   } catch {

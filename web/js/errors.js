@@ -13,7 +13,10 @@ export class ApiError extends Error {
   static cut = () => new ApiError(0, { code: "cut" });
 
   static async from(response) {
-    const detail = await response.json().then((body) => body.error, () => null);
+    const detail = await response.json().then(
+      (body) => body.error,
+      () => null,
+    );
     const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
     return new ApiError(response.status, detail ?? {}, Number.isNaN(seconds) ? null : seconds);
   }
@@ -32,11 +35,17 @@ const BY_CODE = {
   store_unavailable: "error.store",
   too_large: "error.large",
 };
-const BY_STATUS = { 401: "error.login", 403: "error.forbidden", 404: "error.missing", 413: "error.large", 429: "error.rate" };
+const BY_STATUS = {
+  401: "error.login",
+  403: "error.forbidden",
+  404: "error.missing",
+  413: "error.large",
+  429: "error.rate",
+};
 
 /** One or two sentences: what happened, and what to do. */
 export function explain(error) {
-  if (!(error instanceof ApiError)) return say("error.page");
+  if (error.status == null) return say("error.page");
   const key = BY_CODE[error.code] ?? BY_STATUS[error.status] ?? (error.status < 500 ? "error.refused" : "error.server");
   const when = error.retryAfter ? ` ${say("error.when", { seconds: error.retryAfter })}` : "";
   return say(key, { message: error.message, id: error.requestId ?? "–" }) + when;

@@ -11,11 +11,13 @@ export const DEFAULTS = { system: "", temperature: 0.6, top_p: 0.95, max_new_tok
 export class Library extends EventTarget {
   #db;
   #others;
+  #release = () => {};
 
   static async open(user) {
     const library = new Library();
     const blocking = (_current, _blocked, event) => event.target.close(); // another tab wipes: let it
     library.#db = await openDB(PREFIX + user, 1, { upgrade, blocking });
+    library.#hold(PREFIX + user);
     library.#others = new BroadcastChannel(PREFIX + user);
     library.#others.onmessage = () => library.dispatchEvent(new Event("change"));
     return library;
@@ -58,6 +60,7 @@ export class Library extends EventTarget {
   }
 
   close() {
+    this.#release();
     this.#others.close();
     this.#db.close();
   }
@@ -69,6 +72,12 @@ export class Library extends EventTarget {
     this.#changed();
     this.close();
     await deleteDB(name);
+  }
+
+  /** Tells other tabs, as long as this one is open, that these conversations are being looked at. */
+  #hold(name) {
+    const until = new Promise((release) => (this.#release = release));
+    navigator.locks?.request(name, { mode: "shared" }, () => until);
   }
 
   #changed() {
@@ -83,11 +92,14 @@ export function newHead(model) {
   return { id: newId(), title: "", created: now, updated: now, model, settings: { ...DEFAULTS } };
 }
 
-/** Deletes what other users left here, unless they chose to keep it. */
+/** Deletes what other users left here, unless they chose to keep it or are here, in another tab. */
 export async function wipeOthers(user, isKept) {
-  const all = (await indexedDB.databases?.()) ?? [];
-  const names = all.map((each) => each.name).filter((name) => name?.startsWith(PREFIX) && name !== PREFIX + user);
-  await Promise.all(names.filter((name) => !isKept(name.slice(PREFIX.length))).map((name) => deleteDB(name)));
+  const here = new Set((await navigator.locks?.query())?.held.map((lock) => lock.name));
+  const names = ((await indexedDB.databases?.()) ?? []).map((each) => each.name);
+  const left = (name) => name.startsWith(PREFIX) && name !== PREFIX + user && !here.has(name);
+  await Promise.all(
+    names.filter((name) => left(name) && !isKept(name.slice(PREFIX.length))).map((name) => deleteDB(name)),
+  );
 }
 
 function upgrade(db) {

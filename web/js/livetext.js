@@ -16,15 +16,17 @@ export class LiveText {
     this.#container = container;
   }
 
-  /** Shows `text`, which begins with what was shown before. */
-  update(text) {
+  /** Shows `given`, which begins with what was shown before. */
+  update(given) {
+    const text = plain(given);
     const sure = this.#sure(text.slice(this.#done));
     if (sure) this.#settle(text.slice(this.#done, this.#done + sure));
     this.#replaceTail(render(mended(text.slice(this.#done))));
   }
 
   /** Shows the whole text, done. */
-  finish(text) {
+  finish(given) {
+    const text = plain(given);
     if (REFERENCE.test(text)) {
       this.#container.replaceChildren();
       [this.#done, this.#tail] = [0, []];
@@ -61,6 +63,9 @@ export class LiveText {
     this.#tail = [...this.#tail.slice(0, kept), ...added];
   }
 }
+
+/** With the line ends that marked counts in. */
+const plain = (text) => text.replace(/\r\n?/g, "\n");
 
 /** Closes the emphasis or code that the last line has opened so far, or it would flicker when its end comes. */
 function mended(text) {

@@ -21,12 +21,28 @@ export class Log {
     new ResizeObserver(() => this.#following && this.#toEnd()).observe(this.#log);
   }
 
-  /** Shows these messages instead of what was there. `acts(index)` says what can be done with one. */
+  /** Shows these messages instead of what was there. `acts(message)` says what can be done with one. */
   show(messages, acts, run) {
-    const views = messages.map((message, index) => messageView(message, acts(index), run?.message === message ? run : null));
+    const views = messages.map((message) => messageView(message, acts(message), run?.message === message ? run : null));
     this.#list.replaceChildren(...views);
     this.#greet(!messages.length);
     this.follow();
+  }
+
+  add(message, acts, run = null) {
+    this.#list.append(messageView(message, acts, run));
+    this.#greet(false);
+    this.follow();
+  }
+
+  /** Keeps the first `count` messages. */
+  cut(count) {
+    for (const view of [...this.#list.children].slice(count)) view.remove();
+  }
+
+  /** While an answer is being made, nothing else is begun. */
+  busy(yes) {
+    this.#list.classList.toggle("busy", yes);
   }
 
   follow() {
@@ -49,7 +65,9 @@ export class Log {
     this.#hello.hidden = !yes;
     if (!yes) return;
     const ideas = [1, 2, 3, 4].map((number) => say(`hello.${number}`));
-    const buttons = ideas.map((idea) => h("button.idea", { type: "button", onclick: () => this.onSuggestion(idea) }, idea));
+    const buttons = ideas.map((idea) =>
+      h("button.idea", { type: "button", onclick: () => this.onSuggestion(idea) }, idea),
+    );
     this.#hello.replaceChildren(h("h2", {}, say("hello.title")), h("div.ideas", {}, ...buttons));
   }
 }

@@ -67,6 +67,7 @@ function leave() {
   find("app").hidden = true;
   here.library?.close();
   here.library = here.user = null;
+  find("toasts").replaceChildren();
   chat.close();
   sidebar.empty();
 }
@@ -87,11 +88,15 @@ async function logout() {
 
 function wire() {
   find("new").addEventListener("click", fresh);
+  find("skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address belongs to the conversation
+    find("prompt").focus();
+  });
   find("account").addEventListener("click", () => openMenu(find("account"), accountMenu(here, logout)));
   find("more").addEventListener("click", () => openMenu(find("more"), conversationMenu(chat.head, here.library, chat)));
   find("tune").addEventListener("click", () => openTuning(chat.head.settings, (settings) => chat.tune(settings)));
   for (const name of ["open", "run"]) chat.addEventListener(name, moved);
-  models.addEventListener("reach", notice);
+  models.addEventListener("reach", reached);
   session.addEventListener("end", () => showLogin(say("login.again")));
   changed.addEventListener("change", translated);
   tabs.addEventListener("message", ({ data }) => data.left === here.user && elsewhereLeft());
@@ -160,6 +165,11 @@ function shortcut(event) {
   else if (key === "o" && event.shiftKey) fresh();
   else return;
   event.preventDefault();
+}
+
+function reached() {
+  notice();
+  if (models.reachable && session.signedIn) models.load().catch(() => {});
 }
 
 async function reachable() {

@@ -5,13 +5,18 @@ import DOMPurify from "../vendor/dompurify/purify.es.mjs";
 import { Marked } from "../vendor/marked/marked.esm.js";
 import { mathBlock, mathInline } from "./mathtext.js";
 
-const TAGS =
-  "p br strong em del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 hr table thead tbody tr th td a input div span figure figcaption".split(" ");
-const ATTRIBUTES = ["class", "start", "align", "type", "checked", "disabled"];
-const MATH =
-  "math semantics mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr mtd mstyle mpadded mphantom menclose mmultiscripts mprescripts none merror".split(" ");
-const MATH_ATTRIBUTES =
-  "display displaystyle scriptlevel mathvariant stretchy fence separator form lspace rspace minsize maxsize symmetric largeop movablelimits accent accentunder linethickness width height depth voffset columnalign rowspacing columnspacing columnlines rowlines notation class".split(" ");
+const names = (text) => text.trim().split(/\s+/);
+const TAGS = names(`
+  p br strong em del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 hr table thead tbody tr th td a input div span
+  figure figcaption`);
+const ATTRIBUTES = names("class start align type checked disabled");
+const MATH = names(`
+  math semantics mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr mtd
+  mstyle mpadded mphantom menclose mmultiscripts mprescripts none merror`);
+const MATH_ATTRIBUTES = names(`
+  class display displaystyle scriptlevel mathvariant stretchy fence separator form lspace rspace minsize maxsize symmetric
+  largeop movablelimits accent accentunder linethickness width height depth voffset columnalign rowspacing columnspacing
+  columnlines rowlines notation`);
 const SCHEMES = /^(?:https?|mailto):/i;
 
 const escaped = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
@@ -30,10 +35,8 @@ marked.use({
   },
 });
 
-const purify = DOMPurify();
-purify.addHook("afterSanitizeAttributes", (element) => {
-  if (element.tagName !== "A") return;
-  if (!element.hasAttribute("href")) return;
+DOMPurify.addHook("afterSanitizeAttributes", (element) => {
+  if (element.tagName !== "A" || !element.hasAttribute("href")) return;
   element.setAttribute("target", "_blank");
   element.setAttribute("rel", "noopener noreferrer nofollow");
 });
@@ -53,5 +56,5 @@ const MATH_RULES = { ...RULES, ALLOWED_TAGS: MATH, ALLOWED_ATTR: MATH_ATTRIBUTES
 export const render = (text) => clean(marked.parse(text));
 
 /** HTML that a library made of a model's text, as a fragment. */
-export const clean = (html) => purify.sanitize(html, RULES);
-export const cleanMath = (html) => purify.sanitize(html, MATH_RULES);
+export const clean = (html) => DOMPurify.sanitize(html, RULES);
+export const cleanMath = (html) => DOMPurify.sanitize(html, MATH_RULES);

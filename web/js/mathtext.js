@@ -5,7 +5,11 @@ const BLOCK = /^ {0,3}(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]) *(?:\n|$)/;
 const INLINE = /^(?:\$\$([^$\n]+?)\$\$|\$(?! )((?:\\.|[^\\$\n])+?)(?<! )\$(?!\d)|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\])/;
 const BEGIN = /\$|\\[([]/;
 
-const found = (match) => match.slice(1).find((part) => part !== undefined).trim();
+const found = (match) =>
+  match
+    .slice(1)
+    .find((part) => part !== undefined)
+    .trim();
 
 export const mathBlock = (escaped) => ({
   name: "mathBlock",

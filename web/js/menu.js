@@ -7,10 +7,15 @@ const GAP = 6; // pixels
 /** Shows `items`, each {icon, label, act, checked?, danger?} or a string that is only read. */
 export function openMenu(anchor, items) {
   const menu = find("menu");
-  menu.replaceChildren(...items.filter(Boolean).map((item) => (typeof item === "string" ? note(item) : entry(menu, item))));
+  menu.replaceChildren(
+    ...items.filter(Boolean).map((item) => (typeof item === "string" ? note(item) : entry(menu, item))),
+  );
   menu.setAttribute("aria-label", anchor.getAttribute("aria-label") ?? anchor.textContent.trim());
   anchor.setAttribute("aria-expanded", "true");
-  menu.addEventListener("toggle", (event) => event.newState === "closed" && closed(anchor), { once: false, signal: lifetime() });
+  menu.addEventListener("toggle", (event) => event.newState === "closed" && closed(anchor), {
+    once: false,
+    signal: lifetime(),
+  });
   menu.showPopover();
   place(menu, anchor.getBoundingClientRect());
   menu.querySelector("button")?.focus();
@@ -51,7 +56,12 @@ function entry(menu, { icon: name, label, act, checked, danger }) {
   };
   return h(
     danger ? "button.danger" : "button",
-    { type: "button", role: chosen ? "menuitemcheckbox" : "menuitem", "aria-checked": chosen ? String(checked) : null, onclick: choose },
+    {
+      type: "button",
+      role: chosen ? "menuitemcheckbox" : "menuitem",
+      "aria-checked": chosen ? String(checked) : null,
+      onclick: choose,
+    },
     icon(name),
     h("span", {}, label),
     checked && icon("check"),

@@ -9,14 +9,15 @@ import { number, say } from "./words.js";
 const PAUSE = 40; // milliseconds between two showings at least; a slow one makes the next wait longer
 const SHARE = 4; // showing may take one in so many of the page's milliseconds
 
-/** A message as an element. `acts`: retry(), goOn(), edit(), all optional. `run` while it is still being made. */
+/** A message as an element. `acts`: retry(), goOn(), edit(). `run` while it is still being made. */
 export function messageView(message, acts, run = null) {
   return message.role === "user" ? userView(message, acts) : new AnswerView(message, acts, run).element;
 }
 
 function userView(message, acts) {
   const copy = iconButton("copy", say("copy"), () => copyText(message.text, copy));
-  const edit = acts.edit && iconButton("edit", say("edit"), acts.edit);
+  const edit = iconButton("edit", say("edit"), acts.edit);
+  edit.classList.add("begin");
   return h(
     "article.message.user",
     { "aria-label": say("you") },
@@ -74,7 +75,9 @@ class AnswerView {
     this.#thinking.hidden = !reasoning;
     const over = text || this.#message.finish || this.#message.error;
     this.#thinking.classList.toggle("busy", !over);
-    this.#summary.textContent = over ? say("thought", { seconds: number(Math.max(thought ?? 0, 0.1), 1) }) : say("thinking");
+    this.#summary.textContent = over
+      ? say("thought", { seconds: number(Math.max(thought ?? 0, 0.1), 1) })
+      : say("thinking");
     this.#wait.hidden = !this.#run?.waiting || this.#run.ended;
     if (!this.#wait.hidden) this.#wait.replaceChildren(h("span.pulse"), waitWords(this.#run.waiting));
   }
@@ -92,20 +95,21 @@ class AnswerView {
   #ending() {
     const { text, error, finish, shortened, served, stats } = this.#message;
     const copy = iconButton("copy", say("copy"), () => copyText(text, copy));
-    const retry = this.#acts.retry && iconButton("retry", say("retry"), this.#acts.retry);
+    const retry = iconButton("retry", say("retry"), this.#acts.retry);
+    retry.classList.add("begin");
     const failed = error ?? (finish ? null : { status: 0, code: "cut" }); // the page was closed in the middle
     return [
       shortened && h("p.aside", {}, say("shortened")),
       served === "offline" && h("p.aside", {}, say("offlined")),
-      failed && h("div.alert", { role: "alert" }, h("p", {}, explain(failed)), this.#acts.retry && button("retry", this.#acts.retry)),
+      failed && h("div.alert", { role: "alert" }, h("p", {}, explain(failed)), button("retry", this.#acts.retry)),
       finish === "cancelled" && h("p.aside", {}, say("stopped")),
-      finish === "length" && h("p.aside", {}, say("cut"), " ", this.#acts.goOn && button("cut.more", this.#acts.goOn)),
+      finish === "length" && h("p.aside", {}, say("cut"), " ", button("cut.more", this.#acts.goOn)),
       h("div.tools", {}, text && copy, !failed && retry, stats && h("span.stats", {}, statsWords(stats))),
     ].filter(Boolean);
   }
 }
 
-const button = (key, onclick) => h("button.small", { type: "button", onclick }, say(key));
+const button = (key, onclick) => h("button.small.begin", { type: "button", onclick }, say(key));
 
 function waitWords({ stage, position, percent, eta_seconds }) {
   if (stage === "queued") {
@@ -118,6 +122,10 @@ function waitWords({ stage, position, percent, eta_seconds }) {
 
 function statsWords({ tokens, first, speed, cached }) {
   if (cached) return say("stats.cached", { tokens: number(tokens) });
-  const values = { tokens: number(tokens), first: number(first, 2), speed: speed === null ? "–" : number(speed, speed < 100 ? 1 : 0) };
+  const values = {
+    tokens: number(tokens),
+    first: number(first, 2),
+    speed: speed === null ? "–" : number(speed, speed < 100 ? 1 : 0),
+  };
   return say("stats", values);
 }

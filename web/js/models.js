@@ -68,7 +68,12 @@ class Models extends EventTarget {
     const { stage, percent, reason } = this.#state;
     const words = reason && stage !== "ready" ? reason : say(`model.${stage}`, { percent: number(percent ?? 0) });
     openMenu(find("model"), [
-      ...this.names.map((name) => ({ icon: "think", label: name, checked: name === this.chosen, act: () => this.#pick(name) })),
+      ...this.names.map((name) => ({
+        icon: "think",
+        label: name,
+        checked: name === this.chosen,
+        act: () => this.#pick(name),
+      })),
       words,
     ]);
   }

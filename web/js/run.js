@@ -27,6 +27,12 @@ export class Run extends EventTarget {
     return this.#stream.stop();
   }
 
+  /** Stops, and saves nothing any more: the conversation is gone. */
+  discard() {
+    this.save = Object.assign(() => {}, { now() {} });
+    return this.stop();
+  }
+
   /** Returns when the answer has ended, well or not. */
   async start() {
     try {
@@ -106,7 +112,14 @@ function history(messages) {
 function body({ model, settings }, turns, most) {
   const { system, temperature, top_p, seed } = settings;
   const messages = system.trim() ? [{ role: "system", content: system }, ...turns] : turns;
-  return { messages, temperature, top_p, max_new_tokens: most, ...(model && { model }), ...(seed !== null && { seed }) };
+  return {
+    messages,
+    temperature,
+    top_p,
+    max_new_tokens: most,
+    ...(model && { model }),
+    ...(seed !== null && { seed }),
+  };
 }
 
 /** An error as it can be stored. */

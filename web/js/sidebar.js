@@ -6,6 +6,7 @@ import { language, say } from "./words.js";
 
 const DAY = 86_400_000;
 const TYPING = 120; // milliseconds
+const NARROW = matchMedia("(max-width: 820px)"); // as css/layout.css has it
 
 export class Sidebar {
   #list = find("conversations");
@@ -22,7 +23,7 @@ export class Sidebar {
     this.#search.addEventListener("keydown", (event) => event.key === "Escape" && this.#clear());
     find("open-sidebar").addEventListener("click", () => this.toggle(true));
     for (const id of ["close-sidebar", "scrim"]) find(id).addEventListener("click", () => this.toggle(false));
-    document.addEventListener("keydown", (event) => event.key === "Escape" && this.toggle(false));
+    find("sidebar").addEventListener("keydown", (event) => event.key === "Escape" && this.toggle(false));
   }
 
   use(library) {
@@ -43,10 +44,13 @@ export class Sidebar {
     this.#search.select();
   }
 
-  /** On a phone the list lies over the page. */
+  /** On a narrow screen the list lies over the page. */
   toggle(open) {
-    const was = document.body.classList.toggle("listing", open);
-    find("scrim").hidden = !was;
+    const over = open && NARROW.matches;
+    if (over === document.body.classList.contains("listing")) return;
+    document.body.classList.toggle("listing", over);
+    find("main").inert = over;
+    find(over ? "close-sidebar" : "open-sidebar").focus();
   }
 
   #clear() {
@@ -59,15 +63,15 @@ export class Sidebar {
     const wanted = this.#search.value.trim();
     const heads = (await (wanted ? this.#library?.search(wanted) : this.#library?.list())) ?? [];
     if (turn !== this.#turn || !this.#library) return; // overtaken by a later letter
-    if (!heads.length) return this.#list.replaceChildren(h("p.quiet.none", {}, say(wanted ? "search.none" : "list.none")));
+    if (!heads.length)
+      return this.#list.replaceChildren(h("p.quiet.none", {}, say(wanted ? "search.none" : "list.none")));
     const focused = this.#list.contains(document.activeElement) && document.activeElement.closest("li")?.dataset.id;
     this.#list.replaceChildren(...this.#groups(heads, wanted));
     if (focused) this.#list.querySelector(`[data-id="${focused}"] button`)?.focus();
   }
 
   #groups(heads, wanted) {
-    const groups = Map.groupBy ? Map.groupBy(heads, age) : grouped(heads, age);
-    return [...groups].flatMap(([key, members]) => [
+    return [...Map.groupBy(heads, age)].flatMap(([key, members]) => [
       h("h2", { id: `g-${key}` }, say(`when.${key}`)),
       h("ul", { "aria-labelledby": `g-${key}`, lang: language() }, ...members.map((head) => this.#row(head, wanted))),
     ]);
@@ -76,7 +80,11 @@ export class Sidebar {
   #row(head, wanted) {
     const open = h(
       "button.open",
-      { type: "button", "aria-current": this.#acts.current() === head.id ? "page" : null, onclick: () => this.#acts.open(head.id) },
+      {
+        type: "button",
+        "aria-current": this.#acts.current() === head.id ? "page" : null,
+        onclick: () => this.#acts.open(head.id),
+      },
       this.#acts.running(head.id) && h("span.pulse"),
       h("span.name", {}, head.title || say("untitled")),
       head.excerpt && h("small", {}, ...marked(head.excerpt, wanted)),
@@ -93,12 +101,6 @@ function age({ updated }) {
   if (updated >= midnight) return "today";
   if (updated >= midnight - DAY) return "yesterday";
   return updated >= midnight - 7 * DAY ? "week" : "older";
-}
-
-function grouped(heads, key) {
-  const groups = new Map();
-  for (const head of heads) groups.set(key(head), [...(groups.get(key(head)) ?? []), head]);
-  return groups;
 }
 
 /** `text` with what was searched for marked. */

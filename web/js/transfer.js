@@ -32,21 +32,33 @@ export function read(text, name) {
 
 export function download(text, name, type) {
   const address = URL.createObjectURL(new Blob([text], { type }));
-  h("a", { href: address, download: name.replace(/[\\/:*?"<>|\p{C}]+/gu, " ").trim().slice(0, 80) }).click();
+  h("a", {
+    href: address,
+    download: name
+      .replace(/[\\/:*?"<>|\p{C}]+/gu, " ")
+      .trim()
+      .slice(0, 80),
+  }).click();
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
 function fromJson(text) {
   const { format, conversations } = JSON.parse(text);
   if (format !== FORMAT || !Array.isArray(conversations) || conversations.length > MOST) throw new Error("not ours");
-  return conversations.map(({ head, messages }) => ({ head: checkedHead(head, messages), messages: checked(messages) }));
+  return conversations.map(({ head, messages }) => ({
+    head: checkedHead(head, messages),
+    messages: checked(messages),
+  }));
 }
 
 function fromMarkdown(text) {
   const messages = [];
   let [title, role, lines, reasoning] = ["", null, [], ""];
   const close = () => {
-    const said = lines.join("\n").trim().replace(/^\\(?=\\*## )/gm, "");
+    const said = lines
+      .join("\n")
+      .trim()
+      .replace(/^\\(?=\\*## )/gm, "");
     if (role === "reasoning") reasoning = said;
     else if (role) messages.push({ role, text: said, ...(role === "assistant" && { reasoning, finish: "stop" }) });
     if (role !== "reasoning") reasoning = "";
@@ -67,7 +79,8 @@ function fromMarkdown(text) {
 
 const guarded = (text) => text.replace(/^(\\*)## /gm, "\\$1## ");
 const word = (value, most = 200) => (typeof value === "string" ? value.slice(0, most) : "");
-const within = (value, low, high, otherwise) => (Number.isFinite(value) && value >= low && value <= high ? value : otherwise);
+const within = (value, low, high, otherwise) =>
+  Number.isFinite(value) && value >= low && value <= high ? value : otherwise;
 
 function checkedHead(given, messages) {
   const head = newHead(word(given?.model) || null);
@@ -90,6 +103,12 @@ function checked(messages) {
   return messages.map(({ role, text, reasoning, thought, finish }) => {
     if (!["user", "assistant"].includes(role) || typeof text !== "string") throw new Error("not a message");
     if (role === "user") return { role, text };
-    return { role, text, reasoning: word(reasoning, 1e6), thought: within(thought, 0, 1e6, undefined), finish: word(finish) || "stop" };
+    return {
+      role,
+      text,
+      reasoning: word(reasoning, 1e6),
+      thought: within(thought, 0, 1e6, undefined),
+      finish: word(finish) || "stop",
+    };
   });
 }

@@ -14,8 +14,14 @@ export function openTuning(settings, save) {
 
 /** Asks for a title; `save(title)` is called with one that is not blank. */
 export function openRename(title, save) {
-  const field = h("input", { name: "title", value: title, maxlength: 120, required: true, "aria-label": say("rename.title") });
-  const form = h("form", { method: "dialog" }, field, h("footer", {}, h("button.primary", {}, say("save"))));
+  const field = h("input", {
+    name: "title",
+    value: title,
+    maxlength: 120,
+    required: true,
+    "aria-label": say("rename.title"),
+  });
+  const form = h("form", {}, field, h("footer", {}, h("button.primary", {}, say("save"))));
   show("rename", "rename.title", form, () => field.value.trim() && save(field.value.trim()));
   field.select();
 }
@@ -24,25 +30,46 @@ function show(id, title, form, confirmed) {
   const dialog = find(id);
   const close = iconButton("close", say("close"), () => dialog.close());
   dialog.replaceChildren(h("header", {}, h("h2", { id: `${id}-title` }, say(title)), close), form);
-  form.addEventListener("submit", confirmed);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault(); // the policy allows no form to go anywhere
+    confirmed();
+    dialog.close();
+  });
   dialog.onclick = (event) => event.target === dialog && dialog.close();
   dialog.showModal();
 }
 
 function tuningForm(settings) {
-  const system = h("textarea", { name: "system", rows: 4, maxlength: 20_000, placeholder: say("tune.system.hint") }, settings.system);
+  const system = h(
+    "textarea",
+    { name: "system", rows: 4, maxlength: 20_000, placeholder: say("tune.system.hint") },
+    settings.system,
+  );
   const form = h(
     "form",
-    { method: "dialog" },
+    {},
     h("label.field", {}, h("span", {}, say("tune.system")), system),
     slider("temperature", "tune.temperature", { min: 0, max: 2, step: 0.05, value: settings.temperature }),
     slider("top_p", "tune.top_p", { min: 0.05, max: 1, step: 0.05, value: settings.top_p }),
-    h("div.pair", {},
-      field("tune.max", { name: "max_new_tokens", type: "number", min: 1, max: 1_048_576, required: true, value: settings.max_new_tokens }),
-      field("tune.seed", { name: "seed", type: "number", min: 0, max: SEED, step: 1, value: settings.seed ?? "" })),
-    h("footer", {},
+    h(
+      "div.pair",
+      {},
+      field("tune.max", {
+        name: "max_new_tokens",
+        type: "number",
+        min: 1,
+        max: 1_048_576,
+        required: true,
+        value: settings.max_new_tokens,
+      }),
+      field("tune.seed", { name: "seed", type: "number", min: 0, max: SEED, step: 1, value: settings.seed ?? "" }),
+    ),
+    h(
+      "footer",
+      {},
       h("button.plain", { type: "button", onclick: () => write(form, DEFAULTS) }, say("tune.defaults")),
-      h("button.primary", {}, say("tune.done"))),
+      h("button.primary", {}, say("tune.done")),
+    ),
   );
   return form;
 }

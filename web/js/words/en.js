@@ -32,7 +32,6 @@ export default {
   "login.password": "Password",
   "login.button": "Log in",
   "login.again": "Your session has ended. Log in to go on; what you wrote is still here.",
-  "login.later": "Read offline",
 
   "hello.title": "What would you like to know?",
   "hello.1": "Explain photosynthesis to a ten-year-old",
@@ -118,7 +117,6 @@ export default {
   "notice.offline": "Offline. You can read; sending works again when the service is reachable.",
   "notice.reader": "You are reading offline.",
   "notice.login": "Log in",
-  "notice.store": "This browser keeps nothing here: the conversation is lost when the page is closed.",
   "update.ready": "A new version of this page is ready.",
   "update.reload": "Reload",
 
@@ -131,7 +129,7 @@ export default {
   "error.long": "This is longer than the model can read at once. Shorten it, or start a new conversation.",
   "error.quota": "Your quota of tokens is used up. It starts anew tomorrow; whoever runs this service can raise it.",
   "error.busy": "Too many people are asking just now. Try again in a moment.",
-  "error.model": "The model cannot answer just now. Try again in a while; if it stays so, tell whoever runs this service.",
+  "error.model": "The model cannot answer just now. Try again later; if it stays so, tell whoever runs this service.",
   "error.timeout": "This took too long and was given up. Try again, or ask for a shorter answer.",
   "error.store": "The service cannot look up its records just now. Try again in a moment.",
   "error.large": "This is too much text for one message. Shorten it.",

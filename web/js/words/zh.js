@@ -32,7 +32,6 @@ export default {
   "login.password": "密码",
   "login.button": "登录",
   "login.again": "会话已结束。请重新登录继续；你写的内容还在。",
-  "login.later": "离线阅读",
 
   "hello.title": "想了解什么？",
   "hello.1": "向十岁的孩子解释光合作用",
@@ -118,7 +117,6 @@ export default {
   "notice.offline": "已离线。可以阅读；服务恢复后即可发送。",
   "notice.reader": "你正在离线阅读。",
   "notice.login": "登录",
-  "notice.store": "此浏览器不保存内容：关闭页面后对话会丢失。",
   "update.ready": "页面有新版本。",
   "update.reload": "重新加载",
 
