@@ -24,9 +24,9 @@ export function accountMenu({ user, library }, logout) {
     { icon: "word", label: say("language.other"), act: () => chooseLanguage(OTHER[language()]) },
     { icon: "load", label: say("menu.import"), act: askForFiles },
     { icon: "save", label: say("menu.export"), act: () => saveAll(library) },
-    { icon: "key", label: say("keep"), checked: isKept(user), act: () => keep(user, !isKept(user)) },
+    { icon: "keep", label: say("keep"), checked: isKept(user), act: () => keep(user, !isKept(user)) },
     installItem(),
     { icon: "out", label: say("logout"), act: logout },
-    say("menu.keys"),
+    matchMedia("(hover: hover)").matches && say("menu.keys"),
   ];
 }

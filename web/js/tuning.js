@@ -35,7 +35,9 @@ function show(id, title, form, confirmed) {
     confirmed();
     dialog.close();
   });
-  dialog.onclick = (event) => event.target === dialog && dialog.close();
+  dialog.onclick = ({ target }) => {
+    if (target === dialog) dialog.close(); // beside the form; an arrow that returned false would cancel every click
+  };
   dialog.showModal();
 }
 
