@@ -33,6 +33,7 @@ def test_a_first_question_waits_for_the_model_in_words_and_is_answered(visit: Vi
     short(visitor)
     visitor.send("Why is the sky blue?")
     expect(visitor.page.locator(".wait")).to_contain_text(re.compile(r"loading: \d+ %|first word|queue"))
+    expect(model).to_contain_text(re.compile(r"loading \d+ %"))
     expect(visitor.answer.locator(".stats")).to_contain_text(re.compile(r"\d+ tokens · [\d.,]+ tokens/s · first after"))
     assert len(visitor.answer.locator("> .prose").inner_text()) > 10
     expect(model.locator(".dot")).to_have_attribute("data-stage", "ready")

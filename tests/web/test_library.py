@@ -98,6 +98,7 @@ def test_a_conversation_is_exported_and_imported_unchanged(
     path = save(reader, "#more", entry, tmp_path)
     assert path.suffix == kind and "print(1)" in path.read_text()
     reader.menu("#more", "Delete")
+    expect(reader.page.locator("#conversations")).to_contain_text("will be listed here")
     load(reader, path)
     reader.page.locator("#conversations .open").click()
     expect(reader.page.locator(".message")).to_have_count(2)

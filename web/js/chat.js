@@ -171,6 +171,7 @@ export class Chat extends EventTarget {
     run.save.now();
     readAloud(run, () => this.head !== head);
     this.dispatchEvent(new Event("run"));
+    run.addEventListener("change", () => models.look(), { once: true }); // the first question makes a model load
     await run.start();
     this.#ended(run);
   }
