@@ -30,6 +30,10 @@ def picture(visitor: Visitor, folder: Path, name: str) -> None:
     visitor.page.screenshot(path=folder / f"{name}.png", animations="disabled")
 
 
+def picture_now(visitor: Visitor, folder: Path, name: str) -> None:
+    visitor.page.screenshot(path=folder / f"{name}.png")
+
+
 def scripted(browser: Browser, url: str, folder: Path, name: str, **options: Any) -> None:
     """Every state that needs a written answer, with one kind of screen."""
     with visiting(browser, url, **options) as visitor:
@@ -44,6 +48,12 @@ def scripted(browser: Browser, url: str, folder: Path, name: str, **options: Any
                 visitor.page.evaluate("document.getElementById('new').click()")
         picture(visitor, folder, f"{name}-error")
         visitor.page.evaluate("document.getElementById('new').click()")
+        visitor.send("silent")
+        expect(visitor.page.locator(".wait")).to_contain_text("1")
+        picture_now(visitor, folder, f"{name}-waiting")
+        visitor.page.locator("#stop").click()
+        expect(visitor.page.locator("#send")).to_be_visible()
+        visitor.page.evaluate("document.getElementById('new').click()")
         visitor.ask(ANSWER)
         expect(visitor.page.locator("math").first).to_be_visible()
         visitor.page.locator(".answer").last.evaluate("answer => answer.scrollIntoView({block: 'start'})")
@@ -55,6 +65,9 @@ def scripted(browser: Browser, url: str, folder: Path, name: str, **options: Any
             visitor.page.locator("#open-sidebar").click()
             expect(visitor.page.locator("#close-sidebar")).to_be_in_viewport(ratio=1)
             picture(visitor, folder, f"{name}-list")
+        visitor.page.locator("#search").fill("merge")
+        expect(visitor.page.locator("#conversations mark")).to_be_visible()
+        picture(visitor, folder, f"{name}-search")
         visitor.page.locator("#account").click()
         picture(visitor, folder, f"{name}-menu")
 
@@ -74,10 +87,6 @@ def real(browser: Browser, url: str, folder: Path) -> None:
         picture_now(visitor, folder, "model-streaming")
         expect(visitor.answer.locator(".stats")).to_be_visible()
         picture(visitor, folder, "model-answer")
-
-
-def picture_now(visitor: Visitor, folder: Path, name: str) -> None:
-    visitor.page.screenshot(path=folder / f"{name}.png")
 
 
 def main(folder: Path) -> None:

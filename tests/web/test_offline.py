@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def test_the_api_is_never_cached_and_never_passes_the_worker(visit: Visit, echo:
     assert name.startswith("flask-llm-")
     assert set(paths) >= {"/", "/web/js/main.js"} and all(path == "/" or path.startswith("/web/") for path in paths)
     assert visitor.evaluate("navigator.serviceWorker.ready.then(r => r.scope)") == f"{visitor.url}/"
+
+
+def test_the_page_can_be_installed_as_an_app(visit: Visit, echo: Server) -> None:
+    visitor = visit(f"http://127.0.0.1:{echo.port}").open()
+    found = visitor.context.new_cdp_session(visitor.page).send("Page.getAppManifest")
+    assert found["errors"] == [] and found["url"].endswith("/web/manifest.webmanifest")
+    manifest = json.loads(found["data"])
+    assert (manifest["start_url"], manifest["scope"], manifest["display"]) == ("/", "/", "standalone")
+    for icon in manifest["icons"]:
+        assert visitor.page.request.get(visitor.url + icon["src"]).headers["content-type"] == icon["type"]
+    assert {"192x192", "512x512"} <= {icon["sizes"] for icon in manifest["icons"]}
 
 
 def test_a_new_version_is_announced_and_taken_with_a_reload(visit: Visit, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ async function enter(user) {
     await chat.open(asked);
   }
   prefer({ user });
+  if (isKept(user)) navigator.storage?.persist?.(); // what was to be kept is not thrown out when the disk is short
   find("account").querySelector(".name").textContent = user;
   find("account").querySelector(".avatar").textContent = [...user][0].toUpperCase();
   find("app").hidden = false;
