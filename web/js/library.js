@@ -110,5 +110,6 @@ function upgrade(db) {
 function around(text, needle) {
   const at = text.toLocaleLowerCase().indexOf(needle);
   const start = Math.max(0, at - 24);
-  return (start ? "…" : "") + text.slice(start, at + needle.length + 48).replace(/\s+/g, " ");
+  const plain = text.slice(start, at + needle.length + 60).replace(/[*#`|]+/g, "");
+  return (start ? "…" : "") + plain.replace(/\s+/g, " ").trim();
 }

@@ -39,6 +39,7 @@ class AnswerView {
   #live = new LiveText(this.#text);
   #liveReasoning = new LiveText(this.#reasoning);
   #timer = 0;
+  #pause = PAUSE;
   #shown = "";
 
   constructor(message, acts, run) {
@@ -55,10 +56,8 @@ class AnswerView {
 
   #soon() {
     if (this.#timer || this.#run.ended || !this.element.isConnected) return;
-    this.#timer = setTimeout(() => requestAnimationFrame(() => this.#grow()), this.#pause ?? PAUSE);
+    this.#timer = setTimeout(() => requestAnimationFrame(() => this.#grow()), this.#pause);
   }
-
-  #pause = PAUSE;
 
   #grow() {
     this.#timer = 0;
