@@ -100,6 +100,6 @@ def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Visitor]:
     try:
         visitor = Visitor(context, context.new_page(), url)
         yield visitor
-        assert visitor.complaints == [] and visitor.elsewhere == []
+        assert (visitor.complaints, visitor.elsewhere) == ([], [])
     finally:
         context.close()
