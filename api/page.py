@@ -66,7 +66,7 @@ def shell() -> dict[str, object]:
     return {"version": digest.hexdigest()[:12], "files": ["/", *addresses]}
 
 
-def _file(name: str) -> Response:
+def _file(name: str) -> Reply:
     content = _read(name)
     return _answer(content, _TYPES[Path(name).suffix])
 
@@ -78,7 +78,7 @@ def _read(name: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _answer(content: bytes, kind: str) -> Response:
+def _answer(content: bytes, kind: str) -> Reply:
     """Asked for anew each time, and sent only when it changed: a page is never made of two versions."""
     response = Response(content, mimetype=kind)
     response.headers["Cache-Control"] = "no-cache"

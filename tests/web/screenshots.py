@@ -77,7 +77,7 @@ def panels(visitor: Visitor, folder: Path, name: str) -> None:
 def trouble(visitor: Visitor, folder: Path, name: str) -> None:
     """Reasoning, waiting, and being turned away."""
     fresh(visitor)
-    visitor.ask("think: what would you cook for six?").locator("summary").click()
+    visitor.ask("think about a dinner for six").locator("summary").click()
     visitor.ask("refuse")
     picture(visitor, folder, f"{name}-error")
     fresh(visitor)

@@ -23,7 +23,9 @@ def test_the_page_is_served_compressed_with_one_policy(door: Door) -> None:
 
 
 def test_one_chats_through_nginx_and_tls(visit: Visit, door: Door) -> None:
-    visitor = visit(f"https://localhost:{door.stack.https}", ignore_https_errors=True).open().login().inside()
+    # A certificate that nobody vouches for is no place for a service worker.
+    own = {"ignore_https_errors": True, "service_workers": "block"}
+    visitor = visit(f"https://localhost:{door.stack.https}", **own).open().login().inside()
     visitor.page.locator("#tune").click()
     visitor.page.locator("[name=max_new_tokens]").fill("12")
     visitor.page.locator("#tuning .primary").click()
