@@ -1,5 +1,6 @@
 # make run    set up what is missing and serve on http://127.0.0.1:5000
-# make test   all tests (as root on Debian, installs g++, redis-server, nginx and prometheus for them)
+# make test   all tests (as root on Debian, installs g++, redis-server, nginx, prometheus and chromium for them)
+# make screenshots  pictures of the page in each state, into ./screenshots
 # make check  linters, types, and the configuration files
 # make model  fetch and quantise MODEL now, with progress
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
@@ -21,7 +22,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 with_env = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: audit-verify rotate-key run test check model stack secrets promises bench clean services
+.PHONY: run test check screenshots model stack secrets promises audit-verify rotate-key bench clean services
 
 run: model
 	@exec $(with_env) $(BIN)/gunicorn 'app:create_app()'
@@ -52,6 +53,9 @@ test: $(VENV)/installed-dev services
 	@MODEL=smollm2-135m-instruct DATA_DIR=data QUANTIZATION=nf4 $(BIN)/python -m model \
 		|| echo "The demo model cannot be had here (the reason is above): its tests will be skipped, or fail in CI."
 	$(BIN)/python -m pytest
+
+screenshots: $(VENV)/installed-dev services model
+	@exec $(BIN)/python -m tests.web.screenshots
 
 check: $(VENV)/installed-dev services
 	$(BIN)/ruff check .

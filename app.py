@@ -31,6 +31,7 @@ from api import (
     health,
     metering,
     openai,
+    page,
     trace,
 )
 from api.answers import Answers
@@ -101,7 +102,7 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     metering.register(app)
     errors.register(app)
     bearer.register(app, rooms)
-    for room in (health, auth, admin, audit, generate, openai):
+    for room in (health, auth, admin, audit, generate, openai, page):
         app.register_api(room.blueprint)
     app.cli.add_command(commands.users)
     app.cli.add_command(audit_commands.audit)

@@ -34,7 +34,11 @@ SECURED: list[dict[str, list[str]]] = [{"bearer": []}]
 _LARGE = ("/generate", "/stream", "/v1/")  # where MAX_BODY holds; elsewhere nobody sends more than a password
 _SMALL_BODY = 64 << 10
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT"})
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+# Text becomes HTML or a script's address only through the two named policies: web/js/trusted.js, and DOMPurify's own.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; manifest-src 'self'; "
+    "worker-src 'self'; require-trusted-types-for 'script'; trusted-types page dompurify; "
+)
 
 
 @dataclass(frozen=True, slots=True)

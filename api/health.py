@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
-from flask import Response, current_app, redirect, request
+from flask import Response, current_app, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
@@ -45,12 +45,6 @@ def readyz() -> Reply:
         details=dict(status.details),
     )
     return out.model_dump(), 200 if status.ready else 503
-
-
-@blueprint.get("/", doc_ui=False)
-@public
-def home() -> Reply:
-    return redirect("/docs")
 
 
 @blueprint.get("/openapi.json", doc_ui=False)

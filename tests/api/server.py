@@ -29,13 +29,13 @@ def eventually(holds: Callable[[], Any], seconds: float = SECONDS) -> Any:
 
 
 class Server:
-    def __init__(self, folder: Path, password: str, **settings: str) -> None:
+    def __init__(self, folder: Path, password: str, app: str = "tests.api.served:create()", **settings: str) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port: int = free.getsockname()[1]
         self.log = folder / "log"
         own = {"PORT": str(self.port), "DATA_DIR": str(folder / "data"), "ADMIN_PASSWORD": password}
         environ = {**os.environ, **own, "USER_RPM": "10000", **settings}
-        command = [sys.executable, "-m", "gunicorn", "tests.api.served:create()"]
+        command = [sys.executable, "-m", "gunicorn", app]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True

@@ -13,6 +13,8 @@ from tests.api.scripted import ScriptedBackend
 
 PUBLIC = {
     ("GET", "/"),
+    ("GET", "/sw.js"),
+    ("GET", "/web/<path:name>"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("POST", "/login"),
@@ -43,7 +45,7 @@ def test_exactly_the_listed_routes_are_public_and_every_other_names_its_permissi
 
 
 def path_of(rule: str) -> str:
-    return rule.replace("<path:id>", "x").replace("<id>", "x").replace("<name>", "docs.js")
+    return rule.replace("<path:id>", "x").replace("<path:name>", "x").replace("<id>", "x").replace("<name>", "docs.js")
 
 
 @pytest.mark.promise(
