@@ -130,7 +130,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         answers=Answers(backend, Flights(), cache, settings.cache_shared),
         running=Running(),
         users=Users(db),
-        state=State(db),
+        state=State(db, derive(secret, "api keys")),
         audit=Audit(Journal(_place(settings, ring), metrics.audited)),
         contents=ring.box("audit contents"),
         passwords=Passwords(),

@@ -22,6 +22,7 @@ from api.places import LOGINS, generations
 from api.services import NAME, Services
 from api.worker import CONNECTIONS, LEAVING, PatientWorker
 from settings import Settings, SettingsError
+from store.database import StoreUnavailable
 from telemetry import configure_logging
 
 try:
@@ -99,6 +100,7 @@ def post_worker_init(worker: Any) -> None:
     With PRELOAD it loads now; a model that cannot be loaded ends the service the same way.
     """
     backend = _services(worker).backend
+    _open_audit(_services(worker))
 
     def drain() -> None:
         backend.close(settings.grace_period)
@@ -122,6 +124,14 @@ def post_worker_init(worker: Any) -> None:
     worker.most = settings.max_body
     if settings.preload:
         backend.preload(give_up)
+
+
+def _open_audit(rooms: Services) -> None:
+    """Close what the process before this one left open, if it died; a log that cannot be written is told at once."""
+    try:
+        rooms.audit.open()
+    except StoreUnavailable as error:
+        print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -10,7 +10,8 @@ import re
 
 HEAD = 64 << 10  # bytes of request line and headers together
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n")
-_CHUNKED = re.compile(rb"\r\ntransfer-encoding:")
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n")
+_ENCODED = b"\r\ntransfer-encoding:"  # in another way, which is refused
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 _PART = re.compile(rb"[0-9a-fA-F]{0,8}[ \t]*(?:;[^\r\n]{0,256})?\r?")  # what may still become a size
@@ -59,7 +60,7 @@ class Arrival:
             self._chunk = self._head
         else:
             lengths = _LENGTH.findall(head)
-            self._ends = self._head + (int(lengths[0]) if len(lengths) == 1 else 0)
+            self._ends = self._head + (int(lengths[0]) if len(lengths) == 1 and _ENCODED not in head else 0)
         return True
 
     def _walk(self) -> bool:

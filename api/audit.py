@@ -47,6 +47,8 @@ blueprint = APIBlueprint(
 class AuditQuery(BaseModel):
     """Filters, all optional and all to be met. Times without a zone are UTC."""
 
+    model_config = ConfigDict(extra="forbid")
+
     user: str | None = Field(None, max_length=64)
     kind: Literal["start", "end", "act", "segment", "died"] | None = None
     act: str | None = Field(None, max_length=64)

@@ -22,7 +22,10 @@ _POLL = 0.1  # seconds between two looks at the client's socket: what a gone cli
 _BEAT = 5.0  # seconds of silence before a comment; proxies give up at 60
 _RECHECK = 1.0  # seconds between two looks at the caller's token: so long a disabled user's streams go on
 _STALLED = 30  # seconds a write may block on a reader that stopped reading
+_UNREAD = 64 << 10  # bytes that may wait for such a reader: where megabytes could, it would hold its slot to the end
 PING = b": ping\n\n"
+# No line breaks in EventSource or JSON, but in many a client that splits text into lines (Python's str.splitlines).
+_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
 
 Check = Callable[[], None]
@@ -46,6 +49,7 @@ class Frames(Protocol):
 def frame(fields: Mapping[str, Any] | str, *, event: str | None = None, id: int | None = None) -> bytes:
     """One event; its data is one line, because JSON escapes every line break."""
     text = fields if isinstance(fields, str) else json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    text = text.translate(_BREAKS)
     head = (f"id: {id}\n" if id is not None else "") + (f"event: {event}\n" if event else "")
     return f"{head}data: {text}\n\n".encode()
 
@@ -59,6 +63,7 @@ def client_check(environ: Mapping[str, Any]) -> Check:
     if client is None:
         return lambda: None
     client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STALLED, 0))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
 
     def check() -> None:
         try:

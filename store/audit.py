@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Audit:
         self._folder = self.place.folder
         self._writer: Writer | None = None
         self._opening = Lock()
+        self._begun: set[str] = set()  # what this process has yet to end
 
     def open(self) -> None:
         """Close what dead processes left open. The first record does it too."""
@@ -48,6 +50,10 @@ class Audit:
         if self._writer is None:
             self.open()
         assert self._writer is not None
+        if kind == "start":
+            self._begun.add(id)
+        elif kind == "end":
+            self._begun.discard(id)
         return self._journal.add({"kind": kind, "id": id, "writer": self._writer.name, **fields})
 
     def settle(self, batch: Batch) -> None:
@@ -65,18 +71,12 @@ class Audit:
                 if wanted.fits(record):
                     yield record
 
-    def close(self) -> None:
-        """Leave in peace: what is still open then is closed by nobody."""
-        with self._opening:
-            if self._writer is not None:
-                self._writer.leave()
-                self._writer = None
-
     def _arrived(self) -> Writer:
         writer = Writer.arrive(self._folder / "writers")
+        weakref.finalize(self, _leave, writer, self._begun)
         try:
             for dead in writer.dead():
-                self._journal.append(*(_aborted(start) for start in self._open(dead)), _left(dead))
+                self._journal.append(*(_aborted(start) for start in self._open(dead)), _died(dead))
                 writer.bury(dead)
         except BaseException:
             writer.vanish()
@@ -128,8 +128,16 @@ def _aborted(start: Record) -> Record:
     return {"kind": "end", **kept, "outcome": "aborted"}
 
 
-def _left(writer: str) -> Record:
+def _died(writer: str) -> Record:
     return {"kind": "died", "id": writer, "writer": writer}
+
+
+def _leave(writer: Writer, begun: Collection[str]) -> None:
+    """At the end of the process, if it comes to that."""
+    if begun:
+        writer.vanish()
+    else:
+        writer.leave()
 
 
 def _forwards(path: Path) -> Iterator[bytes]:

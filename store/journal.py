@@ -14,6 +14,8 @@ from store.chain import Record
 from store.database import StoreUnavailable
 from store.tail import Place, Tail
 
+_PATIENCE = 30.0  # seconds for others to make a batch durable; a disk that hangs holds the threads that write, no more
+
 
 class AuditUnavailable(StoreUnavailable):
     """The records are not safe on disk. Whoever waits for them must not be answered as if they were."""
@@ -27,7 +29,7 @@ class Batch:
     led: bool = False
     done: threading.Event = field(default_factory=threading.Event)
     last: int | None = None
-    fault: str = "unexpected"
+    fault: str = "the disk does not answer"
 
 
 class Journal:
@@ -60,7 +62,7 @@ class Journal:
             leads, batch.led = not batch.led, True
         if leads:
             self._write(batch)
-        batch.done.wait()
+        batch.done.wait(_PATIENCE)
         if batch.last is None:
             raise AuditUnavailable(f"the audit log cannot be written ({batch.fault})")
 

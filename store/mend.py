@@ -28,7 +28,7 @@ def resumed(folder: Path, head: Head | None, signer: Signer) -> tuple[Head, str 
 def _adopted(folder: Path, head: Head, signer: Signer) -> Head:
     """The head, moved over what a process wrote and died before counting; what it half wrote is cut off."""
     path = segment(folder, head.segment)
-    for raw in path.read_bytes()[head.size :].splitlines(keepends=True):
+    for raw in _after(path, head.size).splitlines(keepends=True):
         line = chain.read(raw)
         if line is None or not line.follows(head.tip, head.key, signer):
             break
@@ -47,6 +47,12 @@ def _entered(folder: Path, head: Head, signer: Signer) -> Head:
         return _adopted(folder, begun, signer)
     path.unlink(missing_ok=True)
     return head
+
+
+def _after(path: Path, place: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(place)
+        return file.read()
 
 
 def _ends_in(path: Path, head: Head) -> bool:

@@ -6,6 +6,7 @@ Does not read tokens or clocks: the caller brings the jti and `now` (Unix second
 from __future__ import annotations
 
 import hashlib
+import hmac
 import sqlite3
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,10 +41,14 @@ class Ticket:
 
 
 class State:
-    """Everything may raise StoreUnavailable, which must never be read as "not revoked"."""
+    """Everything may raise StoreUnavailable, which must never be read as "not revoked".
 
-    def __init__(self, db: Database) -> None:
+    key: what hashes of API keys and tickets are made with; whoever has the database alone can try none.
+    """
+
+    def __init__(self, db: Database, key: bytes) -> None:
         self._db = db
+        self._key = key
 
     def revoke(self, jti: str, expires: float, now: float) -> None:
         """Refuse this token from now on; forgotten once it has expired anyway."""
@@ -89,7 +94,7 @@ class State:
 
     def add_key(self, jti: str, key: ApiKey) -> None:
         """Remember a new API key; those of the same owner that expired before it was made are forgotten."""
-        row = (key.id, _hash(jti), key.owner, key.name, " ".join(key.scopes), key.role, key.created, key.expires)
+        row = (key.id, self._hash(jti), key.owner, key.name, " ".join(key.scopes), key.role, key.created, key.expires)
         with self._db.transaction() as connection:
             connection.execute("DELETE FROM api_keys WHERE owner = ? AND expires <= ?", (key.owner, key.created))
             sql = "INSERT INTO api_keys (id, jti_hash, owner, name, scopes, role, created, expires) VALUES "
@@ -101,7 +106,9 @@ class State:
 
     def use_key(self, jti: str, now: float) -> ApiKey | None:
         """The key of this token, if it is alive, and note that it was used."""
-        row = self._db.row("SELECT * FROM api_keys WHERE jti_hash = ? AND NOT revoked AND expires > ?", _hash(jti), now)
+        row = self._db.row(
+            "SELECT * FROM api_keys WHERE jti_hash = ? AND NOT revoked AND expires > ?", self._hash(jti), now
+        )
         if row is None:
             return None
         if row["last_used"] is None or now - row["last_used"] >= _LAST_USED_STEP:
@@ -118,14 +125,18 @@ class State:
         """Keep a sealed request until it is taken or expires."""
         with self._db.transaction() as connection:
             connection.execute("DELETE FROM tickets WHERE expires <= ?", (now,))
-            connection.execute("INSERT INTO tickets VALUES (?, ?, ?, ?)", (_hash(id), owner, body, expires))
+            connection.execute("INSERT INTO tickets VALUES (?, ?, ?, ?)", (self._hash(id), owner, body, expires))
 
     def take_ticket(self, id: str, now: float) -> Ticket | None:
         """The ticket, once: deleting and reading are one statement, so two takers cannot both have it."""
         with self._db.transaction() as connection:
             sql = "DELETE FROM tickets WHERE id_hash = ? RETURNING owner, body, expires"
-            row = connection.execute(sql, (_hash(id),)).fetchone()
+            row = connection.execute(sql, (self._hash(id),)).fetchone()
         return None if row is None or row["expires"] <= now else Ticket(row["owner"], row["body"], row["expires"])
+
+    def _hash(self, secret: str) -> str:
+        """What is stored instead of a jti or a ticket's id."""
+        return hmac.new(self._key, secret.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 def _add_refresh(connection: sqlite3.Connection, jti: str, family: str, owner: str, expires: float) -> None:
@@ -137,8 +148,3 @@ def _key(row: sqlite3.Row) -> ApiKey:
     scopes = tuple(row["scopes"].split())
     times = (row["created"], row["expires"], row["last_used"])
     return ApiKey(row["id"], row["owner"], row["name"], scopes, row["role"], *times, bool(row["revoked"]))
-
-
-def _hash(secret: str) -> str:
-    """What is stored instead of a jti or ticket id. Plain SHA-256 is enough: they are random, not chosen by people."""
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

@@ -15,6 +15,11 @@ from typing import NoReturn
 
 import pytest
 
+from tests.leaks import leaks
+
+# Of the users that tests log in with.
+PASSWORDS = ("correct horse battery", "hunter2")
+
 
 def lacking(reason: str) -> NoReturn:
     """Skips the test for what this machine does not have or allow; with CI=true it fails."""
@@ -24,6 +29,13 @@ def lacking(reason: str) -> NoReturn:
 def program(name: str) -> str:
     """Where `name` is installed; without it the test is `lacking`."""
     return shutil.which(name) or lacking(f"{name} is not installed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_was_written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After the whole run: nothing that any service wrote in it holds a password or a token."""
+    yield
+    assert leaks(tmp_path_factory.getbasetemp(), PASSWORDS) == []
 
 
 @pytest.fixture(scope="session")

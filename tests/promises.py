@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,7 @@ PROMISES = {
     "P25": "Text that a user types is never a control token",
     "P26": "Other servers are not trusted",
 }
+LATER = {"P26": "This service speaks to no other server yet."}  # a test fails once one of them is proved after all
 
 _HEAD = """# Promises, and the tests that prove them
 
@@ -58,21 +60,25 @@ class Proof:
     counted: str
 
 
-def proofs() -> list[Proof]:
+@cache
+def proofs() -> tuple[Proof, ...]:
     """Every marker, in the order of promises, files and lines. Raises ValueError for one that is not complete."""
     found = [proof for file in sorted((ROOT / "tests").rglob("test_*.py")) for proof in _in(file)]
-    return sorted(found, key=lambda proof: int(proof.promise[1:]))
+    return tuple(sorted(found, key=lambda proof: int(proof.promise[1:])))
 
 
 def table() -> str:
     """The whole of docs/promises.md."""
-    given, parts = proofs(), [_HEAD]
-    for number, words in PROMISES.items():
-        rows = [f"| {p.test} | {p.injected} | {p.counted} |" for p in given if p.promise == number]
-        parts.append(
-            "\n".join([f"## {number}. {words}\n", "| Test | Injected | Counted |", "| --- | --- | --- |", *rows])
-        )
-    return "\n".join(f"{part}\n" if not part.endswith("\n") else part for part in parts)
+    given = proofs()
+    return "\n".join([_HEAD, *(_section(number, [p for p in given if p.promise == number]) for number in PROMISES)])
+
+
+def _section(number: str, given: list[Proof]) -> str:
+    head = f"## {number}. {PROMISES[number]}\n"
+    if not given:
+        return f"{head}\n{LATER.get(number, 'No test yet.')}\n"
+    rows = [f"| {proof.test} | {proof.injected} | {proof.counted} |" for proof in given]
+    return "\n".join([head, "| Test | Injected | Counted |", "| --- | --- | --- |", *rows, ""])
 
 
 def _in(file: Path) -> Iterator[Proof]:
@@ -88,10 +94,10 @@ def _is_promise(mark: ast.expr) -> bool:
 
 def _proof(mark: ast.expr, name: str) -> Proof:
     assert isinstance(mark, ast.Call)
-    said = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
+    said = {"injected": "nothing"} | {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
     number = ast.literal_eval(mark.args[0])
     if number not in PROMISES or set(said) != {"injected", "counted"}:
-        raise ValueError(f"{name}: a promise needs a number of the list, injected= and counted=")
+        raise ValueError(f"{name}: a promise needs a number of the list and counted=; injected= is optional")
     return Proof(number, name, said["injected"], said["counted"])
 
 

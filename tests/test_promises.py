@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.promises import PROMISES, TABLE, proofs, table
+from tests.promises import LATER, PROMISES, TABLE, proofs, table
 
 
 def test_the_committed_table_is_current() -> None:
@@ -12,5 +12,5 @@ def test_the_committed_table_is_current() -> None:
 
 
 @pytest.mark.parametrize("number", PROMISES)
-def test_every_promise_is_proved_by_a_test(number: str) -> None:
-    assert [proof.test for proof in proofs() if proof.promise == number]
+def test_every_promise_is_proved_by_a_test_or_said_to_come_later(number: str) -> None:
+    assert bool([proof for proof in proofs() if proof.promise == number]) != (number in LATER)

@@ -6,6 +6,7 @@ The first word of the prompt may be an order: `slow` waits between words, `silen
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -141,6 +142,7 @@ class ScriptedBackend:
 
     def status(self) -> BackendStatus:
         details = {"open": len(self._open), "submitted": len(self.submitted), "preloaded": self.preloaded}
+        details["pid"] = os.getpid()
         return BackendStatus(not self._stopping, "stopping" if self._stopping else "ready", 100, None, details)
 
     def preload(self, on_failure: Callable[[str], None] | None = None) -> None:

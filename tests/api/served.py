@@ -1,12 +1,23 @@
-"""What gunicorn serves in the tests: the real app, with words that a script makes."""
+"""What gunicorn serves in the tests: the real app, with words that a script or the engine without a model makes."""
 
 from __future__ import annotations
 
 from flask import Flask
 
-from app import create_app
+import app
+from api import sse
+from model import watchdog
 from tests.api.scripted import ScriptedBackend
 
 
 def create() -> Flask:
-    return create_app(backend=ScriptedBackend())
+    return app.create_app(backend=ScriptedBackend())
+
+
+def poisoned() -> Flask:
+    """The real engine, which prompts can make fail. Its patience is seconds, where that of the service is a minute."""
+    from tests.model.poisoned import PoisonedBackend
+
+    watchdog.SILENT_AFTER, sse._STALLED = 1.0, 2
+    app._local = PoisonedBackend
+    return app.create_app()

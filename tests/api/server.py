@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import os
@@ -29,13 +30,17 @@ def eventually(holds: Callable[[], Any], seconds: float = SECONDS) -> Any:
 
 
 class Server:
-    def __init__(self, folder: Path, password: str, app: str = "tests.api.served:create()", **settings: str) -> None:
+    """Serves `application`, for as long as it is entered, and logs in as admin."""
+
+    def __init__(
+        self, folder: Path, password: str, application: str = "tests.api.served:create()", **settings: str
+    ) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port: int = free.getsockname()[1]
         self.log = folder / "log"
         own = {"PORT": str(self.port), "DATA_DIR": str(folder / "data"), "ADMIN_PASSWORD": password}
         environ = {**os.environ, **own, "USER_RPM": "10000", **settings}
-        command = [sys.executable, "-m", "gunicorn", app]
+        command = [sys.executable, "-m", "gunicorn", application]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True
@@ -68,6 +73,21 @@ class Server:
     def ask(self, method: str, path: str, body: object = None) -> Any:
         with closing(self.connect(method, path, body)) as connection:
             return json.loads(connection.getresponse().read())
+
+    def metric(self, name: str) -> float:
+        """The value of one series, with its labels as Prometheus writes them; 0 where it has none yet."""
+        with closing(self.connect("GET", "/metrics")) as connection:
+            lines = connection.getresponse().read().decode().splitlines()
+        return next((float(line.split(" ")[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+    def as_user(self, name: str) -> Server:
+        """The same server, spoken to by a new user."""
+        made = self.ask("POST", "/admin/users", {"username": name, "password": self._password})
+        assert made["username"] == name, made
+        other = copy.copy(self)
+        other.token = ""
+        other.token = other.ask("POST", "/login", {"username": name, "password": self._password})["access_token"]
+        return other
 
     def open_streams(self) -> int:
         """How many generations the backend is working on, by its own count."""

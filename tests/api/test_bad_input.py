@@ -1,80 +1,34 @@
-"""The corpus of RELIABILITY.md, HTTP and login: what a client sends wrong is 4xx, by name, at once."""
+"""What the corpus cannot say of bad input: other settings, and what was not done before it was refused."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from flask import Flask
 
-from tests.api.conftest import PASSWORD, Client, assert_refused
+from tests.api.conftest import Client, assert_refused
+from tests.api.corpus import Case, cases, grown, joined
 
 MakeApp = Callable[..., Flask]
 JSON = "application/json"
-DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-
-# name: (status, bytes, content type, other headers)
-HTTP: dict[str, tuple[int, bytes, str | None, dict[str, str]]] = {
-    "empty": (400, b"", JSON, {}),
-    "cut": (400, b'{"prompt": "hi"', JSON, {}),
-    "two values": (400, b'{"prompt": "hi"} {}', JSON, {}),
-    "no content type": (415, b'{"prompt": "hi"}', None, {}),
-    "text": (415, b'{"prompt": "hi"}', "text/plain", {}),
-    "form": (415, b"prompt=hi", "application/x-www-form-urlencoded", {}),
-    "json with a suffix": (415, b'{"prompt": "hi"}', "application/json-seq", {}),
-    "bad UTF-8": (400, b'{"prompt": "\xff\xfe"}', JSON, {}),
-    "UTF-16": (400, '{"prompt": "hi"}'.encode("utf-16"), "application/json; charset=utf-16", {}),
-    "byte order mark": (400, b'\xef\xbb\xbf{"prompt": "hi"}', JSON, {}),
-    "depth 100,000": (400, DEEP, JSON, {}),
-    "depth 40": (400, b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", JSON, {}),
-    "5,000 digits": (400, b'{"prompt": "hi", "seed": ' + b"9" * 5000 + b"}", JSON, {}),
-    "duplicate keys": (400, b'{"prompt": "a", "prompt": "b"}', JSON, {}),
-    "duplicate keys inside": (400, b'{"messages": [{"role": "user", "role": "system", "content": ""}]}', JSON, {}),
-    "NaN": (400, b'{"prompt": "hi", "temperature": NaN}', JSON, {}),
-    "Infinity": (400, b'{"prompt": "hi", "temperature": -Infinity}', JSON, {}),
-    "array": (422, b'[{"prompt": "hi"}]', JSON, {}),
-    "null": (422, b"null", JSON, {}),
-    "a string of JSON": (422, json.dumps('{"prompt": "hi"}').encode(), JSON, {}),
-    "gzip bomb": (415, gzip.compress(b"0" * 10_000_000), JSON, {"Content-Encoding": "gzip"}),
-    "too large": (413, b'{"prompt": "' + b"a" * (1 << 20) + b'"}', JSON, {}),
-}
 
 
-@pytest.mark.parametrize("path", ["/generate", "/stream", "/stream/ticket"])
-@pytest.mark.parametrize(("status", "body", "kind", "headers"), HTTP.values(), ids=HTTP)
-def test_a_body_that_cannot_be_read(
-    admin: Client, path: str, status: int, body: bytes, kind: str | None, headers: dict[str, str]
-) -> None:
-    started = time.monotonic()
-    answer = admin.post(path, data=body, content_type=kind, headers=headers)
-    assert_refused(answer, status)
-    assert time.monotonic() - started < 2
-
-
-LOGIN: dict[str, tuple[int, dict[str, Any]]] = {
-    "1 MB password": (413, {"username": "admin", "password": "x" * (1 << 20)}),
-    "long password": (422, {"username": "admin", "password": "x" * 2000}),
-    "NUL": (422, {"username": "admin\0", "password": PASSWORD}),
-    "NUL in the password": (422, {"username": "admin", "password": PASSWORD + "\0"}),
-    "object as name": (422, {"username": {"$ne": ""}, "password": PASSWORD}),
-    "list as password": (422, {"username": "admin", "password": [PASSWORD]}),
-    "number": (422, {"username": "admin", "password": 12345678}),
-    "extra role": (422, {"username": "admin", "password": PASSWORD, "role": "admin"}),
-    "no password": (422, {"username": "admin"}),
-    "empty": (422, {"username": "", "password": ""}),
-}
-
-
-@pytest.mark.parametrize(("status", "body"), LOGIN.values(), ids=LOGIN)
+@pytest.mark.promise("P1", injected="each bad login of the corpus", counted="refused before anything is hashed")
+@pytest.mark.parametrize(
+    "case", [case for case in cases("login") if case.status in (413, 422)], ids=lambda case: case.name
+)
 def test_a_bad_login_is_refused_before_anything_is_hashed(
-    nobody: Client, monkeypatch: pytest.MonkeyPatch, status: int, body: dict[str, Any]
+    admin: Client, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     monkeypatch.setattr("security.passwords.Passwords.verify", lambda *_: pytest.fail("hashed"))
-    assert_refused(nobody.post("/login", body), status)
+    request = case.request
+    body = (
+        {"json": grown(request["json"])}
+        if "json" in request
+        else {"data": joined(request["pieces"]), "content_type": JSON}
+    )
+    assert_refused(admin.post(request["path"], **body), int(str(case.status)))
 
 
 def test_a_password_sized_body_is_all_that_login_reads(nobody: Client) -> None:

@@ -51,6 +51,7 @@ def test_what_must_not_be_remembered_is_not(
     assert len(backend.submitted) == 2
 
 
+@pytest.mark.promise("P21", injected="each parameter changed in turn", counted="a miss each time")
 @pytest.mark.parametrize(
     "change",
     [
@@ -75,6 +76,11 @@ def test_every_parameter_is_part_of_the_key(admin: Client, change: dict[str, Any
     assert [admin.post("/generate", body).headers["X-Cache"] for _ in range(2)] == ["miss", "hit"]
 
 
+@pytest.mark.promise(
+    "P19",
+    injected="the same prompt from two users",
+    counted="a miss for the second, a hit for the first",
+)
 def test_users_do_not_share_answers(admin: Client, add_user: Callable[..., Client]) -> None:
     admin.post("/generate", BODY)
     other = add_user("bob")
@@ -89,6 +95,7 @@ def test_users_share_answers_where_the_operator_says_so(make_app: Callable[..., 
     assert [caller.post("/generate", BODY).headers["X-Cache"] for caller in (admin, bob)] == ["miss", "hit"]
 
 
+@pytest.mark.promise("P21", injected="failures and a cancel", counted="nothing remembered")
 def test_failed_and_cancelled_answers_are_not_remembered(admin: Client, backend: ScriptedBackend) -> None:
     broken = {"prompt": "break one two three", "temperature": 0}
     assert [admin.post("/generate", broken).status_code for _ in range(2)] == [503, 503]

@@ -31,6 +31,11 @@ def reading(server: Server, body: object, path: str = "/stream") -> Iterator[htt
         yield response
 
 
+@pytest.mark.promise(
+    "P10",
+    injected="a connection closed while silent and while talking, streamed or not",
+    counted="nothing open within a second",
+)
 @pytest.mark.parametrize("path", ["/generate", "/stream"])
 @pytest.mark.parametrize("prompt", ["silent", "slow " + "and on " * 400])
 def test_a_gone_client_frees_its_slot_while_nothing_or_something_is_said(
@@ -60,42 +65,6 @@ def test_a_stream_arrives_word_by_word(server: Server) -> None:
         assert [name for name, _ in events(response.read().decode())][-1] == "done"
 
 
-LARGE = b"{" + b" " * (2 << 20) + b"}"
-POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-HTTP: dict[str, tuple[set[int], bytes]] = {
-    "CL and TE": ({400}, POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
-    "two CLs": ({400}, POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}  "),
-    "CL a word": ({400}, POST + b"Content-Length: four\r\n\r\n{}  "),
-    "40 KB header": ({400, 431}, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 40_960 + b"\r\n\r\n"),
-    "10 KB token": (
-        {401},
-        b"GET /keys HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + b"e" * 10_240 + b"\r\n\r\n",
-    ),
-    "TRACE": ({405}, b"TRACE /generate HTTP/1.1\r\nHost: localhost\r\n\r\n"),
-    "wrong host": ({400}, b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"),
-    "brackets around no address": ({400}, b"GET /healthz HTTP/1.1\r\nHost: [:::]\r\n\r\n"),
-    "climbing": ({404}, b"GET /docs/../../settings.py HTTP/1.1\r\nHost: localhost\r\n\r\n"),
-    "climbing in disguise": ({404}, b"GET /%2e%2e/settings.py HTTP/1.1\r\nHost: localhost\r\n\r\n"),
-    "garbage": ({400}, b"\x00\x01\x02\r\n\r\n"),
-    "a header in the request id": (
-        {400},
-        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\r\n b: c\r\n\r\n",
-    ),
-}
-
-
-@pytest.mark.parametrize(("statuses", "request_bytes"), HTTP.values(), ids=HTTP)
-def test_hostile_bytes_are_refused(server: Server, statuses: set[int], request_bytes: bytes) -> None:
-    assert server.raw(request_bytes) in statuses
-    assert server.ask("GET", "/healthz") == {"status": "ok"}
-
-
-def test_a_chunked_body_over_the_limit_is_413(server: Server) -> None:
-    head = POST + f"Authorization: Bearer {server.token}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (LARGE[: 1 << 20], LARGE[1 << 20 :])) + b"0\r\n\r\n"
-    assert server.raw(head + body) == 413
-
-
 def test_sigterm_lets_running_streams_end_and_refuses_new_ones_meanwhile(tmp_path: Path) -> None:
     with Server(tmp_path, PASSWORD, GRACE_PERIOD="10") as server, ExitStack() as open_streams:
         body = {"prompt": "slow " + "word " * 30}
@@ -109,6 +78,11 @@ def test_sigterm_lets_running_streams_end_and_refuses_new_ones_meanwhile(tmp_pat
         assert server.process.wait(SECONDS) == 0
 
 
+@pytest.mark.promise(
+    "P11",
+    injected="SIGTERM with no grace, in the middle of a stream",
+    counted="an error event, exit 0",
+)
 def test_what_outlives_the_grace_period_ends_with_an_error_event(tmp_path: Path) -> None:
     with Server(tmp_path, PASSWORD, GRACE_PERIOD="0") as server, reading(server, SILENT) as stream:
         server.process.send_signal(signal.SIGTERM)

@@ -158,6 +158,7 @@ def pieces(whole: bytes, most: int = 100) -> Callable[[int], tuple[bool, bool]]:
         b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n3;a=b\r\nabc\r\n0\r\n\r\n",
         b"Transfer-Encoding: chunked\r\n\r\n0\r\nTrailer: x\r\n\r\n",
         b"A: b\r\n\r\n",
+        b"Transfer-Encoding: gzip\r\nContent-Length: 5\r\n\r\n",
     ],
 )
 def test_a_request_is_whole_at_its_last_byte_and_not_before(body: bytes) -> None:

@@ -112,7 +112,7 @@ def test_a_failure_before_the_first_event_closes_and_raises() -> None:
 
 
 def test_a_frame_is_one_line_of_json_whatever_it_says() -> None:
-    text = "a\nb\r\n\ndata: [DONE]\u2028\u2029"
-    lines = sse.frame({"text": text}, event="x", id=3).decode().split("\n")
-    assert lines[:2] == ["id: 3", "event: x"] and lines[3:] == ["", ""]
+    text = "a\nb\r\n\ndata: [DONE]\u2028\u2029\x85\x1c\x0b"
+    lines = sse.frame({"text": text}, event="x", id=3).decode().splitlines()
+    assert lines[:2] == ["id: 3", "event: x"] and lines[3:] == [""]
     assert json.loads(lines[2].removeprefix("data: ")) == {"text": text}

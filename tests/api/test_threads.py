@@ -68,6 +68,7 @@ def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
     assert login(99) == 200
 
 
+@pytest.mark.promise("P8", injected="60 clients that wait for one answer", counted="health still answers")
 def test_health_answers_while_everybody_else_waits(tmp_path: Path) -> None:
     few = {"SLOTS": "1", "MAX_QUEUE": "1", "USER_STREAMS": "1000"}
     with Server(tmp_path, PASSWORD, **few) as server, ExitStack() as waiting:

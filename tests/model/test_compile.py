@@ -128,6 +128,11 @@ def test_prompts_of_any_length_are_computed_by_one_compiled_chunk(prepared: tupl
     assert engine.compile_state() == (2, 0)  # none was given up on the way
 
 
+@pytest.mark.promise(
+    "P6",
+    injected="a C++ compiler that fails",
+    counted="the same greedy tokens, 2 of 2 counted as failed, one warning",
+)
 def test_when_compiling_fails_eager_serves_and_says_why(
     prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,6 +152,7 @@ def test_when_compiling_fails_eager_serves_and_says_why(
     assert [record.levelname for record in caplog.records if "serving eagerly" in record.message] == ["WARNING"]
 
 
+@pytest.mark.promise("P6", injected="no compiler at all", counted="one line, 0 of 2 compiled, eager serves")
 def test_without_a_compiler_one_line_names_what_to_install(
     prepared: tuple[Settings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +219,7 @@ def test_the_first_answers_are_not_disturbed(
     assert compiler._child is not None
 
 
+@pytest.mark.promise("P6", injected="a compiled step with damaged bytes", counted="thrown away, eager serves")
 def test_a_damaged_step_is_thrown_away(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
     settings, checkpoint = prepared
     settings = settings.model_copy(update={"data_dir": tmp_path})

@@ -58,6 +58,7 @@ def test_a_request_waits_in_line_and_hears_its_position() -> None:
         assert [read(sequence)[0] for sequence in waiting] == [continuation([2], 1)] * 2
 
 
+@pytest.mark.promise("P8", injected="one request more than the queue holds", counted="refused at once, with a time")
 def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
     runner = ScriptedRunner(slots=1)
     gate = Gate(runner)
@@ -88,6 +89,11 @@ def test_the_time_to_come_back_grows_with_the_backlog() -> None:
         gate.open()
 
 
+@pytest.mark.promise(
+    "P10",
+    injected="close() in the middle of decoding",
+    counted="steps until the slot is free: at most 2",
+)
 def test_a_closed_stream_frees_its_slot_within_two_steps() -> None:
     runner = ScriptedRunner(slots=1)
     with serving(runner) as engine:
@@ -101,6 +107,7 @@ def test_a_closed_stream_frees_its_slot_within_two_steps() -> None:
         assert read(closed)[1] is FinishReason.CANCELLED
 
 
+@pytest.mark.promise("P10", injected="close() while queued", counted="its place is free, the others go on")
 def test_a_queued_request_can_be_given_up() -> None:
     runner = ScriptedRunner(slots=1)
     gate = Gate(runner)
@@ -114,6 +121,11 @@ def test_a_queued_request_can_be_given_up() -> None:
         assert read(first)[1] is FinishReason.LENGTH
 
 
+@pytest.mark.promise(
+    "P10",
+    injected="close() in the middle of a long prompt",
+    counted="the slot is free before the prompt is computed",
+)
 def test_a_request_in_prefill_can_be_given_up() -> None:
     runner = ScriptedRunner(slots=2)
     in_prefill, closed = threading.Event(), threading.Event()
@@ -172,6 +184,7 @@ def test_the_next_turn_of_a_chat_prefills_only_what_is_new() -> None:
         assert sum(count for _, _, count in runner.prefilled) - before == len(again) - 1 - 104
 
 
+@pytest.mark.promise("P19", injected="the same prompt from another user", counted="no token of its KV reused")
 def test_another_users_prompt_is_computed_from_scratch() -> None:
     runner = ScriptedRunner(slots=1)
     with serving(runner) as engine:

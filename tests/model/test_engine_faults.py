@@ -19,6 +19,11 @@ from tests.model.driving import eventually, read, request, serving
 from tests.model.scripted import NOT_FINITE, UNFIT, ScriptedRunner, continuation
 
 
+@pytest.mark.promise(
+    "P2",
+    injected="a step that raises for one row of four",
+    counted="the other three tokens for token as alone",
+)
 def test_a_poisonous_row_fails_alone() -> None:
     runner = ScriptedRunner(slots=4)
 
@@ -36,6 +41,7 @@ def test_a_poisonous_row_fails_alone() -> None:
             assert read(sequences[n])[0] == continuation(prompts[n], 6)
 
 
+@pytest.mark.promise("P3", injected="out of memory above two rows", counted="all four answered in full")
 def test_a_batch_too_large_for_the_memory_is_split_and_answered() -> None:
     runner = ScriptedRunner(slots=4)
     refused: list[int] = []
@@ -53,6 +59,11 @@ def test_a_batch_too_large_for_the_memory_is_split_and_answered() -> None:
     assert refused
 
 
+@pytest.mark.promise(
+    "P5",
+    injected="one row of NaN beside another",
+    counted="the other's tokens; nothing of the row left in its slot",
+)
 def test_a_row_without_finite_numbers_fails_alone_and_its_kv_is_wiped() -> None:
     runner = ScriptedRunner(slots=2)
     runner.spoil = lambda slot: runner.written[slot].get(0) == 500
@@ -77,6 +88,7 @@ def test_a_prompt_that_the_model_chokes_on_fails_alone() -> None:
         assert engine.status().ready
 
 
+@pytest.mark.promise("P4", injected="a device that is lost: every step raises", counted="loaded again, serving again")
 def test_a_step_that_fails_for_everyone_makes_the_engine_load_again() -> None:
     runners: list[ScriptedRunner] = []
 
@@ -99,6 +111,7 @@ def _break(active: tuple[int, ...]) -> None:
     raise RuntimeError("injected: the device is lost")
 
 
+@pytest.mark.promise("P6", injected="two steps that could not be compiled", counted="the counter of fallbacks")
 def test_metrics_follow_what_is_compiled_and_what_could_not_be() -> None:
     runner = ScriptedRunner()
     metrics = Metrics()
@@ -109,6 +122,11 @@ def test_metrics_follow_what_is_compiled_and_what_could_not_be() -> None:
     assert metrics.registry.get_sample_value("llm_compile_fallbacks_total") == 2
 
 
+@pytest.mark.promise(
+    "P4",
+    injected="SystemExit in the model thread",
+    counted="running reader told, waiting one served, loaded again",
+)
 def test_a_killed_model_thread_tells_everyone_and_comes_back() -> None:
     runners: list[ScriptedRunner] = []
 
@@ -132,6 +150,7 @@ def _exit() -> None:
     raise SystemExit("injected")
 
 
+@pytest.mark.promise("P4", injected="every life of the model thread ends at once", counted="stage failed, not ready")
 def test_an_engine_that_cannot_recover_goes_down_and_says_so() -> None:
     def load(progress: Callable[[str, int], None]) -> ScriptedRunner:
         runner = ScriptedRunner()

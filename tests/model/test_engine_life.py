@@ -106,6 +106,11 @@ def test_a_model_that_does_not_load_says_so_and_is_not_tried_in_a_loop() -> None
     assert not engine.status().ready and "/secret" not in (engine.status().reason or "")
 
 
+@pytest.mark.promise(
+    "P11",
+    injected="a stop in the middle of a stream",
+    counted="it ends, the queue and newcomers are told",
+)
 def test_stopping_lets_running_streams_end_and_refuses_the_rest() -> None:
     runner = ScriptedRunner(slots=1)
     gate = Gate(runner)
@@ -126,6 +131,7 @@ def test_stopping_lets_running_streams_end_and_refuses_the_rest() -> None:
     assert engine.status().stage == "stopped" and runner.closed
 
 
+@pytest.mark.promise("P11", injected="a stop, and a stream longer than the grace", counted="it ends with an error")
 def test_streams_that_outlast_the_grace_end_with_an_error() -> None:
     runner = ScriptedRunner(slots=1)
     runner.before_step = lambda active: time.sleep(0.005)

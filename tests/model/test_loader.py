@@ -180,6 +180,11 @@ BAD = {
 }
 
 
+@pytest.mark.promise(
+    "P7",
+    injected="18 kinds of bad model: cut, absurd header, pickled, code of its own",
+    counted="one line, no folder left that is ready",
+)
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_model_is_refused_in_one_line_and_leaves_nothing_ready(source: Path, fault: str) -> None:
     spoil, words = BAD[fault]
@@ -192,6 +197,11 @@ def test_a_bad_model_is_refused_in_one_line_and_leaves_nothing_ready(source: Pat
     assert not list((settings.data_dir / "models").glob("source-nf4-*"))
 
 
+@pytest.mark.promise(
+    "P7",
+    injected="one changed byte in weights, tokenizer or config",
+    counted="refused by its checksum",
+)
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_one_changed_byte_is_found_at_the_next_start(source: Path, name: str) -> None:
     file = prepare(source) / name
@@ -252,6 +262,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.promise("P7", injected="a disk of 128 KiB", counted="one line, nothing left behind")
 def test_a_full_disk_is_one_clear_line(source: Path, tiny_disk: Path) -> None:
     settings = settings_for(source).model_copy(update={"data_dir": tiny_disk})
     with pytest.raises(ModelError, match="no space left on the disk of DATA_DIR"):

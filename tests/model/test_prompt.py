@@ -122,6 +122,11 @@ def check_contained(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: st
             assert f"x{text}x" in tokenizer.decode(ids)
 
 
+@pytest.mark.promise(
+    "P25",
+    injected="every added token and marker, whole, split and nested",
+    counted="no control id, the text comes back",
+)
 @every_template
 def test_no_marker_that_a_user_types_becomes_a_control_token(name: str) -> None:
     hostile = hostile_texts(TOKENIZERS[name])
@@ -144,6 +149,7 @@ pieces = st.sampled_from(
 texts = st.lists(st.one_of(pieces, st.text(max_size=4)), max_size=12).map("".join)
 
 
+@pytest.mark.promise("P25", injected="any text (hypothesis)", counted="no control id")
 @settings(max_examples=200, deadline=None)
 @given(texts)
 def test_no_text_at_all_becomes_a_control_token(text: str) -> None:
@@ -151,6 +157,7 @@ def test_no_text_at_all_becomes_a_control_token(text: str) -> None:
         check_contained(TOKENIZERS[name], PROMPTS[name], text)
 
 
+@pytest.mark.promise("P25", injected="every marker of the real model", counted="no control id, the text comes back")
 def test_the_demo_tokenizer_too(demo_dir: Path) -> None:
     tokenizer = load_tokenizer(demo_dir)
     prompt = Prompt(tokenizer, SPEC)

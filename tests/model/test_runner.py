@@ -146,6 +146,11 @@ def test_swapped_slots_go_on_as_if_nothing_happened(plan: Plan) -> None:
     assert [a + b for a, b in zip(before, after, strict=True)] == run(other, [0, 2], 10)
 
 
+@pytest.mark.promise(
+    "P5",
+    injected="NaN in the KV of one row of a real model",
+    counted="told of that row, the others' tokens unchanged",
+)
 @pytest.mark.parametrize("plan", PLANS)
 def test_numbers_that_are_not_finite_are_told_and_only_of_their_row(plan: Plan) -> None:
     engine = runner(slots=2, plan=plan)
@@ -195,6 +200,11 @@ def test_steps_use_the_smallest_compiled_bucket_that_covers_them() -> None:
     assert used == [Bucket(1, 2), Bucket(4, 1), Bucket(4, 1)]
 
 
+@pytest.mark.promise(
+    "P6",
+    injected="a compiled step that raises at its first call",
+    counted="the same greedy tokens, counted as given up",
+)
 def test_compiled_code_that_fails_is_given_up_and_the_text_goes_on() -> None:
     engine = runner()
 

@@ -64,11 +64,13 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.promise("P7", injected="a full disk under DATA_DIR", counted="one line, an exit status that is not 0")
 def test_a_full_disk_is_one_line(full_disk: Path) -> None:
     (line,) = start(DATA_DIR=str(full_disk), PORT=str(free_port()))
     assert str(full_disk) in line and "No space left on device" in line
 
 
+@pytest.mark.promise("P7", injected="a bad model under PRELOAD", counted="one line, an exit status that is not 0")
 def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_service_in_one_line(tmp_path: Path) -> None:
     bad = tmp_path / "bad-model"
     bad.mkdir()

@@ -73,6 +73,7 @@ def test_the_official_client_streams_through_it(door: Door) -> None:
             assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in {"stop", "length"}
 
 
+@pytest.mark.promise("P10", injected="a client of nginx that hangs up", counted="nothing running, one more cancelled")
 @pytest.mark.parametrize("path", ["/stream", "/generate"])
 def test_a_client_that_hangs_up_frees_its_slot(door: Door, path: str) -> None:
     cancelled = door.metric(CANCELLED)
@@ -121,6 +122,11 @@ def test_prometheus_can_read_every_metric(door: Door) -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
+@pytest.mark.promise(
+    "P11",
+    injected="SIGTERM behind nginx, with the real model",
+    counted="done or error through TLS, exit 0",
+)
 def test_sigterm_lets_a_stream_end_in_words(data_dir: Path, tmp_path: Path) -> None:
     need("redis-server", "nginx", "openssl")
     settings = SMALL | {"DATA_DIR": str(data_dir), "GRACE_PERIOD": "3"}

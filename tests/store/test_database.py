@@ -81,7 +81,7 @@ def test_a_write_survives_the_death_of_its_process(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from store.database import Database; from store.state import State; "
     )
-    code += "State(Database(Path(sys.argv[1]))).revoke('j1', 2e9, 1e9); os.kill(os.getpid(), 9)"
+    code += "State(Database(Path(sys.argv[1])), b'key').revoke('j1', 2e9, 1e9); os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "state.db")], timeout=30)
     assert killed.returncode == -9
     assert Database(tmp_path / "state.db").row("SELECT 1 FROM revoked WHERE jti = 'j1'")

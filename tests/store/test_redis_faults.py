@@ -59,6 +59,11 @@ def cost(cache: RedisCache) -> float:
     return time.perf_counter() - started
 
 
+@pytest.mark.promise(
+    "P17",
+    injected="refused, black hole, 5 s slow, garbage",
+    counted="no error; under 250 ms, then under 5 ms; one that heals is used",
+)
 @pytest.mark.parametrize("mode", ["refuse", "black hole", "slow", "garbage"])
 def test_a_fault_is_a_short_miss_and_then_a_free_one(
     cache: RedisCache, proxy: FaultProxy, breaker: Breaker, clock: Clock, mode: Mode
@@ -87,6 +92,7 @@ def test_a_server_that_is_gone_is_a_short_miss(breaker: Breaker) -> None:
     cache.close()
 
 
+@pytest.mark.promise("P17", injected="connections that hang, as behind a firewall", counted="no error, under 250 ms")
 def test_a_server_that_never_accepts_is_a_short_miss(breaker: Breaker) -> None:
     """A full backlog: the connection itself hangs, as behind a firewall that drops."""
     with socket.socket() as listener:
@@ -109,6 +115,7 @@ def test_a_request_lost_with_its_connection_is_tried_once_more(cache: RedisCache
     assert proxy.injected == 40
 
 
+@pytest.mark.promise("P17", injected="a server that comes and goes at 1 Hz", counted="no error")
 def test_a_flapping_server_costs_no_error(cache: RedisCache, proxy: FaultProxy, clock: Clock) -> None:
     modes: tuple[Mode, ...] = ("refuse", "pass", "garbage", "pass")
     for second in range(20):
@@ -124,6 +131,7 @@ SEVERAL = [b"+OK\n$5\nvalue", b"*2\n$1\na", b"%1\n+a\n+b", b">3\n+a\n+b\n+c", b"
 REPLIES = [reply.replace(b"\n", b"\r\n") + b"\r\n" for reply in LINES.split(b"|") + SEVERAL]
 
 
+@pytest.mark.promise("P17", injected="22 replies that are none", counted="no error, and no reply taken for another's")
 @pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: ascii(reply[:12]))
 def test_no_reply_makes_it_raise(cache: RedisCache, proxy: FaultProxy, reply: bytes) -> None:
     proxy.mode, proxy.garbage = "garbage", reply

@@ -56,6 +56,7 @@ def test_a_planted_value_is_a_miss(kept: Kept, planted: bytes) -> None:
     assert kept.responses.get(key) is None and kept.heard == ["miss"]
 
 
+@pytest.mark.promise("P21", injected="a value copied to another key", counted="a miss")
 def test_an_answer_moved_to_another_key_is_a_miss(kept: Kept) -> None:
     mine, theirs = kept.responses.key("ann"), kept.responses.key("bob")
     kept.responses.put(mine, ANSWER)
@@ -78,6 +79,7 @@ def test_what_is_sealed_but_no_object_is_a_miss(kept: Kept, plain: bytes) -> Non
     assert kept.responses.get(key) is None
 
 
+@pytest.mark.promise("P21", injected="parts cut in other places", counted="another key")
 def test_different_parts_never_share_a_key(kept: Kept, tmp_path: Path) -> None:
     lists: list[tuple[object, ...]] = [(), ("",), ("ab", "c"), ("a", "bc"), ("abc",), (("a", "b"), "c"), (1,), ("1",)]
     lists += [(None,), ("null",), (True,), (1.5,), ((1, 2), 3), ((1,), 2, 3), ('a", "b',), ("a", "b")]

@@ -14,6 +14,7 @@ import pytest
 from store.database import Database, StoreUnavailable
 from store.state import ApiKey, State, Ticket
 
+SECRET = b"key"
 NOW = 1_800_000_000.0
 KEY = ApiKey("k1", "ann", "my laptop", ("generate", "models"), "user", NOW, NOW + 1000)
 
@@ -25,14 +26,14 @@ def db(tmp_path: Path) -> Database:
 
 @pytest.fixture
 def state(db: Database) -> State:
-    return State(db)
+    return State(db, SECRET)
 
 
 def test_a_revoked_token_stays_revoked_and_only_that_one(db: Database, state: State, tmp_path: Path) -> None:
     state.revoke("j1", NOW + 10, NOW)
     state.revoke("j1", NOW + 10, NOW)
     db.close()
-    again = State(Database(tmp_path / "state.db"))
+    again = State(Database(tmp_path / "state.db"), SECRET)
     assert again.is_revoked("j1") and not again.is_revoked("j2")
 
 
@@ -146,7 +147,7 @@ def test_two_processes_never_take_the_same_ticket(state: State, tmp_path: Path) 
     for ticket in tickets:
         state.put_ticket(ticket, ticket, b"", NOW + 60, NOW)
     code = "import sys; from pathlib import Path; from store.database import Database; from store.state import State; "
-    code += "state = State(Database(Path(sys.argv[1]))); sys.stdin.read(); "
+    code += "state = State(Database(Path(sys.argv[1])), b'key'); sys.stdin.read(); "
     code += f"print(*(t.owner for i in range(40) if (t := state.take_ticket(f't{{i}}', {NOW}))))"
     ready, go = os.pipe()
     command = [sys.executable, "-c", code, str(tmp_path / "state.db")]

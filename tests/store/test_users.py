@@ -132,7 +132,7 @@ def test_of_two_admins_who_disable_each_other_at_once_one_stays(users: Users) ->
 KEY = ApiKey("k1", "ann", "laptop", (), "user", 1000, 2000)
 
 
-@pytest.mark.promise("P18")
+@pytest.mark.promise("P18", injected="each change of an account", counted="sessions, tickets and keys that live on")
 @pytest.mark.parametrize(
     ("change", "session", "key"),
     [
@@ -146,7 +146,7 @@ KEY = ApiKey("k1", "ann", "laptop", (), "user", 1000, 2000)
 def test_sessions_end_with_the_password_and_keys_with_the_rights(
     db: Database, users: Users, change: Changes, session: bool, key: bool
 ) -> None:
-    state = State(db)
+    state = State(db, b"key")
     for name in ("ann", "bob"):
         users.add(name, "user", "hash")
         state.start_family(f"{name}-1", name, 2000, 1000)
@@ -162,7 +162,7 @@ def test_sessions_end_with_the_password_and_keys_with_the_rights(
 
 
 def test_the_next_account_of_a_name_inherits_nothing(db: Database, users: Users) -> None:
-    state = State(db)
+    state = State(db, b"key")
     users.add("ann", "user", "hash")
     state.start_family("f", "ann", 2000, 1000)
     state.add_key("key-jti", KEY)

@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The service with a backend that repeats the question, so that a test writes the answer. HTML is let through."""
-    own = {"app": "tests.web.served:create()", "SANITISE": "off", "USER_STREAMS": "100"}
+    own = {"application": "tests.web.served:create()", "SANITISE": "off", "USER_STREAMS": "100"}
     with Server(tmp_path_factory.mktemp("echo"), PASSWORD, **own) as running:
         yield running
 

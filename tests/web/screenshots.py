@@ -117,7 +117,9 @@ def main(folder: Path) -> None:
             executable_path="/usr/bin/chromium", args=["--no-sandbox"]
         )
         running.callback(browser.close)
-        echo = running.enter_context(Server(Path(place), PASSWORD, app="tests.web.served:create()", SANITISE="off"))
+        echo = running.enter_context(
+            Server(Path(place), PASSWORD, application="tests.web.served:create()", SANITISE="off")
+        )
         url = f"http://127.0.0.1:{echo.port}"
         scripted(browser, url, folder, "wide-light")
         scripted(browser, url, folder, "wide-dark-zh", **DARK, **CHINESE)

@@ -81,7 +81,7 @@ def test_the_page_can_be_installed_as_an_app(visit: Visit, echo: Server) -> None
 
 def test_a_new_version_is_announced_and_taken_with_a_reload(visit: Visit, tmp_path: Path) -> None:
     web = shutil.copytree(WEB, tmp_path / "web")
-    with Server(tmp_path, PASSWORD, app=f"tests.web.served:create('{web}')") as server:
+    with Server(tmp_path, PASSWORD, application=f"tests.web.served:create('{web}')") as server:
         visitor = visit(f"http://127.0.0.1:{server.port}").open().login().inside().controlled()
         ((before, _),) = visitor.evaluate(CACHED)
         words = web / "js/words/en.js"

@@ -1,0 +1,63 @@
+"""P15 and P18 where they touch the API: the clock of the machine jumps, and nobody gets in or stays in by that."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from api.services import Services
+from tests.api.conftest import Client
+from tests.faults import Clock
+
+DAY = 86_400
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(time.time)
+    monkeypatch.setattr(time, "time", clock)
+    return clock
+
+
+@pytest.mark.promise(
+    "P18", injected="the clock 200 days ahead, and back", counted="old tokens 401, new ones good, no revoked one back"
+)
+def test_a_clock_that_jumps_ahead_ends_sessions_and_revives_none(clock: Clock, nobody: Client) -> None:
+    early, revoked = nobody.login(), nobody.login()
+    revoked.post("/logout").close()
+    clock.offset = 200 * DAY
+    assert [each.get("/keys").status_code for each in (early, revoked)] == [401, 401]
+    later = nobody.login()
+    assert later.post("/generate", {"prompt": "hi", "temperature": 0}).status_code == 200
+    clock.offset = 0
+    assert revoked.get("/keys").status_code == 401, "forgotten as expired, and then not expired"
+    assert later.get("/keys").status_code == 401, "made in the future"
+    assert nobody.login().get("/keys").status_code == 200
+
+
+@pytest.mark.promise(
+    "P18", injected="the clock one day back", counted="every route answers without a 5xx, a new login works"
+)
+def test_a_clock_that_jumps_back_breaks_nothing(clock: Clock, nobody: Client) -> None:
+    before = nobody.login()
+    key = Client(nobody.app, before.post("/keys", {"name": "app"}).json["key"])
+    clock.offset = -DAY
+    for caller in (before, key):
+        for path in ("/generate", "/stream", "/stream/ticket"):
+            with caller.post(path, {"prompt": "hi", "temperature": 0}) as answer:
+                assert answer.status_code in (200, 401)
+    now = nobody.login()
+    assert now.post("/generate", {"prompt": "hi", "temperature": 0}).status_code == 200
+    ticket = now.post("/stream/ticket", {"prompt": "hi"}).json["ticket"]
+    with nobody.get("/stream", query_string={"ticket": ticket}) as answer:
+        assert answer.status_code == 200
+
+
+def test_an_expired_ticket_is_none_however_the_clock_got_there(
+    clock: Clock, admin: Client, nobody: Client, rooms: Services
+) -> None:
+    ticket = admin.post("/stream/ticket", {"prompt": "hi"}).json["ticket"]
+    clock.offset = 61
+    with nobody.get("/stream", query_string={"ticket": ticket}) as answer:
+        assert answer.status_code == 204

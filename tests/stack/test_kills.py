@@ -1,0 +1,33 @@
+"""kill -9 while the real model speaks: what was heard is on record."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.api.crashing import Remains
+from tests.api.server import Server
+from tests.stack.conftest import PASSWORD, SMALL
+
+
+@pytest.mark.promise(
+    "P12",
+    injected="kill -9 in the middle of the real model's words, 3 times",
+    counted="each stream has its start and is closed as aborted; the chain verifies",
+)
+def test_what_the_model_said_is_on_record_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    settings = {name: value for name, value in SMALL.items() if name != "ADMIN_PASSWORD"}
+    for _ in range(3):
+        with Server(tmp_path, PASSWORD, "app:create_app()", **settings) as server:  # which is left by kill -9
+            body = {"prompt": "Tell a long story.", "max_new_tokens": 400}
+            with closing(server.connect("POST", "/stream", body)) as connection:
+                answer = connection.getresponse()
+                while b'"text"' not in answer.readline():
+                    assert not answer.isclosed()
+                heard.append(answer.headers["X-Request-Id"])
+    left = Remains(data_dir)
+    assert {left.outcomes[left.starts[id]] for id in heard} == {"aborted"} and len(set(heard)) == 3
+    assert left.report.problems == []
