@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-
 MOST_COUNT = 1 << 20  # of streams and of requests
 MOST_TOKENS = (1 << 53) - 1  # what every JSON reader, and Redis's Lua, can hold
 
