@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from flask import Flask
 from flask_openapi3.models.info import Info
@@ -64,6 +64,8 @@ from store.state import State
 from store.tail import Place
 from store.users import UserExists, Users
 from telemetry import Metrics, configure_logging
+
+Made = TypeVar("Made")
 
 _YEAR = 366 * 86_400
 _APP_LOAD_ERROR = 4  # gunicorn's word for "do not try again"
@@ -168,29 +170,29 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
 
 
 def _cache(settings: Settings, metrics: Metrics) -> Cache:
-    if not (url := _address("REDIS_URL", settings.redis_url, settings.redis_url_file)):
-        return SqliteCache(settings.data_dir / "cache.sqlite3")
-    with _an_address("REDIS_URL"):
+    def build(url: str) -> Cache:
         return RedisCache(url, Breaker(on_change=metrics.breaker_open.set))
+
+    found = _at_redis("REDIS_URL", settings.redis_url, settings.redis_url_file, build)
+    return found or SqliteCache(settings.data_dir / "cache.sqlite3")
 
 
 def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
-    if not (url := _address("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file)):
-        return None
-    with _an_address("STATE_REDIS_URL"):
+    def build(url: str) -> SharedCounts:
         return SharedCounts(url, Breaker(on_change=metrics.counts_breaker_open.set))
 
-
-def _address(setting: str, url: str | None, file: Path | None) -> str | None:
-    return url if file is None else read_text(f"{setting}_FILE", file)
+    return _at_redis("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file, build)
 
 
-@contextmanager
-def _an_address(setting: str) -> Iterator[None]:
+def _at_redis(setting: str, url: str | None, file: Path | None, build: Callable[[str], Made]) -> Made | None:
+    """What `build` makes of the address that the setting, or its file, holds; None where there is none."""
+    if file is not None:
+        setting += "_FILE"
+        url = read_text(setting, file)
     try:
-        yield
+        return build(url) if url else None
     except ValueError:  # its words may hold the password
-        raise SettingsError(f"{setting}: is not an address (for example {setting}=redis://127.0.0.1:6379/0)") from None
+        raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
 
 
 def _allowances(settings: Settings) -> Allowances:

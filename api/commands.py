@@ -105,7 +105,7 @@ def delete(name: str) -> None:
     click.echo(f"Removed {name}.")
 
 
-class _Limit(click.ParamType[object]):
+class _Limit(click.ParamType[int | str, Any]):
     """A number, or the word for the role's."""
 
     name = f"NUMBER|{_AS_ROLE}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime, tzinfo
 
 import pytest
 
@@ -17,6 +18,14 @@ DAY = 86_400
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(time.time)
     monkeypatch.setattr(time, "time", clock)
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return cls.fromtimestamp(clock(), tz)
+
+    for library in ("jwt.api_jwt", "flask_jwt_extended.tokens"):  # which ask for a date, and not for the time
+        monkeypatch.setattr(f"{library}.datetime", Shifted)
     return clock
 
 

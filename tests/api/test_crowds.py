@@ -30,10 +30,16 @@ ENDLESS = {"prompt": "for ever", "max_new_tokens": 1_000_000, "cache": False}
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts a server whose engine has loaded: before that, it takes no text as long as these tests want."""
     with ExitStack() as held:
-        yield lambda **settings: held.enter_context(
-            Server(tmp_path, PASSWORD, POISONED, **{"SLOTS": "4", "USER_STREAMS": "1000", "PACE": "0.005"} | settings)
-        )
+
+        def start(**settings: str) -> Server:
+            usual = {"SLOTS": "4", "USER_STREAMS": "1000", "PACE": "0.005"}
+            server = held.enter_context(Server(tmp_path, PASSWORD, POISONED, **usual | settings))
+            assert status_of(server, {"prompt": "warm"})[0] == 200
+            return server
+
+        yield start
 
 
 def status_of(server: Server, body: dict[str, Any]) -> tuple[int, str | None]:
@@ -48,7 +54,6 @@ def status_of(server: Server, body: dict[str, Any]) -> tuple[int, str | None]:
 )
 def test_overload_is_shed_and_leaves_nothing(serve: Callable[..., Server]) -> None:
     server = serve(MAX_QUEUE="16")
-    assert status_of(server, {"prompt": "warm"})[0] == 200
     worker = psutil.Process(details(server)["pid"])
     memory = worker.memory_info().rss
     with ThreadPoolExecutor(50) as pool:
@@ -99,7 +104,6 @@ def hang_up(connection: http.client.HTTPConnection) -> None:
 )
 def test_sixty_gone_clients_free_everything(serve: Callable[..., Server]) -> None:
     server = serve(MAX_QUEUE="64")
-    status_of(server, {"prompt": "warm"})
     for expected in (20, 40):
         for _ in range(5):
             four = [server.connect("POST", "/stream" if expected == 20 else "/generate", ENDLESS) for _ in range(4)]
