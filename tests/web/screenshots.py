@@ -14,7 +14,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, expect, sync_playwright
 
-from ops.stack import ROOT, Stack
+from ops.stack import ROOT, Stack, program
 from tests.api.server import Server
 from tests.stack.client import Door, until
 from tests.stack.conftest import LOADING, SMALL, with_model
@@ -114,7 +114,7 @@ def main(folder: Path) -> None:
     expect.set_options(timeout=PATIENCE)
     with ExitStack() as running, tempfile.TemporaryDirectory() as place:
         browser = running.enter_context(sync_playwright()).chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
+            executable_path=program("chromium"), args=["--no-sandbox"]
         )
         running.callback(browser.close)
         echo = running.enter_context(
