@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 HEAD = 64 << 10  # bytes of request line and headers together
+ARRIVE = 10.0  # seconds for all of it, as nginx.conf gives headers and body; more for a long one on a slow line
+SLOWEST = 16 << 10  # bytes a second of a line that is only slow
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n")
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n")
 _ENCODED = b"\r\ntransfer-encoding:"  # in another way, which is refused
@@ -48,6 +50,10 @@ class Arrival:
             return self._walk()
         self.whole = len(self.bytes) >= self._ends
         return self.whole or self._ends - self._head > self._most
+
+    def overdue(self, waited: float) -> bool:
+        """Whether `waited` seconds are too long for what came in them."""
+        return waited > ARRIVE + len(self.bytes) / SLOWEST
 
     def _read_head(self, seen: int) -> bool:
         end = self.bytes.find(b"\r\n\r\n", seen)

@@ -20,7 +20,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-
 
 from api.arrival import Arrival, TooLong
 
-ARRIVE = 10.0  # seconds for headers and body together, as nginx.conf gives each of them
+HURRY = 8.0  # seconds less for what arrives, once the service stops
 LEAVE = 2.0  # seconds in which a connection that is being closed may read why
 CONNECTIONS = 1000  # that a request arrives on at the same time; when there are more, the oldest makes room
 LEAVING = 100  # connections that are being closed at the same time; when there are more, likewise
@@ -96,8 +96,8 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]
     def murder_pending(self) -> None:
         """About every second: end what has taken too long to come, or to go."""
         now = time.monotonic()
-        patience = ARRIVE if self.alive else LEAVE
-        for conn in [late for late, (begun, _) in self._arriving.items() if now - begun > patience]:
+        hurry = 0.0 if self.alive else HURRY
+        for conn in [late for late, (begun, some) in self._arriving.items() if some.overdue(now - begun + hurry)]:
             self._turn_away(conn, 408)
         for conn in [late for late, begun in self._leaving.items() if now - begun > LEAVE]:
             self._end(conn)

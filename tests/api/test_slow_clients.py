@@ -171,3 +171,10 @@ def test_a_head_without_an_end_is_too_long() -> None:
     with pytest.raises(TooLong):
         for _ in range(HEAD):
             arrival.add(b"ab")
+
+
+def test_a_long_body_on_a_slow_line_has_its_time() -> None:
+    arrival = Arrival(1 << 20, b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+    assert arrival.overdue(10.1) and not arrival.overdue(9.9)
+    arrival.add(b"a" * 500_000)
+    assert not arrival.overdue(40) and arrival.overdue(45)
