@@ -70,7 +70,8 @@ def test_the_url_map_lets_in_whom_the_table_says(
 
 
 OWNED = {("DELETE", "/keys/<id>"), ("DELETE", "/requests/<id>"), ("GET", "/stream")}
-NOBODYS = {"/v1/models/<path:id>", "/docs/<name>", "/admin/users/<name>", "/admin/audit/<id>"}  # roles decide there
+# Roles decide there, or nobody has to.
+NOBODYS = {"/v1/models/<path:id>", "/docs/<name>", "/admin/users/<name>", "/admin/audit/<id>", "/web/<path:name>"}
 
 
 @pytest.mark.promise("P24", injected="another user's key, request and ticket", counted="404, 404, the owner's stream")

@@ -85,7 +85,7 @@ def test_a_compiler_that_runs_at_a_start_is_seen_and_still_works(tmp_path: Path)
 def test_quality_follows_the_engine_beside_the_reference() -> None:
     """In float32 on one tiny model both are the same, alone or in a batch, free or forced; and a change is seen."""
     model, reference = tiny_model(), tiny_model()
-    runner = Runner(model, Plan("dense", model.dtype), 4, 64, "cpu", frozenset())
+    runner = Runner(model, Plan("dense", model.dtype, model.dtype), 4, 64, "cpu", frozenset())
     prompts = [[5, 6, 7], list(range(20, 40)), [9]]
     answers = [quality.greedy(reference, prompt, 6, frozenset()) for prompt in prompts]
     for forced in (False, True):
@@ -111,7 +111,7 @@ def test_an_answer_ends_with_its_end_token() -> None:
 
 def test_a_filled_slot_goes_on_as_a_prompt_of_the_service_does() -> None:
     model = tiny_model()
-    runner = Runner(model, Plan("dense", model.dtype), 2, 64, "cpu", frozenset())
+    runner = Runner(model, Plan("dense", model.dtype, model.dtype), 2, 64, "cpu", frozenset())
     fill(runner, 0, [5])
     assert runner.step([0])[0] == quality.greedy(tiny_model(), [5], 1, frozenset())[0]
 
