@@ -39,4 +39,5 @@ class Remains:
         audit.open()
         self.starts = {record["request"]: record["id"] for record in audit.find(Wanted({"kind": "start"}))}
         self.outcomes = {record["id"]: record["outcome"] for record in audit.find(Wanted({"kind": "end"}))}
+        self.complete = self if set(self.starts.values()) == set(self.outcomes) else None
         self.report = verify(place.folder, place.head, place.signer)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.crashing import Remains
-from tests.api.server import Server
+from tests.api.server import Server, eventually
 from tests.stack.conftest import PASSWORD, SMALL
 
 
@@ -28,6 +28,6 @@ def test_what_the_model_said_is_on_record_after_a_kill(data_dir: Path, tmp_path:
                 while b'"text"' not in answer.readline():
                     assert not answer.isclosed()
                 heard.append(answer.headers["X-Request-Id"])
-    left = Remains(data_dir)
+    left = eventually(lambda: Remains(data_dir).complete)  # a large process takes a moment to be gone
     assert {left.outcomes[left.starts[id]] for id in heard} == {"aborted"} and len(set(heard)) == 3
     assert left.report.problems == []
