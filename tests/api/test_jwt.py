@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jwt
@@ -103,3 +105,12 @@ def test_only_the_authorization_header_counts(nobody: Client, forge: Callable[..
 def test_a_body_is_not_even_read_without_a_token(nobody: Client) -> None:
     for body in (b"", b"{", b"[" * 100_000, b"\xff"):
         assert nobody.post("/generate", data=body, content_type="text/plain").status_code == 401
+
+
+def test_a_token_that_was_good_a_moment_ago_expires_all_the_same(
+    admin: Client, status: Callable[[str], int], rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert admin.token and status(admin.token) == status(admin.token) == 422
+    later = time.time() + rooms.policy.access_ttl + 1
+    monkeypatch.setattr("api.bearer.time", SimpleNamespace(time=lambda: later))
+    assert status(admin.token) == 401
