@@ -31,7 +31,7 @@ WARM = 4  # steps before the clock runs
 CHUNK = 512  # prompt tokens at once, as the service computes them for a single user
 
 # Bits that a weight of the body and of the head takes, by product: what a step reads. `packed` has a scale for 64.
-BITS = {"packed": (4 + 32 / 64, 8 + 32 / 64), "int8": (8.0, 8.0)}
+BITS = {"packed": (4 + 16 / 64, 8 + 16 / 64), "int8": (8.0, 8.0)}
 
 
 def load(settings: Settings, patience: float) -> Runner:

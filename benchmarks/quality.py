@@ -54,8 +54,6 @@ def dequantised(settings: Settings) -> Any:
     """The model with its NF4 matrices as floats."""
     model = _load(prepare(find(settings), settings), settings, torch.float32)
     quant.install(model, quant.Plan("dequantised", torch.float32, torch.float32))
-    # A 4-bit checkpoint keeps its embedding in bf16 whatever it is loaded as, and transformers' own float() refuses.
-    torch.nn.Module.float(model)
     return model
 
 

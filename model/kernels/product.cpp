@@ -66,9 +66,9 @@ inline __m256i dot4(__m256i sums, __m256i u8, __m256i s8) {
 }
 
 // M input rows from `row` on, times kLanes output rows.
-// weights [blocks][kBlock / 4][kLanes][4]; scales [blocks][kLanes].
+// weights [blocks][kBlock / 4][kLanes][4]; scales bfloat16 [blocks][kLanes].
 template <int M>
-void tile(const Panel& x, int64_t row, const __m256i* weights, const float* scales, float* out, int64_t stride) {
+void tile(const Panel& x, int64_t row, const __m256i* weights, const uint16_t* scales, float* out, int64_t stride) {
   const int8_t* q = &x.q[row * x.k];
   const float* scale = &x.scale[row * x.blocks];
   const int32_t* undo = &x.undo[row * x.blocks];
@@ -99,7 +99,7 @@ void expand(const __m256i* packed, __m256i codebook, int64_t vectors, __m256i* w
   }
 }
 
-// x float32 [m, k]; weights uint8 [n / 8, k / 64, 512, or 256 of two codes]; scales float32 [n / 8, k / 64, 8];
+// x float32 [m, k]; weights uint8 [n / 8, k / 64, 512, or 256 of two codes]; scales bfloat16 [n / 8, k / 64, 8];
 // codebook uint8 [16] for 4-bit weights, else empty -> float32 [m, n]. The caller sees to shapes and alignment (32).
 Tensor packed_product(const Tensor& x, const Tensor& weights, const Tensor& scales, const Tensor& codebook) {
   const int64_t m = x.size(0), k = x.size(1), groups = scales.size(0), n = groups * kLanes;
@@ -107,7 +107,7 @@ Tensor packed_product(const Tensor& x, const Tensor& weights, const Tensor& scal
   const int64_t vectors = k * kLanes / 32 / (packed ? 2 : 1);
   const auto* in = static_cast<const float*>(x.data_ptr());
   const auto* all = static_cast<const __m256i*>(weights.data_ptr());
-  const auto* scale = static_cast<const float*>(scales.data_ptr());
+  const auto* scale = static_cast<const uint16_t*>(scales.data_ptr());
   const auto* codes = static_cast<const __m128i*>(codebook.data_ptr());
   const __m256i table = packed ? _mm256_broadcastsi128_si256(_mm_loadu_si128(codes)) : __m256i{};
   Tensor result = torch::stable::new_empty(x, {m, n});
@@ -124,7 +124,7 @@ Tensor packed_product(const Tensor& x, const Tensor& weights, const Tensor& scal
     for (int64_t g = 0; g < groups; g++) {
       const __m256i* mine = all + g * vectors;
       if (packed) expand(mine, table, vectors, expanded.data()), mine = expanded.data();
-      const float* by = scale + g * k / kBlock * kLanes;
+      const uint16_t* by = scale + g * k / kBlock * kLanes;
       float* to = out + first * n + g * kLanes;
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4) tile<4>(panel, r, mine, by, to + r * n, n);
