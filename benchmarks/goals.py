@@ -120,8 +120,8 @@ def _cache(kept: Mapping[str, Any]) -> Iterator[Goal]:
     for name in (cache.REDIS, cache.SQLITE):
         found = turns.get(name, ())
         speed = [value["per_second"] for value in found]
-        # 800 without a durable audit of every answer, 300 with one.
-        yield Goal(f"{name}, requests/s", ">= 800", speed, lambda value: value >= 800, ".0f")
+        # Of 1,870 that an empty route made on the machine where this was set; each answer has a durable audit record.
+        yield Goal(f"{name}, requests/s", ">= 300", speed, lambda value: value >= 300, ".0f")
         yield at_most(f"{name}, p99, ms", "< 20", [value["p99"] * 1e3 for value in found], 20, ".1f")
 
 
