@@ -39,12 +39,12 @@ export function throttled(act, milliseconds) {
   let timer = 0;
   const run = () => {
     timer = 0;
-    act();
+    return act();
   };
   const later = () => (timer ||= setTimeout(run, milliseconds));
   later.now = () => {
     clearTimeout(timer);
-    run();
+    return run();
   };
   return later;
 }

@@ -42,7 +42,7 @@ export class Run extends EventTarget {
     }
     this.ended = true;
     this.head.updated = Date.now();
-    this.save.now();
+    await this.save.now(); // a reload from here on finds all of it
     this.dispatchEvent(new Event("change"));
     this.dispatchEvent(new Event("end"));
   }
