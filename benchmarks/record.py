@@ -134,7 +134,7 @@ def commit() -> str:
 
 def code(row: str) -> str:
     """A digest of what is measured and of the row that measures it."""
-    files = [file for place in MEASURED for file in [ROOT / place, *sorted((ROOT / place).glob("**/*.py"))]]
+    files = [file for place in MEASURED for file in [ROOT / place, *sorted((ROOT / place).glob("**/*.*[ph]"))]]
     digest = hashlib.sha256()
     for file in [*files, *(HERE / f"{name}.py" for name in (*MEASURING, row))]:
         digest.update(file.read_bytes() if file.is_file() else b"")
