@@ -149,16 +149,15 @@ def shown(turns: Mapping[str, Any]) -> str:
     return table.markdown(["", "requests/s", "p50, ms", "p99, ms", "cores used", "of the empty route"], lines)
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return f"{chosen.connections} connections, medians of {chosen.rounds} rounds", shown(kept.turns)
+
+
 def main() -> None:
     parser = record.options(__doc__, rounds=3, minutes=10)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--connections", type=int, default=16)
-    chosen = parser.parse_args()
-    kept = Record.open("cache", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    print(f"{record.machine()}; {chosen.connections} connections, medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns))
+    record.run("cache", parser, measure, _told)
 
 
 if __name__ == "__main__":

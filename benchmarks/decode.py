@@ -83,18 +83,19 @@ def shown(kept: Mapping[str, Any], facts: Mapping[str, Any], batches: list[int],
     return table.markdown(["", OURS, *(f"{name} (ratio)" for name in peers), "the memory's limit (ratio)"], lines)
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return (
+        f"{kept.facts[OURS]['product']} against Q4_1, context {chosen.context}, medians of {chosen.rounds} rounds",
+        shown(kept.turns, kept.facts, chosen.batches, chosen.context),
+    )
+
+
 def main() -> None:
     parser = record.options(__doc__, rounds=5, minutes=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--context", type=int, default=128, help="tokens that every row holds before the first step")
     parser.add_argument("--steps", type=int, default=64)
-    chosen = parser.parse_args()
-    kept = Record.open("decode", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    product = kept.facts[OURS]["product"]
-    print(f"{record.machine()}; {product} against Q4_1, context {chosen.context}, medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns, kept.facts, chosen.batches, chosen.context))
+    record.run("decode", parser, measure, _told)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,10 @@ def _flatness(kept: list[list[int]] | None, minutes: float) -> str:
     return f"Memory over {minutes:g} minutes of mixed requests: {kept[0][-1] >> 20} MB, {grown:+.1%}: {verdict}."
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return f"medians of {chosen.rounds} rounds", shown(kept.turns, chosen)
+
+
 def main() -> None:
     parser = record.options(__doc__, rounds=3, minutes=45)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
@@ -156,12 +160,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request of the clients' part")
     parser.add_argument("--minutes", type=float, default=5, help="of the mixed run")
     parser.add_argument("--longest", type=int, default=500, help="words of the mixed run's longest prompts")
-    chosen = parser.parse_args()
-    kept = Record.open("growth", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    print(f"{record.machine()}; medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns, chosen))
+    record.run("growth", parser, measure, _told)
 
 
 if __name__ == "__main__":

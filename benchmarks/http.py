@@ -148,18 +148,17 @@ def _line(label: str, values: list[list[float]], form: str) -> list[str]:
     return [label, table.median(ours, form), *(table.beside(ours, peer, form) for peer in others)]
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return f"{chosen.tokens} tokens a request, medians of {chosen.rounds} rounds", shown(kept.turns, chosen.clients)
+
+
 def main() -> None:
     parser = record.options(__doc__, rounds=3, minutes=45)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
     every = [OURS, *([LLAMA_SERVER.name, VLLM.name] if wanted_all() else []), TRANSFORMERS.name]
     parser.add_argument("--only", nargs="+", default=every, metavar="NAME", help=", ".join(every))
-    chosen = parser.parse_args()
-    kept = Record.open("http", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    print(f"{record.machine()}; {chosen.tokens} tokens a request, medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns, chosen.clients))
+    record.run("http", parser, measure, _told)
 
 
 if __name__ == "__main__":

@@ -185,16 +185,15 @@ def shown(turns: Mapping[str, Any]) -> str:
     return text
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return f"{kept.facts['predicted tokens']} tokens predicted", shown(kept.turns)
+
+
 def main() -> None:
     parser = record.options(__doc__, rounds=1, minutes=20)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=32)
-    chosen = parser.parse_args()
-    kept = Record.open("quality", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    print(f"{record.machine()}; {kept.facts['predicted tokens']} tokens predicted\n")
-    print(shown(kept.turns))
+    record.run("quality", parser, measure, _told)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a row measured, kept in benchmarks/NAME.json turn by turn, so that an interrupted row goes on where it was.
 
 Kept figures serve only as long as machine, options and the measured code are the same: nothing stale is mixed in.
-Prints no table.
+Makes no table.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from typing import Any
 import psutil
 
 from benchmarks.worker import ROOT
+from settings import Settings
 
 HERE = ROOT / "benchmarks"
 MEASURED = ("model", "api", "store", "security", "app.py", "settings.py", "telemetry.py", "gunicorn.conf.py")
 MEASURING = ("engines", "ours", "llama", "load", "servers")  # besides the row itself
+SOURCES = {".py", ".cpp", ".h"}
 BUSY = 20.0  # percent of all cores that others may use before it is said
 NOT_FIGURES = {"fresh", "limit", "rounds", "patience", "only"}  # options that change no single figure
 
@@ -107,6 +109,21 @@ def options(doc: str, *, rounds: int, minutes: float) -> argparse.ArgumentParser
     return parser
 
 
+def run(
+    row: str,
+    parser: argparse.ArgumentParser,
+    measure: Callable[[Record, Settings, argparse.Namespace], None],
+    told: Callable[[Record, argparse.Namespace], tuple[str, str]],
+) -> None:
+    """A row's command: measure what is not kept yet, then print the machine, `told`'s circumstances and its table."""
+    chosen = parser.parse_args()
+    kept = Record.open(row, chosen)
+    with kept.bounded():
+        measure(kept, Settings.from_environment(), chosen)
+    circumstances, figures = told(kept, chosen)
+    print(f"{machine()}; {circumstances}\n\n{figures}")
+
+
 def read(file: Path) -> dict[str, Any] | None:
     """A kept record; None where there is none, or none that can be read."""
     try:
@@ -134,7 +151,8 @@ def commit() -> str:
 
 def code(row: str) -> str:
     """A digest of what is measured and of the row that measures it."""
-    files = [file for place in MEASURED for file in [ROOT / place, *sorted((ROOT / place).glob("**/*.*[ph]"))]]
+    files = [file for place in MEASURED for file in [ROOT / place, *sorted((ROOT / place).glob("**/*.*"))]]
+    files = [file for file in files if file.suffix in SOURCES]
     digest = hashlib.sha256()
     for file in [*files, *(HERE / f"{name}.py" for name in (*MEASURING, row))]:
         digest.update(file.read_bytes() if file.is_file() else b"")

@@ -124,13 +124,12 @@ def shown(turns: Mapping[str, Any]) -> str:
     return table.markdown(["warm start", ""], lines)
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return f"medians of {chosen.rounds} rounds", shown(kept.turns)
+
+
 def main() -> None:
-    chosen = record.options(__doc__, rounds=5, minutes=15).parse_args()
-    kept = Record.open("start", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    print(f"{record.machine()}; medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns))
+    record.run("start", record.options(__doc__, rounds=5, minutes=15), measure, _told)
 
 
 if __name__ == "__main__":

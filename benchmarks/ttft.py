@@ -140,16 +140,15 @@ def shown(turns: Mapping[str, Any], tokens: int) -> str:
     return table.markdown(["", *servers], lines) + "\n\n" + table.markdown(head, beside)
 
 
+def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
+    return f"medians of {chosen.rounds} rounds", shown(kept.turns, chosen.prompt)
+
+
 def main() -> None:
     parser = record.options(__doc__, rounds=3, minutes=15)
     parser.add_argument("--prompt", type=int, default=500, help="tokens of the long prompt, about")
     parser.add_argument("--streams", type=int, default=8)
-    chosen = parser.parse_args()
-    kept = Record.open("ttft", chosen)
-    with kept.bounded():
-        measure(kept, Settings.from_environment(), chosen)
-    print(f"{record.machine()}; medians of {chosen.rounds} rounds\n")
-    print(shown(kept.turns, chosen.prompt))
+    record.run("ttft", parser, measure, _told)
 
 
 if __name__ == "__main__":
