@@ -176,13 +176,18 @@ def test_a_disk_that_takes_no_compiled_step_does_not_cost_the_model(
     assert "nothing can be compiled here" in caplog.text
 
 
-def test_a_machine_without_room_for_a_child_serves_eagerly(
-    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def no_process_left(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **options: object) -> None:
         raise BlockingIOError("injected: no process left")
 
     monkeypatch.setattr(compiling.subprocess, "Popen", full)
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_a_machine_without_room_for_a_child_serves_eagerly(
+    prepared: tuple[Settings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings, checkpoint = prepared
     engine = load(settings, checkpoint)
     engine.compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
@@ -190,13 +195,10 @@ def test_a_machine_without_room_for_a_child_serves_eagerly(
     assert "no process left" in caplog.text
 
 
+@pytest.mark.usefixtures("no_process_left")
 def test_what_was_compiled_before_is_used_though_the_rest_cannot_be(
     prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        raise BlockingIOError("injected: no process left")
-
-    monkeypatch.setattr(compiling.subprocess, "Popen", full)
     settings, checkpoint = prepared
     engine = load(settings, checkpoint)
     compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
