@@ -109,7 +109,12 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]
 def load_model(
     folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype, progress: Progress = _silent
 ) -> PreTrainedModel:
-    """The weights of a prepared folder in memory, in eval mode. Only the model thread calls this. Raises ModelError."""
+    """The weights of a prepared folder in memory, in eval mode; what is not quantised is of `dtype`.
+
+    Only the model thread calls this. Raises ModelError.
+    """
+    import torch
+
     progress("loading", 25)
     options: dict[str, Any] = {"dtype": dtype}
     if settings.quantization == "int8" and device.type == "cuda":
@@ -117,6 +122,10 @@ def load_model(
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     model = _open(folder, device, options)
+    if dtype == torch.float32:
+        # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow,
+        # and transformers' own float() refuses.
+        torch.nn.Module.float(model)
     progress("loading", 100)
     return model
 

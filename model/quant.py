@@ -159,9 +159,6 @@ def install(model: nn.Module, chosen: Plan) -> None:
     """
     if chosen.product in ("bitsandbytes", "dense"):
         return
-    # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow, and
-    # transformers' own float() refuses.
-    nn.Module.float(model)
     for owner in list(model.modules()):
         for names in FUSED:
             parts = [getattr(owner, name, None) for name in names]

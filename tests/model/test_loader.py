@@ -47,6 +47,14 @@ def left_behind(settings: Settings) -> list[str]:
     return [path.name for path in found if not checkpoint.is_ready(path)]
 
 
+def test_what_a_checkpoint_keeps_in_bf16_becomes_float_and_the_rotary_tables_with_it(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source")
+    model = loader.load_model(prepare(source), settings_for(source), torch.device("cpu"), torch.float32)
+    states = model.model.embed_tokens(torch.tensor([[5]]))
+    assert states.dtype == model.model.rotary_emb(states, torch.tensor([[3]]))[0].dtype == torch.float32
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"  # and 4 bits stay 4 bits
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_quantised_checkpoint_opens_with_stock_transformers(tmp_path: Path, architecture: str) -> None:
     folder = prepare(tiny_checkpoint(tmp_path / "source", architecture))

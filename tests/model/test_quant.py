@@ -149,14 +149,6 @@ def test_fused_layers_answer_like_the_dense_model(architecture: str, product: st
     assert fused.model.layers[0].self_attn.q_proj.fused.pending == ()
 
 
-def test_what_a_checkpoint_keeps_in_bf16_becomes_float_and_the_rotary_tables_with_it() -> None:
-    model = tiny_model()
-    model.model.embed_tokens.bfloat16()
-    quant.install(model, quant.plan("cpu", "nf4", kernels=True))
-    states = model.model.embed_tokens(torch.tensor([[5]]))
-    assert states.dtype == model.model.rotary_emb(states, torch.tensor([[3]]))[0].dtype == torch.float32
-
-
 def test_a_width_that_the_kernel_cannot_take_gets_another_product() -> None:
     chosen = quant.plan("cpu", "nf4", kernels=True)
     assert isinstance(quant.product([nn.Linear(96, 32)], chosen), quant.Int8Linear)
