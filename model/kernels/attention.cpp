@@ -21,12 +21,6 @@ namespace {
 constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
 constexpr int64_t kRun = 32;   // most tokens of one prompt that are computed together
 
-inline float sum(Floats v) {
-  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-}
-
 // e^x for x <= 0, to 2e-7: 2^n by its bits, and e^r by its Taylor series for |r| <= ln 2 / 2. NaN stays NaN.
 inline Floats exponential(Floats x) {
   x = x < -87.0f ? Floats{} - 87.0f : x;

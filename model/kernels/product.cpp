@@ -22,67 +22,103 @@ namespace {
 constexpr int64_t kLanes = 8;   // output rows that share a vector, one int32 lane each
 constexpr int64_t kBlock = 64;  // inputs that share a scale: bitsandbytes' block, and ours for activations
 constexpr int64_t kPanel = 64;  // input rows that are computed together: as int8 they fit the second-level cache
+constexpr int64_t kDirect = 4;  // input rows up to which codes are looked up on the way, not once for all
 constexpr int kOffset = 64;     // added to weights in [-63, 63]: u8 x s8 pairs then fit 16 bits (2 * 127 * 127)
 
 // Activations of a panel: int8 in [-127, 127], a scale a block, and what undoes the weights' offset.
 struct Panel {
-  int64_t k, blocks = k / kBlock;
+  int64_t k, blocks;
   std::vector<int8_t> q;
   std::vector<float> scale;
   std::vector<int32_t> undo;
 
-  Panel(int64_t rows, int64_t width) : k(width), q(rows * k), scale(rows * blocks), undo(rows * blocks) {}
+  // Room for `rows` of `width`; grows and is kept, for a step has a hundred products.
+  void fit(int64_t rows, int64_t width) {
+    k = width, blocks = k / kBlock;
+    q.resize(std::max<size_t>(q.size(), rows * k));
+    scale.resize(std::max<size_t>(scale.size(), rows * blocks));
+    undo.resize(scale.size());
+  }
 
   void quantise(int64_t row, const float* x) {
     for (int64_t b = 0; b < blocks; b++, x += kBlock) {
-      float top = 0;
-      int unsound = 0;  // NaN or infinity, which int8 cannot say: the scale does
-      for (int i = 0; i < kBlock; i++) {
-        const float size = std::fabs(x[i]);
-        unsound |= !(size <= 3e38f);
-        top = size > top ? size : top;
+      Floats tops = {}, unsound = {};  // NaN where x is NaN or infinite, which int8 cannot say: the scale does
+      for (int i = 0; i < kBlock; i += 8) {
+        const Floats v = load(x + i);
+        tops = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), tops);
+        unsound += v * 0.0f;
       }
-      const float inverse = top > 0 && !unsound ? 127 / top : 0;
-      int8_t* to = &q[row * k + b * kBlock];
-      int32_t sum = 0;
-      for (int i = 0; i < kBlock; i++) {
-        const auto v = static_cast<int32_t>(std::nearbyint(unsound ? 0 : x[i] * inverse));
-        to[i] = static_cast<int8_t>(v);
-        sum += v;
+      const float top = largest(tops), inverse = 127 / std::max(top, 1e-30f);
+      __m256i sums = _mm256_setzero_si256();
+      for (int i = 0; i < kBlock; i += 32) {
+        __m256i v[4];
+        for (int j = 0; j < 4; j++) {
+          v[j] = _mm256_cvtps_epi32(load(x + i + 8 * j) * inverse);  // to the nearest, halves to even
+          sums = _mm256_add_epi32(sums, v[j]);
+        }
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works in halves
+        auto* to = reinterpret_cast<__m256i*>(&q[row * k + b * kBlock + i]);
+        _mm256_storeu_si256(to, _mm256_permutevar8x32_epi32(bytes, order));
       }
-      scale[row * blocks + b] = unsound ? NAN : top / 127;
-      undo[row * blocks + b] = -kOffset * sum;
+      scale[row * blocks + b] = top / 127 + sum(unsound);
+      undo[row * blocks + b] = -kOffset * static_cast<int32_t>(sum(_mm256_cvtepi32_ps(sums)));
     }
   }
 };
 
 // sums + products of four u8 x s8 pairs in each lane.
-inline __m256i dot4(__m256i sums, __m256i u8, __m256i s8) {
+inline __m256i dot4(__m256i sums, __m256i u8, const int8_t* four) {
+  int32_t s8;
+  std::memcpy(&s8, four, 4);
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return _mm256_dpbusd_epi32(sums, u8, s8);
+  return _mm256_dpbusd_epi32(sums, u8, _mm256_set1_epi32(s8));
 #else
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
+  const __m256i pairs = _mm256_maddubs_epi16(u8, _mm256_set1_epi32(s8));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
 
+// Weights as bytes, a vector of four inputs for each lane.
+struct Bytes {
+  static constexpr int kVectors = kBlock / 4;  // in a block
+  static constexpr int kParts = 1;             // groups of four inputs in one vector
+
+  void take(const __m256i* from, __m256i* parts) const { parts[0] = *from; }
+};
+
+// Weights as codes of 4 bits: low halves are one group of four inputs, high halves the next.
+struct Codes {
+  static constexpr int kVectors = kBlock / 8;
+  static constexpr int kParts = 2;
+  __m256i codebook;
+
+  void take(const __m256i* from, __m256i* parts) const {
+    const __m256i low = _mm256_set1_epi8(15), both = *from;
+    parts[0] = _mm256_shuffle_epi8(codebook, _mm256_and_si256(both, low));
+    parts[1] = _mm256_shuffle_epi8(codebook, _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
+  }
+};
+
 // M input rows from `row` on, times kLanes output rows.
-// weights [blocks][kBlock / 4][kLanes][4]; scales bfloat16 [blocks][kLanes].
-template <int M>
-void tile(const Panel& x, int64_t row, const __m256i* weights, const uint16_t* scales, float* out, int64_t stride) {
+// weights [blocks][W::kVectors] vectors; scales bfloat16 [blocks][kLanes].
+template <int M, typename W>
+void tile(const W& kind, const Panel& x, int64_t row, const __m256i* weights, const uint16_t* scales, float* out,
+          int64_t stride) {
   const int8_t* q = &x.q[row * x.k];
   const float* scale = &x.scale[row * x.blocks];
   const int32_t* undo = &x.undo[row * x.blocks];
   Floats total[M] = {};
-  for (int64_t b = 0; b < x.blocks; b++, q += kBlock, weights += kBlock / 4) {
+  for (int64_t b = 0; b < x.blocks; b++, weights += W::kVectors) {
     __m256i sums[M];
     for (int m = 0; m < M; m++) sums[m] = _mm256_set1_epi32(undo[m * x.blocks + b]);
 #pragma GCC unroll 4
-    for (int i = 0; i < kBlock / 4; i++)
-      for (int m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, q + m * x.k + 4 * i, 4);
-        sums[m] = dot4(sums[m], weights[i], _mm256_set1_epi32(four));
-      }
+    for (int i = 0; i < W::kVectors; i++) {
+      __m256i parts[W::kParts];
+      kind.take(weights + i, parts);
+      for (int part = 0; part < W::kParts; part++, q += 4)
+        for (int m = 0; m < M; m++) sums[m] = dot4(sums[m], parts[part], q + m * x.k);
+    }
     const Floats by = load(scales + b * kLanes);
     for (int m = 0; m < M; m++)
       total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), by * scale[m * x.blocks + b], total[m]);
@@ -90,46 +126,62 @@ void tile(const Panel& x, int64_t row, const __m256i* weights, const uint16_t* s
   for (int m = 0; m < M; m++) store(out + m * stride, total[m]);
 }
 
-// 4-bit codes -> the bytes that `tile` reads: low halves are one group of four inputs, high halves the next.
-void expand(const __m256i* packed, __m256i codebook, int64_t vectors, __m256i* weights) {
-  const __m256i low = _mm256_set1_epi8(15);
-  for (int64_t i = 0; i < vectors; i++) {
-    weights[2 * i] = _mm256_shuffle_epi8(codebook, _mm256_and_si256(packed[i], low));
-    weights[2 * i + 1] = _mm256_shuffle_epi8(codebook, _mm256_and_si256(_mm256_srli_epi16(packed[i], 4), low));
+// All rows of a panel times kLanes output rows.
+template <typename W>
+void column(const W& kind, const Panel& x, int64_t rows, const __m256i* weights, const uint16_t* scales, float* out,
+            int64_t stride) {
+  for (int64_t row = 0; row < rows; row += 4, out += 4 * stride) switch (std::min<int64_t>(rows - row, 4)) {
+      case 1: tile<1>(kind, x, row, weights, scales, out, stride); break;
+      case 2: tile<2>(kind, x, row, weights, scales, out, stride); break;
+      case 3: tile<3>(kind, x, row, weights, scales, out, stride); break;
+      default: tile<4>(kind, x, row, weights, scales, out, stride);
+    }
+}
+
+// The same for codes; many rows read them as bytes, which this makes once for all.
+void column(const Codes& kind, const Panel& x, int64_t rows, const __m256i* codes, const uint16_t* scales, float* out,
+            int64_t stride) {
+  if (rows <= kDirect) return column<Codes>(kind, x, rows, codes, scales, out, stride);
+  thread_local std::vector<__m256i> bytes;
+  const int64_t vectors = x.blocks * Codes::kVectors;
+  bytes.resize(vectors * Codes::kParts);
+  for (int64_t i = 0; i < vectors; i++) kind.take(codes + i, &bytes[i * Codes::kParts]);
+  column(Bytes(), x, rows, bytes.data(), scales, out, stride);
+}
+
+// x float32 [m, k] -> out float32 [m, groups * kLanes].
+template <typename W>
+void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups, const __m256i* weights,
+             const uint16_t* scales, float* out) {
+  thread_local Panel own;
+  Panel& panel = own;  // the caller's, for all threads
+  panel.fit(std::min(m, kPanel), k);
+  const int64_t n = groups * kLanes;
+  for (int64_t first = 0; first < m; first += kPanel) {
+    const int64_t rows = std::min(kPanel, m - first);
+#pragma omp parallel for schedule(static) if (rows > kDirect)
+    for (int64_t r = 0; r < rows; r++) panel.quantise(r, x + (first + r) * k);
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < groups; g++)
+      column(kind, panel, rows, weights + g * panel.blocks * W::kVectors, scales + g * panel.blocks * kLanes,
+             out + first * n + g * kLanes, n);
   }
 }
 
 // x float32 [m, k]; weights uint8 [n / 8, k / 64, 512, or 256 of two codes]; scales bfloat16 [n / 8, k / 64, 8];
 // codebook uint8 [16] for 4-bit weights, else empty -> float32 [m, n]. The caller sees to shapes and alignment (32).
 Tensor packed_product(const Tensor& x, const Tensor& weights, const Tensor& scales, const Tensor& codebook) {
-  const int64_t m = x.size(0), k = x.size(1), groups = scales.size(0), n = groups * kLanes;
-  const bool packed = codebook.numel() > 0;
-  const int64_t vectors = k * kLanes / 32 / (packed ? 2 : 1);
+  const int64_t m = x.size(0), k = x.size(1), groups = scales.size(0);
   const auto* in = static_cast<const float*>(x.data_ptr());
   const auto* all = static_cast<const __m256i*>(weights.data_ptr());
-  const auto* scale = static_cast<const uint16_t*>(scales.data_ptr());
-  const auto* codes = static_cast<const __m128i*>(codebook.data_ptr());
-  const __m256i table = packed ? _mm256_broadcastsi128_si256(_mm_loadu_si128(codes)) : __m256i{};
-  Tensor result = torch::stable::new_empty(x, {m, n});
+  const auto* by = static_cast<const uint16_t*>(scales.data_ptr());
+  Tensor result = torch::stable::new_empty(x, {m, groups * kLanes});
   auto* out = static_cast<float*>(result.data_ptr());
-  Panel panel(std::min(m, kPanel), k);
-#pragma omp parallel
-  for (int64_t first = 0; first < m; first += kPanel) {
-    const int64_t rows = std::min(kPanel, m - first);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) panel.quantise(r, in + (first + r) * k);
-    thread_local std::vector<__m256i> expanded;
-    if (packed) expanded.resize(2 * vectors);
-#pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; g++) {
-      const __m256i* mine = all + g * vectors;
-      if (packed) expand(mine, table, vectors, expanded.data()), mine = expanded.data();
-      const uint16_t* by = scale + g * k / kBlock * kLanes;
-      float* to = out + first * n + g * kLanes;
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) tile<4>(panel, r, mine, by, to + r * n, n);
-      for (; r < rows; r++) tile<1>(panel, r, mine, by, to + r * n, n);
-    }
+  if (codebook.numel() == 0) {
+    product(Bytes(), in, m, k, groups, all, by, out);
+  } else {
+    const __m128i book = _mm_loadu_si128(static_cast<const __m128i*>(codebook.data_ptr()));
+    product(Codes{_mm256_broadcastsi128_si256(book)}, in, m, k, groups, all, by, out);
   }
   return result;
 }

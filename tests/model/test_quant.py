@@ -16,12 +16,17 @@ PRODUCTS = [quant.Int8Linear, PackedLinear.dense]
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def nf4_layer(rows: int, k: int, nested: bool = True) -> bnb.nn.Linear4bit:
+def nf4_layer(weight: torch.Tensor, nested: bool = True) -> bnb.nn.Linear4bit:
+    rows, k = weight.shape
     layer = bnb.nn.Linear4bit(k, rows, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(
-        torch.randn(rows, k), requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=nested
+        weight, requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=nested
     )
     return layer.to("cpu")
+
+
+def nf4(weight: torch.Tensor) -> PackedLinear:
+    return PackedLinear.nf4([nf4_layer(weight)])
 
 
 def inputs(rows: int, k: int = 128) -> torch.Tensor:
@@ -46,7 +51,7 @@ def test_a_product_is_close_to_the_exact_one(product: Callable[[torch.Tensor], n
 @pytest.mark.parametrize("nested", [True, False])
 def test_nf4_codes_are_multiplied_as_they_are(nested: bool) -> None:
     """Against bitsandbytes' own dequantisation: what is left is the rounding of activations and of the codebook."""
-    layers, x = [nf4_layer(96, 128, nested), nf4_layer(32, 128, nested)], inputs(7)
+    layers, x = [nf4_layer(torch.randn(96, 128), nested), nf4_layer(torch.randn(32, 128), nested)], inputs(7)
     exact = x @ torch.cat([quant.dense_weight(layer) for layer in layers]).T
     assert relative_error(PackedLinear.nf4(layers)(x), exact) < 0.02
 
@@ -58,17 +63,20 @@ def test_four_bits_of_another_kind_are_refused() -> None:
         PackedLinear.nf4([layer.to("cpu")])
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("product", [*PRODUCTS, nf4])
 def test_a_row_is_bitwise_the_same_alone_and_beside_an_outlier(product: Callable[[torch.Tensor], nn.Module]) -> None:
     layer, x = product(torch.randn(96, 128)), inputs(150)  # more rows than the kernel computes together
     x[3] *= 10_000  # one user's outlier
     together = layer(x)
     for row in (0, 1, 2, 3, 4, 63, 64, 127, 149):
         assert torch.equal(layer(x[row : row + 1])[0], together[row])
+    for count in range(2, 10):  # few rows, and what is left over of many, have code of their own
+        assert torch.equal(layer(x[:count]), together[:count])
 
 
-def test_threads_do_not_show_in_a_result() -> None:
-    layer, x = PackedLinear.dense(torch.randn(96, 128)), inputs(9)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_threads_do_not_show_in_a_result(rows: int) -> None:
+    layer, x = nf4(torch.randn(96, 128)), inputs(rows)
     alone = layer(x)
     torch.set_num_threads(3)
     try:
@@ -156,7 +164,7 @@ def test_a_width_that_the_kernel_cannot_take_gets_another_product() -> None:
 
 
 def test_nf4_weights_become_int8_once_and_not_at_every_call() -> None:
-    layer, x = nf4_layer(96, 64), inputs(3, 64)
+    layer, x = nf4_layer(torch.randn(96, 64)), inputs(3, 64)
     weight = quant.dense_weight(layer)
     assert weight.shape == (96, 64)
     torch.testing.assert_close(quant.Int8Linear(weight)(x), x @ weight.float().T, rtol=0.1, atol=0.4)
