@@ -22,6 +22,7 @@ from benchmarks.worker import Turn, prompt, serve
 from model.build import build
 from model.compile import compiler_for
 from model.loader import prepare
+from model.packed import PackedLinear
 from model.registry import find
 from model.runner import Runner
 from model.types import Sampling
@@ -29,9 +30,6 @@ from settings import Settings
 
 WARM = 4  # steps before the clock runs
 CHUNK = 512  # prompt tokens at once, as the service computes them for a single user
-
-# Bits that a weight of the body and of the head takes, by product: what a step reads. `packed` has a scale for 64.
-BITS = {"packed": (4 + 16 / 64, 8 + 16 / 64), "int8": (8.0, 8.0)}
 
 
 def load(settings: Settings, patience: float) -> Runner:
@@ -137,15 +135,14 @@ class Ours:
             self.runner.idle(slot, self.runner.context - 1)
 
     def _weights(self) -> float:
-        product = self.runner.plan.product
+        """Bytes of the matrices, with their scales."""
+        if self.runner.plan.product == "packed":
+            return float(sum(buffer.nbytes for layer in self.runner.model.modules()
+                             if isinstance(layer, PackedLinear) for buffer in layer.buffers()))  # fmt: skip
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.runner.model.config.to_dict()))
-        head = model.get_output_embeddings().weight.numel()
-        body = sum(layer.weight.numel() for layer in model.model.modules() if isinstance(layer, torch.nn.Linear))
-        if product not in BITS:
-            return float((body + head) * self.runner.plan.dtype.itemsize)
-        body_bits, head_bits = BITS[product]
-        return float(body * body_bits + head * head_bits) / 8
+        count = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+        return float(count * (1 if self.runner.plan.product == "int8" else self.runner.plan.dtype.itemsize))
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -
             with checkpoint.building(final) as folder:
                 with _source(spec, settings, folder, progress) as source:
                     checkpoint.check_weights(source)
-                    _store(source, folder, kind, settings, progress)
+                    _store(source, folder, spec, settings, progress)
                 checkpoint.adopt(tokenizer, folder, *checkpoint.TEXT_FILES)
             log.info("model prepared", model=final.name)
         checkpoint.verify(final, lambda percent: progress("loading", percent // 4))
@@ -153,27 +153,27 @@ def _originals(spec: ModelSpec, settings: Settings, patterns: list[str], progres
     return source
 
 
-def _store(source: Path, target: Path, kind: str, settings: Settings, progress: Progress) -> None:
+def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Progress) -> None:
     """The weights and their configurations in `target`, quantised unless they are kept as they are."""
     progress("loading", 0)
-    ready_made = _is_nf4(source)
-    if ready_made and kind != "nf4":
+    ready_made, wanted = _is_nf4(source), settings.quantization == "nf4"
+    if ready_made and not wanted:
         raise ModelError(f"{source} is stored in 4 bits: set QUANTIZATION=nf4")
-    if kind == "nf4" and not ready_made:
-        _quantise(source, target, settings)
+    if wanted and not ready_made:
+        _quantise(source, target, spec, settings)
     else:
         checkpoint.adopt(source, target, "*.safetensors", "model.safetensors.index.json", *checkpoint.CONFIGS)
 
 
-def _quantise(source: Path, target: Path, settings: Settings) -> None:
-    """NF4 with double quantisation, computing in bf16; the embedding and the head stay bf16."""
+def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> None:
+    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16."""
     import torch
     from transformers import BitsAndBytesConfig
 
     cuda = settings.device != "cpu" and torch.cuda.is_available()
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", *spec.spared] if spec.spared else None,
     )  # fmt: skip
     options = {"dtype": torch.bfloat16, "quantization_config": nf4}
     _open(source, torch.device("cuda" if cuda else "cpu"), options).save_pretrained(target)
@@ -234,7 +234,7 @@ def _key(spec: ModelSpec, kind: str) -> str:
 
 def _digest(spec: ModelSpec) -> str:
     if spec.source == DEMO_WHEEL:
-        return demo.WHEEL_SHA256
+        return hashlib.sha256(repr((demo.WHEEL_SHA256, spec.spared)).encode()).hexdigest()
     files = sorted(file for file in Path(spec.source).iterdir() if file.is_file())
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -373,5 +373,13 @@ def test_the_demo_spec_tells_the_truth(demo_dir: Path) -> None:
     config = json.loads((demo_dir / "config.json").read_text())
     spec: ModelSpec = CATALOGUE["smollm2-135m-instruct"]
     assert [spec.architecture] == config["architectures"] and spec.context == config["max_position_embeddings"]
-    assert spec.embeddings == config["vocab_size"] * config["hidden_size"]
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    attention = width * (width + 2 * width // heads * config["num_key_value_heads"])
+    assert spec.in_bf16 == config["vocab_size"] * width + config["num_hidden_layers"] * attention
+    stored = {
+        name: tensor.dtype == torch.bfloat16
+        for name, tensor in load_file(demo_dir / "model.safetensors").items()
+        if name.startswith("model.layers.7.") and name.endswith("proj.weight")
+    }
+    assert {name.split(".")[-2] for name, dense in stored.items() if dense} == set(spec.spared) and len(stored) == 7
     assert (demo_dir / "model.safetensors").stat().st_size == pytest.approx(spec.memory_bytes, rel=0.02)
