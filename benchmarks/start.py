@@ -3,7 +3,8 @@
     python -m benchmarks.start [--rounds 5] [--fresh]
 
 Warm: packages installed, model prepared, steps compiled, as from the second start on. For the proof, programs named
-like the compilers stand first in PATH; each writes its name down and then runs the real one.
+like the compilers stand first in PATH; each writes its name down, unless it is only asked its version, and then runs
+the real one.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ REST = 5.0  # seconds without a request before memory is read
 
 
 def spies(folder: Path, log: Path) -> str:
-    """A PATH in which every compiler first writes its name into `log`."""
+    """A PATH in which every compiler that has something to compile first writes its name into `log`."""
     folder.mkdir()
     for name in COMPILERS:
         if real := shutil.which(name):
             spy = folder / name
-            spy.write_text(f'#!/bin/sh\necho {name} >> "{log}"\nexec "{real}" "$@"\n')
+            asked = 'case "$*" in -v|--version) ;; *)'
+            spy.write_text(f'#!/bin/sh\n{asked} echo {name} >> "{log}" ;; esac\nexec "{real}" "$@"\n')
             spy.chmod(spy.stat().st_mode | stat.S_IXUSR)
     return f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
 

@@ -14,11 +14,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch._inductor import config
 
 from model.build import Room, build
 from model.runner import PREFILL, Bucket, Runner
 from model.step import prefill
 from settings import Settings
+
+# Where code is compiled and where it is loaded alike, or it is looked for under another name. By default a load, too,
+# runs the C++ compiler: it compiles a line to see what the processor can do, and preprocesses PyTorch's headers.
+config.cpp.vec_isa_ok = True
+config.cpp_cache_precompile_headers = False
 
 _SECRETS = {"redis_url", "admin_password"}
 
@@ -36,7 +42,9 @@ def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> Non
             code, arguments = prefill, _some_prompt(engine)
         else:
             code, arguments = engine.step_over(bucket.pages), arguments_of(engine, bucket)
-            options["cpp.threads"] = 1  # what lies between two products is too little to wake a second thread for
+            options["cpp.min_chunk_size"] = (
+                8192  # numbers a thread: most of what lies between products is not worth two
+            )
         dynamic = None if bucket == PREFILL else False
         ready = torch.compile(code, fullgraph=True, dynamic=dynamic, options=options).aot_compile((arguments, {}))
         ready.save_compiled_function(str(file_of(folder, bucket)), external_data={"model": engine.model})

@@ -54,8 +54,13 @@ def _suitable() -> bool:
 
 def _fingerprint() -> str:
     """Changes with the sources, the way they are built, and the processor they are built for."""
-    flags = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("flags")), platform.processor())
-    facts = [torch.__version__, flags, _FLAGS, *(file.read_text() for file in sorted(_HERE.iterdir()))]
+    flags = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("flags")][:1]
+    facts = [
+        torch.__version__,
+        flags or platform.processor(),
+        _FLAGS,
+        *(file.read_text() for file in sorted(_HERE.iterdir())),
+    ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -163,6 +163,7 @@ class Runner:
         found = self.compiler.poll(idle) if self.compiler else None
         if found:
             self.compiled[found[0]] = found[1]
+            gc.freeze()  # a step is many objects that stay, as those of the load (local.py)
         return found is not None
 
     def compile_state(self) -> tuple[int, int]:
@@ -175,6 +176,7 @@ class Runner:
             self.compiler.close()
         del self.model, self.kv, self.rows, self._views
         self.compiled.clear()
+        gc.unfreeze()
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()

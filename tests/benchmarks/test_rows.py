@@ -77,9 +77,11 @@ def test_memory_that_grows_only_at_first_is_flat() -> None:
 def test_a_compiler_that_runs_at_a_start_is_seen_and_still_works(tmp_path: Path) -> None:
     log = tmp_path / "log"
     path = start.spies(tmp_path / "bin", log)
-    assert not log.exists()
-    done = subprocess.run(["cc", "--version"], env=os.environ | {"PATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout and log.read_text().split() == ["cc"]
+    for asked, seen in (("--version", []), ("-v", []), ("-E -x c /dev/null", ["cc"])):
+        command = ["cc", *asked.split()]
+        done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout + done.stderr
+        assert (log.read_text().split() if log.exists() else []) == seen
 
 
 def test_quality_follows_the_engine_beside_the_reference() -> None:
