@@ -12,8 +12,15 @@ from model import loader, native
 from model.registry import CATALOGUE, ModelError
 from settings import Settings
 from tests.conftest import lacking
+from tests.model.tiny import tiny_checkpoint
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tiny model's folder, unquantised."""
+    return tiny_checkpoint(tmp_path / "source")
 
 
 @pytest.fixture(scope="session")
