@@ -19,6 +19,8 @@ from torch._inductor import config
 
 _log = logging.getLogger(__name__)
 
+LANES = 8  # rows of a packed matrix that product.cpp computes together
+
 _HERE = Path(__file__).parent / "kernels"
 _TORCH = Path(torch.__file__).parent
 # No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
@@ -90,5 +92,5 @@ def _register(library: Path) -> None:
     """Load the operators, and tell torch.compile the shapes of their results."""
     torch.ops.load_library(library)
     fake = torch.library.register_fake
-    fake("slots::packed_product", lambda x, _, scales, __: x.new_empty((x.shape[0], scales.shape[0] * scales.shape[2])))
+    fake("slots::packed_product", lambda x, matrix: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
     fake("slots::attend", lambda q, *_: torch.empty_like(q))

@@ -10,8 +10,10 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise
 from torch import nn
 
+from model.native import LANES
+
 BLOCK = 64  # inputs that share a scale; bitsandbytes' NF4 has the same
-_LANES = 8  # output rows that the kernel computes together
+_LINE = 64  # bytes of the processor's cache lines
 _STEPS, _OFFSET = 63, 64  # a weight is its block's scale times (byte - 64) / 63
 
 
@@ -21,27 +23,26 @@ class PackedLinear(nn.Module):
     A row's result is bitwise the same whatever rows share the batch, and no row's outlier costs another's precision.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, codebook: torch.Tensor | None = None) -> None:
-        """codes uint8 [rows, k]: bytes, or indices of `codebook` (uint8 [16]); scales float32 [rows, k / 64]."""
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, halves: bool) -> None:
+        """codes uint8 [rows, k]: NF4's, to be put two in a byte (halves), or bytes; scales float32 [rows, k / 64]."""
         super().__init__()
         self.rows = codes.shape[0]
-        missing = -self.rows % _LANES
+        missing = -self.rows % LANES
         codes, scales = (nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (codes, scales))
         blocks = scales.shape[1]
-        groups = codes.view(-1, _LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
-        if codebook is not None:  # two groups of 4 inputs in one byte
-            groups = groups[:, :, 0::2] | groups[:, :, 1::2] << 4
-        self.register_buffer("weights", _aligned(groups.reshape(-1, blocks, groups[0, 0].numel())))
-        scales = (scales / _STEPS).view(-1, _LANES, blocks).transpose(1, 2)
-        self.register_buffer("scales", scales.contiguous().bfloat16())  # rounded by 0.2 %, 4 bits by 9
-        self.register_buffer("codebook", torch.empty(0, dtype=torch.uint8) if codebook is None else codebook)
+        weights = codes.view(-1, LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
+        if halves:
+            weights = weights[:, :, 0::2] | weights[:, :, 1::2] << 4
+        scales = (scales / _STEPS).view(-1, LANES, blocks).transpose(1, 2).contiguous().bfloat16()  # off by 0.2 %
+        parts = [weights.flatten(1), scales.view(torch.uint8).flatten(1)]  # a group's side by side: one stream to read
+        matrix = torch.cat(parts, 1)
+        self.register_buffer("matrix", _aligned(nn.functional.pad(matrix, (0, -matrix.shape[1] % _LINE))))
 
     @classmethod
     def nf4(cls, layers: list[bnb.nn.Linear4bit]) -> PackedLinear:
         """The very codes and scales that bitsandbytes holds."""
         codes, scales = zip(*(_unpacked(layer) for layer in layers), strict=True)
-        codebook = (layers[0].weight.quant_state.code * _STEPS).round() + _OFFSET
-        return cls(torch.cat(codes), torch.cat(scales), codebook.to(torch.uint8))
+        return cls(torch.cat(codes), torch.cat(scales), halves=True)
 
     @classmethod
     def dense(cls, weight: torch.Tensor) -> PackedLinear:
@@ -49,11 +50,11 @@ class PackedLinear(nn.Module):
         blocks = weight.float().view(weight.shape[0], -1, BLOCK)
         scales = blocks.abs().amax(-1)
         codes = (blocks * (_STEPS / scales.clamp(min=1e-30))[..., None]).round() + _OFFSET
-        return cls(codes.to(torch.uint8).view(weight.shape), scales)
+        return cls(codes.to(torch.uint8).view(weight.shape), scales, halves=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()
-        y = torch.ops.slots.packed_product(rows, self.weights, self.scales, self.codebook)
+        y = torch.ops.slots.packed_product(rows, self.matrix)
         return y[:, : self.rows].reshape(*x.shape[:-1], self.rows)
 
 

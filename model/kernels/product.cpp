@@ -92,7 +92,9 @@ struct Bytes {
 struct Codes {
   static constexpr int kVectors = kBlock / 8;
   static constexpr int kParts = 2;
-  __m256i codebook;
+  // NF4's sixteen values (Dettmers et al., QLoRA, 2023, appendix E) in steps of 1/63, with the offset.
+  __m256i codebook = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(1, 20, 31, 39, 46, 52, 58, 64, 69, 74, 80, 85, 92, 99, 110, 127));
 
   void take(const __m256i* from, __m256i* parts) const {
     const __m256i low = _mm256_set1_epi8(15), both = *from;
@@ -150,10 +152,10 @@ void column(const Codes& kind, const Panel& x, int64_t rows, const __m256i* code
   column(Bytes(), x, rows, bytes.data(), scales, out, stride);
 }
 
-// x float32 [m, k] -> out float32 [m, groups * kLanes].
+// x float32 [m, k], matrix as packed_product has it -> out float32 [m, groups * kLanes].
 template <typename W>
-void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups, const __m256i* weights,
-             const uint16_t* scales, float* out) {
+void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups, const uint8_t* matrix, int64_t bytes,
+             float* out) {
   thread_local Panel own;
   Panel& panel = own;  // the caller's, for all threads
   panel.fit(std::min(m, kPanel), k);
@@ -163,33 +165,31 @@ void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups
 #pragma omp parallel for schedule(static) if (rows > kDirect)
     for (int64_t r = 0; r < rows; r++) panel.quantise(r, x + (first + r) * k);
 #pragma omp parallel for schedule(guided, kChunk)
-    for (int64_t g = 0; g < groups; g++)
-      column(kind, panel, rows, weights + g * panel.blocks * W::kVectors, scales + g * panel.blocks * kLanes,
-             out + first * n + g * kLanes, n);
+    for (int64_t g = 0; g < groups; g++) {
+      const auto* weights = reinterpret_cast<const __m256i*>(matrix + g * bytes);
+      const auto* scales = reinterpret_cast<const uint16_t*>(weights + panel.blocks * W::kVectors);
+      column(kind, panel, rows, weights, scales, out + first * n + g * kLanes, n);
+    }
   }
 }
 
-// x float32 [m, k]; weights uint8 [n / 8, k / 64, 512, or 256 of two codes]; scales bfloat16 [n / 8, k / 64, 8];
-// codebook uint8 [16] for 4-bit weights, else empty -> float32 [m, n]. The caller sees to shapes and alignment (32).
-Tensor packed_product(const Tensor& x, const Tensor& weights, const Tensor& scales, const Tensor& codebook) {
-  const int64_t m = x.size(0), k = x.size(1), groups = scales.size(0);
-  const auto* in = static_cast<const float*>(x.data_ptr());
-  const auto* all = static_cast<const __m256i*>(weights.data_ptr());
-  const auto* by = static_cast<const uint16_t*>(scales.data_ptr());
+// x float32 [m, k]; matrix uint8 [n / 8, bytes], each group of eight rows with its weights ([k / 64] blocks of 512
+// bytes, or of 256 where there are two codes in a byte), then their scales (bfloat16 [k / 64, 8]), then what fills up
+// 64 -> float32 [m, n]. The caller sees to shapes and alignment (32).
+Tensor packed_product(const Tensor& x, const Tensor& matrix) {
+  const int64_t m = x.size(0), k = x.size(1), groups = matrix.size(0), bytes = matrix.size(1);
   Tensor result = torch::stable::new_empty(x, {m, groups * kLanes});
+  const auto* in = static_cast<const float*>(x.data_ptr());
+  const auto* all = static_cast<const uint8_t*>(matrix.data_ptr());
   auto* out = static_cast<float*>(result.data_ptr());
-  if (codebook.numel() == 0) {
-    product(Bytes(), in, m, k, groups, all, by, out);
-  } else {
-    const __m128i book = _mm_loadu_si128(static_cast<const __m128i*>(codebook.data_ptr()));
-    product(Codes{_mm256_broadcastsi128_si256(book)}, in, m, k, groups, all, by, out);
-  }
+  bytes < k * kLanes ? product(Codes(), in, m, k, groups, all, bytes, out)
+                     : product(Bytes(), in, m, k, groups, all, bytes, out);
   return result;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
-  m.def("packed_product(Tensor x, Tensor weights, Tensor scales, Tensor codebook) -> Tensor");
+  m.def("packed_product(Tensor x, Tensor matrix) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("packed_product", TORCH_BOX(&packed_product)); }

@@ -56,6 +56,14 @@ def test_nf4_codes_are_multiplied_as_they_are(nested: bool) -> None:
     assert relative_error(PackedLinear.nf4(layers)(x), exact) < 0.02
 
 
+def test_each_of_the_sixteen_values_is_the_libraries_own() -> None:
+    layer = nf4_layer(torch.linspace(-1, 1, 64).expand(8, 64).contiguous(), nested=False)
+    assert len(quant.dense_weight(layer).unique()) == 16
+    step = 1 / 63
+    error = PackedLinear.nf4([layer])(torch.eye(64)).T - quant.dense_weight(layer)
+    assert error.abs().max() < step / 2 + 0.004  # rounded to a step, and the block's scale to bfloat16
+
+
 def test_four_bits_of_another_kind_are_refused() -> None:
     layer = bnb.nn.Linear4bit(128, 32, bias=False, quant_type="fp4")
     layer.weight = bnb.nn.Params4bit(torch.randn(32, 128), requires_grad=False, quant_type="fp4", blocksize=64)
