@@ -1,6 +1,6 @@
 """Cache hits a second through gunicorn, with Redis and with SQLite, beside an empty route that only checks a token.
 
-    python -m benchmarks.cache [--rounds 3] [--seconds 10] [--connections 16] [--fresh]
+    python -m benchmarks.cache [--rounds 3] [--seconds 10] [--connections 4] [--fresh]
 
 One answer is made, then asked for again and again over kept-alive connections; every answer must be a hit. The empty
 route runs under gunicorn with as many threads. The load generator takes part of the same cores, from all alike.
@@ -156,7 +156,7 @@ def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
 def main() -> None:
     parser = record.options(__doc__, rounds=3, minutes=10)
     parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--connections", type=int, default=4, help="as many as requests wait at once")
     record.run("cache", parser, measure, _told)
 
 

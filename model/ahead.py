@@ -42,9 +42,8 @@ def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> Non
             code, arguments = prefill, _some_prompt(engine)
         else:
             code, arguments = engine.step_over(bucket.pages), arguments_of(engine, bucket)
-            options["cpp.min_chunk_size"] = (
-                8192  # numbers a thread: most of what lies between products is not worth two
-            )
+            # Numbers that are worth a second thread: little of what lies between two products.
+            options["cpp.min_chunk_size"] = 8192
         dynamic = None if bucket == PREFILL else False
         ready = torch.compile(code, fullgraph=True, dynamic=dynamic, options=options).aot_compile((arguments, {}))
         ready.save_compiled_function(str(file_of(folder, bucket)), external_data={"model": engine.model})

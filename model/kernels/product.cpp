@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kLanes = 8;   // output rows that share a vector, one int32 lane each
 constexpr int64_t kBlock = 64;  // inputs that share a scale: bitsandbytes' block, and ours for activations
 constexpr int64_t kPanel = 64;  // input rows that are computed together: as int8 they fit the second-level cache
-constexpr int64_t kChunk = 8;   // fewest groups of lanes that a thread takes at once: one that was held up takes fewer times
+constexpr int64_t kChunk = 8;   // fewest groups of lanes given to a thread at once: one that is held up gets fewer
 constexpr int64_t kDirect = 4;  // input rows up to which codes are looked up on the way, not once for all
 constexpr int kOffset = 64;     // added to weights in [-63, 63]: u8 x s8 pairs then fit 16 bits (2 * 127 * 127)
 
