@@ -151,15 +151,16 @@ class LocalBackend:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector out, and away from what is there at the end.
+    """Keep the garbage collector out until the end, and from then on away from what stays.
 
-    Half a million objects come with the libraries and stay: walking over them again and again takes 1.5 s of a start,
-    and later 0.3 s at a time in which every stream pauses.
+    Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and later
+    0.3 s at a time in which every stream pauses. What loading leaves behind is collected once: it is 160 MB.
     """
     gc.disable()
     try:
         yield
     finally:
+        gc.collect()
         gc.freeze()
         gc.enable()
 
