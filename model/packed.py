@@ -13,7 +13,6 @@ from torch import nn
 from model.native import LANES
 
 BLOCK = 64  # inputs that share a scale; bitsandbytes' NF4 has the same
-_LINE = 64  # bytes of the processor's cache lines
 _STEPS, _OFFSET = 63, 64  # a weight is its block's scale times (byte - 64) / 63
 
 
@@ -34,9 +33,8 @@ class PackedLinear(nn.Module):
         if halves:
             weights = weights[:, :, 0::2] | weights[:, :, 1::2] << 4
         scales = (scales / _STEPS).view(-1, LANES, blocks).transpose(1, 2).contiguous().bfloat16()  # off by 0.2 %
-        parts = [weights.flatten(1), scales.view(torch.uint8).flatten(1)]  # a group's side by side: one stream to read
-        matrix = torch.cat(parts, 1)
-        self.register_buffer("matrix", _aligned(nn.functional.pad(matrix, (0, -matrix.shape[1] % _LINE))))
+        stored = torch.cat([weights.flatten(), scales.view(torch.uint8).flatten()])
+        self.register_buffer("matrix", _aligned(stored.view(len(weights), -1)))
 
     @classmethod
     def nf4(cls, layers: list[bnb.nn.Linear4bit]) -> PackedLinear:

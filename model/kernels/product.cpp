@@ -154,36 +154,36 @@ void column(const Codes& kind, const Panel& x, int64_t rows, const __m256i* code
 
 // x float32 [m, k], matrix as packed_product has it -> out float32 [m, groups * kLanes].
 template <typename W>
-void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups, const uint8_t* matrix, int64_t bytes,
-             float* out) {
+void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups, const void* matrix, float* out) {
   thread_local Panel own;
   Panel& panel = own;  // the caller's, for all threads
   panel.fit(std::min(m, kPanel), k);
-  const int64_t n = groups * kLanes;
+  const int64_t n = groups * kLanes, each = panel.blocks * W::kVectors;
+  const auto* weights = static_cast<const __m256i*>(matrix);
+  const auto* scales = reinterpret_cast<const uint16_t*>(weights + groups * each);
   for (int64_t first = 0; first < m; first += kPanel) {
     const int64_t rows = std::min(kPanel, m - first);
 #pragma omp parallel for schedule(static) if (rows > kDirect)
     for (int64_t r = 0; r < rows; r++) panel.quantise(r, x + (first + r) * k);
 #pragma omp parallel for schedule(guided, kChunk)
-    for (int64_t g = 0; g < groups; g++) {
-      const auto* weights = reinterpret_cast<const __m256i*>(matrix + g * bytes);
-      const auto* scales = reinterpret_cast<const uint16_t*>(weights + panel.blocks * W::kVectors);
-      column(kind, panel, rows, weights, scales, out + first * n + g * kLanes, n);
-    }
+    for (int64_t g = 0; g < groups; g++)
+      column(kind, panel, rows, weights + g * each, scales + g * panel.blocks * kLanes, out + first * n + g * kLanes,
+             n);
   }
 }
 
-// x float32 [m, k]; matrix uint8 [n / 8, bytes], each group of eight rows with its weights ([k / 64] blocks of 512
-// bytes, or of 256 where there are two codes in a byte), then their scales (bfloat16 [k / 64, 8]), then what fills up
-// 64 -> float32 [m, n]. The caller sees to shapes and alignment (32).
+// x float32 [m, k]; matrix uint8 [n / 8, bytes] -> float32 [m, n]. In memory first the weights of all groups of eight
+// rows ([k / 64] blocks of 512 bytes each, or of 256 where there are two codes in a byte), then their scales (bfloat16
+// [k / 64, 8] each): two streams, for side by side in a page they hide each other from the processor's prefetching (a
+// quarter slower at one row). The caller sees to shapes and alignment (32).
 Tensor packed_product(const Tensor& x, const Tensor& matrix) {
-  const int64_t m = x.size(0), k = x.size(1), groups = matrix.size(0), bytes = matrix.size(1);
+  const int64_t m = x.size(0), k = x.size(1), groups = matrix.size(0);
   Tensor result = torch::stable::new_empty(x, {m, groups * kLanes});
   const auto* in = static_cast<const float*>(x.data_ptr());
-  const auto* all = static_cast<const uint8_t*>(matrix.data_ptr());
   auto* out = static_cast<float*>(result.data_ptr());
-  bytes < k * kLanes ? product(Codes(), in, m, k, groups, all, bytes, out)
-                     : product(Bytes(), in, m, k, groups, all, bytes, out);
+  const bool codes = matrix.size(1) < k * kLanes;
+  codes ? product(Codes(), in, m, k, groups, matrix.data_ptr(), out)
+        : product(Bytes(), in, m, k, groups, matrix.data_ptr(), out);
   return result;
 }
 

@@ -131,7 +131,7 @@ def test_a_request_in_prefill_can_be_given_up() -> None:
     in_prefill, closed = threading.Event(), threading.Event()
 
     def pause(active: tuple[int, ...]) -> None:
-        if any(count == 64 for _, _, count in runner.prefilled):
+        if runner.prefilled:  # a first chunk of the long prompt: the other has nothing to compute ahead
             in_prefill.set()
             assert closed.wait(WAIT)
 
