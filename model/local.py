@@ -43,6 +43,22 @@ _log = logging.getLogger(__name__)
 _GLANCE = 0.2  # seconds between two looks whether a fetch has failed
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector out until the end, and from then on away from what stays.
+
+    Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and later
+    0.3 s at a time in which every stream pauses. What loading leaves behind is collected once: it is 160 MB.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
 class LocalBackend:
     """Serves the one model that settings name. Its weights load when the first request is submitted."""
 
@@ -127,12 +143,9 @@ class LocalBackend:
         allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
         return self._engine.context or allowed
 
+    @_uncollected()
     def _load(self, progress: Progress) -> Runner:
         """On the model thread, which alone imports torch."""
-        with _uncollected():
-            return self._loaded(progress)
-
-    def _loaded(self, progress: Progress) -> Runner:
         caches = self._settings.data_dir.resolve() / "compiled"
         for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             os.environ.setdefault(variable, str(caches / variable.split("_")[0].lower()))
@@ -147,22 +160,6 @@ class LocalBackend:
         if runner.device != "cpu":
             gpu.watch(self._metrics)
         return runner
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector out until the end, and from then on away from what stays.
-
-    Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and later
-    0.3 s at a time in which every stream pauses. What loading leaves behind is collected once: it is 160 MB.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()
-        gc.freeze()
-        gc.enable()
 
 
 class TextStream:

@@ -31,6 +31,14 @@ def load(settings: Settings, checkpoint: Path) -> Runner:
     return build(checkpoint, settings, lambda stage, percent: None, ROOM)
 
 
+def beside(prepared: tuple[Settings, Path], folder: Path) -> tuple[Runner, compiling.BackgroundCompiler]:
+    """An engine, and a compiler for it that finds nothing ready in `folder`."""
+    settings, checkpoint = prepared
+    engine = load(settings, checkpoint)
+    elsewhere = settings.model_copy(update={"data_dir": folder})
+    return engine, compiling.BackgroundCompiler(engine, checkpoint, elsewhere)
+
+
 def adopt_until(engine: Runner, done: Callable[[], bool]) -> None:
     end = time.monotonic() + 300
     while not done():

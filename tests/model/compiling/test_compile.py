@@ -14,7 +14,7 @@ from benchmarks.start import spies
 from model import compile as compiling
 from model.compile import BackgroundCompiler, buckets, fingerprint
 from settings import Settings
-from tests.model.compiling.loading import GREEDY, adopt_until, load
+from tests.model.compiling.loading import GREEDY, adopt_until, beside, load
 from tests.model.test_runner import PROMPTS, run, start
 
 pytestmark = [
@@ -71,9 +71,7 @@ def test_the_first_answers_are_not_disturbed(
     prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling, "_LET_FIRST_ANSWER", 1000.0)
-    settings, checkpoint = prepared
-    engine = load(settings, checkpoint)
-    compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    _, compiler = beside(prepared, tmp_path)
     compiler.poll(idle=False)
     assert compiler._child is None
     compiler.poll(idle=True)
@@ -81,9 +79,7 @@ def test_the_first_answers_are_not_disturbed(
 
 
 def test_the_child_ends_with_the_service(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
-    settings, checkpoint = prepared
-    engine = load(settings, checkpoint)
-    compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    _, compiler = beside(prepared, tmp_path)
     compiler.poll(idle=True)
     child = compiler._child
     assert child is not None and child.stdin is not None and child.poll() is None
@@ -118,14 +114,11 @@ def test_no_secret_reaches_the_child(
 
 
 def test_steps_of_long_ago_are_removed(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
-    settings, checkpoint = prepared
     for age in range(6):
         folder = tmp_path / "compiled" / f"{age:016x}"
         folder.mkdir(parents=True)
         os.utime(folder, (1000 - age, 1000 - age))
-    compiler = BackgroundCompiler(
-        load(settings, checkpoint), checkpoint, settings.model_copy(update={"data_dir": tmp_path})
-    )
+    _, compiler = beside(prepared, tmp_path)
     compiler.close()
     left = {folder.name for folder in (tmp_path / "compiled").iterdir()}
     assert left == {f"{age:016x}" for age in range(3)} | {compiler._folder.name}

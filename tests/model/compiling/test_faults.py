@@ -11,7 +11,7 @@ from model import compile as compiling
 from model.compile import BackgroundCompiler, compiler_for, fingerprint
 from model.runner import Bucket
 from settings import Settings
-from tests.model.compiling.loading import GREEDY, adopt_until, load
+from tests.model.compiling.loading import GREEDY, adopt_until, beside, load
 from tests.model.test_runner import PROMPTS, run, start
 
 pytestmark = [
@@ -80,9 +80,8 @@ def no_process_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_without_room_for_a_child_serves_eagerly(
     prepared: tuple[Settings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings, checkpoint = prepared
-    engine = load(settings, checkpoint)
-    engine.compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    engine, compiler = beside(prepared, tmp_path)
+    engine.compiler = compiler
     assert not engine.adopt(idle=True) and engine.compile_state() == (0, 2)
     assert "no process left" in caplog.text
 
@@ -91,9 +90,7 @@ def test_a_machine_without_room_for_a_child_serves_eagerly(
 def test_what_was_compiled_before_is_used_though_the_rest_cannot_be(
     prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, checkpoint = prepared
-    engine = load(settings, checkpoint)
-    compiler = BackgroundCompiler(engine, checkpoint, settings.model_copy(update={"data_dir": tmp_path}))
+    _, compiler = beside(prepared, tmp_path)
     (compiler._folder / "1x1.step").write_bytes(b"ready")  # as an earlier, interrupted start leaves it
     monkeypatch.setattr(compiler, "_adopted", lambda bucket, file: (bucket, file))
     found = compiler.poll(idle=True)
