@@ -5,8 +5,10 @@ Does not run a model, and leaves the matrices as the libraries store them: `quan
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +123,7 @@ def load_model(
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line a product: bf16 becomes float16 there
     model = _open(folder, device, options)
     if dtype == torch.float32:
         # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow,
@@ -166,7 +169,10 @@ def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, prog
 
 
 def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> None:
-    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16."""
+    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16.
+
+    The model that is made for it leaves no trace in memory, which build.py is about to share out.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -177,17 +183,17 @@ def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings) -
     )  # fmt: skip
     options = {"dtype": torch.bfloat16, "quantization_config": nf4}
     _open(source, torch.device("cuda" if cuda else "cpu"), options).save_pretrained(target)
+    gc.collect()  # transformers' models are cycles
 
 
 def _open(folder: Path, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     _quiet()
-    if device.type != "cpu":
-        options = options | {"device_map": {"": device}}
     with checkpoint.one_line(f"model in {folder.name}"):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            device_map={"": device},  # said for a CPU too: 4-bit weights go to a GPU by themselves where there is one
             **options,
         )  # fmt: skip
     # transformers fills what it misses with random numbers and a warning, and packs any shape into 4 bits.

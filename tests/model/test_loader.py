@@ -40,7 +40,16 @@ def test_a_quantised_checkpoint_opens_with_stock_transformers(tmp_path: Path, ar
     assert type(layer).__name__ == "Linear4bit" and layer.weight.quant_type == "nf4"
     assert layer.weight.quant_state.nested and layer.compute_dtype == torch.bfloat16
     assert model.lm_head.weight.dtype == torch.bfloat16
-    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]], device=model.device)).logits).all()
+
+
+def test_a_cpu_serves_though_there_is_a_gpu(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers puts 4-bit weights on a GPU that it sees, unless told where."""
+    folder = prepare(source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    model = loader.load_model(folder, settings_for(source), CPU, torch.float32)
+    assert {tensor.device for tensor in model.state_dict().values()} == {CPU}
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
