@@ -1,10 +1,13 @@
-"""The child process that compiles ahead of time: `python -m model.ahead`, with its job on standard input.
+"""Compiling ahead of time, beside the engine: in a child process (CPU) or a thread (CUDA).
 
-Adopts nothing: compile.py picks up the files that it leaves.
+    python -m model.ahead
+
+As a program it is that child, with its job on standard input. Adopts nothing: compile.py picks up the files.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch._inductor import config
@@ -27,6 +31,9 @@ config.cpp.vec_isa_ok = True
 config.cpp_cache_precompile_headers = False
 
 _SECRETS = {"redis_url", "admin_password"}
+# Seconds after which a compiling thread lets others run, Python's own is 0.005: a token passes through several threads,
+# and three naps of 1 ms took up to 16 ms (p95) beside a compiler, 7 so. Compiling took as long.
+_TURN = 0.0005
 
 
 def compile_ahead(engine: Runner, wanted: Iterable[Bucket], folder: Path) -> None:
@@ -67,26 +74,91 @@ def file_of(folder: Path, bucket: Bucket) -> Path:
     return folder / f"{bucket.rows}x{bucket.pages}.step"
 
 
-def start(
-    room: Room, missing: list[Bucket], checkpoint: Path, folder: Path, settings: Settings
-) -> subprocess.Popen[bytes]:
-    """A child process that compiles these buckets into `folder`. Raises OSError when there can be none."""
-    job = {
-        "settings": settings.model_dump(mode="json", exclude=_SECRETS),
-        "checkpoint": str(checkpoint),
-        "folder": str(folder),
-        "room": [room.slots, room.context],
-        "buckets": [[bucket.rows, bucket.pages] for bucket in missing],
-    }
-    with (folder / "compile.log").open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "model.ahead"], cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, env=_without_secrets(os.environ),
-        )  # fmt: skip
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(job).encode() + b"\n")
-    child.stdin.flush()  # and left open: its end tells the child that the service is gone
-    return child
+class Job(Protocol):
+    """Compiling that goes on beside the engine.
+
+    alone: nothing can be loaded meanwhile. PyTorch compiles and loads under one lock, for which the engine would wait.
+    """
+
+    alone: bool
+
+    def failure(self) -> str | None:
+        """Why it has ended, in one line; None while it goes on."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Child:
+    """A process that compiles these buckets into `folder`, with a model of its own.
+
+    Raises OSError when there can be none.
+    """
+
+    alone = False
+
+    def __init__(self, room: Room, missing: list[Bucket], checkpoint: Path, folder: Path, settings: Settings) -> None:
+        job = {
+            "settings": settings.model_dump(mode="json", exclude=_SECRETS),
+            "checkpoint": str(checkpoint),
+            "folder": str(folder),
+            "room": [room.slots, room.context],
+            "buckets": [[bucket.rows, bucket.pages] for bucket in missing],
+        }
+        self._log = folder / "compile.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "model.ahead"], cwd=Path(__file__).parents[1],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=_without_secrets(os.environ),
+            )  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        self.process.stdin.flush()  # and left open: its end tells the child that the service is gone
+
+    def failure(self) -> str | None:
+        if self.process.poll() is None:
+            return None
+        lines = self._log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        return f"exit {self.process.returncode}: {lines[-1][:300]}; see {self._log}"
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Beside:
+    """A thread that compiles these buckets into `folder`, for the very model that serves: a GPU has room for one."""
+
+    alone = True
+
+    def __init__(self, engine: Runner, missing: list[Bucket], folder: Path) -> None:
+        self._ended = threading.Event()
+        self._error = "nothing was left to do"
+        self._thread = threading.Thread(
+            target=self._compile, args=(engine, missing, folder), name="compile", daemon=True
+        )
+        self._thread.start()
+
+    def _compile(self, engine: Runner, missing: list[Bucket], folder: Path) -> None:
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(_TURN)
+        try:
+            with torch.inference_mode():
+                compile_ahead(engine, itertools.takewhile(lambda _: not self._ended.is_set(), missing), folder)
+        except Exception as error:  # compilers fail in many ways, and what was served before serves on
+            self._error = " ".join(str(error).split())[:300]
+        finally:
+            sys.setswitchinterval(usual)
+
+    def failure(self) -> str | None:
+        return None if self._thread.is_alive() else self._error
+
+    def close(self) -> None:
+        """Waits for the bucket at hand: half a minute at most, and the model's memory is not free before."""
+        self._ended.set()
+        self._thread.join()
 
 
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

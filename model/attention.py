@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 NAME = "slots"
 
 # What transformers' Llama, Qwen2 and Qwen3 hand over beside the tensors, and the only values understood here.
 _INERT = {"dropout": (0.0, 0, None), "sliding_window": (None,), "softcap": (None,), "s_aux": (None,)}
+_PREFERRED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PASSED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 
 
@@ -77,10 +80,18 @@ def _paged(
 def _fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """PyTorch's own kernel, which is right on CUDA. The pages of a row are laid out as one there (see slots.py)."""
-    out = functional.scaled_dot_product_attention(
-        query, key[0], value[0], attn_mask=mask.to(query.dtype), scale=scaling, enable_gqa=True
-    )
+    """PyTorch's own kernels, for CUDA, where a slot is one page (see kv.py).
+
+    A chunk's last query sees every column and each one before it a column less: FlashAttention's own causal mask. For
+    one query a row cuDNN comes first, for neither Flash (any mask) nor memory-efficient attention (grouped heads) takes
+    it, and what is left repeats keys and values for each query head.
+    """
+    n, columns = query.shape[2], key.shape[3]
+    bias = mask.to(query.dtype) if n == 1 else causal_lower_right(n, columns)
+    with sdpa_kernel(_PREFERRED, set_priority=True):
+        out = functional.scaled_dot_product_attention(
+            query, key[0], value[0], attn_mask=bias, scale=scaling, enable_gqa=True
+        )
     return out.transpose(1, 2).contiguous()
 
 

@@ -1,8 +1,8 @@
 """Compiled decode steps, one a bucket, made beside the engine so that it never waits for a compiler.
 
-On a CPU a child process runs torch.compile ahead of time and leaves one file a bucket in DATA_DIR; the model thread
-picks each up in a fraction of a second, and a later start finds them ready. On CUDA the step is compiled in place, as
-in PyTorch's own examples. Compiling changes how fast a step is, never what it computes.
+torch.compile runs ahead of time in a child process, on CUDA in a thread (ahead.py), and leaves one file a bucket in
+DATA_DIR; the model thread picks each up in a fraction of a second, and a later start finds them ready. On CUDA they are
+recorded as CUDA graphs, too (graphs.py). Compiling changes how fast a step is, never what it computes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import logging
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +20,10 @@ import torch
 import transformers
 from torch._inductor import config
 
-from model.ahead import arguments_of, file_of, start
+from model.ahead import Beside, Child, Job, file_of
 from model.build import Room
-from model.runner import Bucket, Compiler, Runner
+from model.graphs import GraphCompiler
+from model.runner import Bucket, Compiler, CompileState, Runner
 from model.step import Step
 from settings import Settings
 
@@ -34,42 +34,52 @@ _LET_FIRST_ANSWER = 30.0
 _COMPILED_FROM = ("ahead", "attention", "kv", "native", "packed", "quant", "sampler", "step")  # modules of this package
 
 
-def buckets(slots: int, pages: int, kernels: bool) -> list[Bucket]:
+def buckets(device: str, slots: int, pages: int, kernels: bool) -> list[Bucket]:
     """The shapes worth compiling, the most useful first: one user, then everybody, then what lies between and beyond.
 
     Few, for each takes a minute or two once. This project's kernel reads each row's own length, whatever the bucket's;
-    PyTorch's attention reads all pages of it, and a longer context than the last bucket's runs eagerly.
+    PyTorch's attention reads all pages of it. That costs little on a GPU, and beyond the last bucket eager steps cost
+    much; on a CPU a longer context than the last bucket's runs eagerly.
     """
-    wanted = [(1, 2), (slots, 1), (8, 1), (4, 2), (slots, 4), (1, 8)]
-    if kernels:
+    if device != "cpu":
+        wanted = [(1, pages), (slots, pages), (slots, 4), (8, 4), (4, pages), (8, pages)]
+    elif kernels:
         wanted = [(1, pages), (slots, pages), (0, 0), (8, pages), (4, pages), (2, pages)]  # (0, 0): PREFILL
+    else:
+        wanted = [(1, 2), (slots, 1), (8, 1), (4, 2), (slots, 4), (1, 8)]
     return list(dict.fromkeys(Bucket(min(rows, slots), min(length, pages)) for rows, length in wanted))
+
+
+def wanted_by(engine: Runner) -> list[Bucket]:
+    """The buckets of this engine."""
+    return buckets(engine.device, engine.slots, engine.kv.pages, engine.plan.kernels)
 
 
 def compiler_for(engine: Runner, checkpoint: Path, settings: Settings) -> Compiler | None:
     """Where this engine's compiled steps come from; None when COMPILE=off."""
     if not settings.compile:
         return None
-    if engine.device != "cpu":
-        return InPlaceCompiler(engine)
     try:
-        return BackgroundCompiler(engine, checkpoint, settings)
+        compiler = BackgroundCompiler(engine, checkpoint, settings)
+        # bitsandbytes' int8 product waits for the CPU to look for outliers, which no CUDA graph can hold.
+        plain = engine.device == "cpu" or settings.quantization == "int8"
+        return compiler if plain else GraphCompiler(engine, compiler, wanted_by(engine))
     except OSError as error:  # a full disk, no process left: a model that loads is served all the same
         _log.warning("nothing can be compiled here, serving eagerly, about half as fast: %s", error)
         return None
 
 
 class BackgroundCompiler:
-    """Adopts what a child process compiles into `folder`. Belongs to the model thread, but for `close`."""
+    """Adopts what is compiled beside the engine. Belongs to the model thread, but for `close`."""
 
     def __init__(self, engine: Runner, checkpoint: Path, settings: Settings) -> None:
         self._model = engine.model
         self._folder = settings.data_dir / "compiled" / fingerprint(engine, checkpoint, settings)
-        self._left = buckets(engine.slots, engine.kv.pages, engine.plan.kernels)
+        self._left = wanted_by(engine)
         self._wanted = len(self._left)
         self._failed = 0
-        self._child: subprocess.Popen[bytes] | None = None
-        self._start: Callable[[], subprocess.Popen[bytes]] | None = None
+        self._job: Job | None = None
+        self._start: Callable[[], Job] | None = None
         self._start_by = time.monotonic() + _LET_FIRST_ANSWER
         self._folder.mkdir(parents=True, exist_ok=True)
         _forget_old(self._folder)
@@ -77,38 +87,40 @@ class BackgroundCompiler:
         compiler = config.cpp.cxx[1]
         if missing and shutil.which(compiler) is None:
             self._stay_eager(f"no C++ compiler ({compiler}), apt install g++ mends it")
-        elif missing:
+        elif missing and engine.device == "cpu":
             room = Room(engine.slots, engine.context)
-            self._start = partial(start, room, missing, checkpoint, self._folder, settings)
+            self._start = partial(Child, room, missing, checkpoint, self._folder, settings)
+        elif missing:
+            self._start = partial(Beside, engine, missing, self._folder)
 
     def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
         """One step whose file is there; a file that does not load is removed and counts as failed."""
         if self._start and (idle or time.monotonic() > self._start_by):
             self._begin(self._start)
+        if self._job and self._job.alone and not self._job.failure():
+            return None
         for bucket in self._left:
             file = file_of(self._folder, bucket)
             if file.exists():
                 self._left.remove(bucket)
                 return self._adopted(bucket, file)
-        if self._left and self._child is not None and self._child.poll() is not None:
-            self._stay_eager(f"torch.compile failed (exit {self._child.returncode}): {self._last_words()}")
+        if self._left and self._job and (reason := self._job.failure()):
+            self._stay_eager(f"torch.compile failed ({reason})")
         return None
 
-    def state(self) -> dict[str, int]:
-        return {"wanted": self._wanted, "failed": self._failed}
+    def state(self) -> CompileState:
+        return CompileState(self._wanted, self._failed)
 
-    def _begin(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+    def _begin(self, start: Callable[[], Job]) -> None:
         self._start = None
         try:
-            self._child = start()
+            self._job = start()
         except OSError as error:  # a full disk, no process left: a model that loads is served all the same
             self._stay_eager(f"nothing can be compiled here: {error}")
 
     def close(self) -> None:
-        if self._child is not None and self._child.stdin is not None:
-            self._child.stdin.close()
-            self._child.kill()
-            self._child.wait()
+        if self._job:
+            self._job.close()
 
     def _adopted(self, bucket: Bucket, file: Path) -> tuple[Bucket, Step] | None:
         try:
@@ -132,47 +144,18 @@ class BackgroundCompiler:
         self._failed += len(missing)
         self._left = [bucket for bucket in self._left if bucket not in missing]
 
-    def _last_words(self) -> str:
-        log = self._folder / "compile.log"
-        lines = (log.read_text(errors="replace") if log.exists() else "").strip().splitlines() or ["no output"]
-        return f"{lines[-1][:300]}; see {log}"
-
-
-class InPlaceCompiler:
-    """Compiles on the model thread, a bucket at a time, while nobody waits: the plain way, for CUDA."""
-
-    def __init__(self, engine: Runner, mode: str = "reduce-overhead") -> None:
-        self._engine, self._mode = engine, mode
-        self._left = buckets(engine.slots, engine.kv.pages, engine.plan.kernels)
-        self._wanted, self._failed = len(self._left), 0
-        for tensor in (*engine.kv.keys, *engine.kv.values):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs take mutated tensors only at fixed addresses
-
-    def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
-        if not idle or not self._left:
-            return None
-        bucket = self._left.pop(0)
-        step = torch.compile(self._engine.step_over(bucket.pages), mode=self._mode, fullgraph=True, dynamic=False)
-        try:
-            step(*arguments_of(self._engine, bucket))
-        except Exception as error:  # compilers fail in many ways, and eager serves in each
-            _log.warning("torch.compile failed, serving eagerly, slower: %s", " ".join(str(error).split())[:300])
-            self._failed += 1 + len(self._left)
-            self._left.clear()
-            return None
-        return bucket, step
-
-    def state(self) -> dict[str, int]:
-        return {"wanted": self._wanted, "failed": self._failed}
-
-    def close(self) -> None:
-        """Nothing runs beside the model thread."""
-
 
 def fingerprint(engine: Runner, checkpoint: Path, settings: Settings) -> str:
     """Names everything that a compiled step depends on, so that none is ever used for another."""
     facts: list[object] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
-    facts += [checkpoint.name, str(engine.model.config), engine.plan, engine.slots, engine.context]
+    facts += [
+        torch.cuda.get_device_properties() if engine.device != "cpu" else "",
+        checkpoint.name,
+        str(engine.model.config),
+        engine.plan,
+        engine.slots,
+        engine.context,
+    ]
     facts += [settings.compute_threads]
     facts += [Path(__file__).with_name(f"{module}.py").read_text() for module in _COMPILED_FROM]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -2,8 +2,9 @@
 
 Does not know who owns a slot (see slots.py), nor when a token is valid: the attention mask says that.
 
-One tensor a layer and side, `[page, slot, kv_heads, PAGE, head_dim]`: a slice in the two leading dimensions is
-contiguous, so that every batch and length bucket reads the same memory without a copy.
+One tensor a layer and side, `[page, slot, kv_heads, size, head_dim]`: every batch and length bucket is a view of it.
+On a CPU a page has PAGE tokens, so that such a view is contiguous, as fast products want it. On CUDA a slot is one page
+as long as the context, and a view ends after any column.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-PAGE = 256  # tokens; smaller pages cost more bmm calls a step, larger ones read more unused columns
+PAGE = 256  # tokens, the unit of length buckets; smaller ones cost more bmm calls a step, larger ones read more unused
 _MASKED = -1e9  # added to the scores of columns not to be seen; not -inf, since an idle row may see no column at all
 
 Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]  # keys and values, one of each a layer
@@ -44,14 +45,15 @@ class KvPages:
     """Keys and values of `slots` rows of up to `context` tokens each.
 
     On a CPU the memory is only reserved: the system commits a page of it when it is first written, so that resident
-    memory follows the tokens really held. On CUDA a row is one page as long as the context, and taken at once.
+    memory follows the tokens really held. On CUDA it is taken at once. pages: the context in units of PAGE.
     """
 
     def __init__(self, shape: KvShape, slots: int, context: int, device: str) -> None:
-        self.size = PAGE if device == "cpu" else context
-        self.pages = -(-context // self.size)
+        self.pages = pages_for(context)
+        self.whole = device != "cpu"  # a slot is one page
         self.shape = shape
-        dimensions = (self.pages, slots, shape.kv_heads, self.size, shape.head_dim)
+        pages, size = (1, self.pages * PAGE) if self.whole else (self.pages, PAGE)
+        dimensions = (pages, slots, shape.kv_heads, size, shape.head_dim)
         self.keys = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
         self.values = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
 
@@ -66,16 +68,30 @@ class KvPages:
 
     def swap(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first `tokens` positions of two slots."""
-        pages = -(-tokens // self.size)
         for tensor in (*self.keys, *self.values):
-            kept = tensor[:pages, a].clone()
-            tensor[:pages, a] = tensor[:pages, b]
-            tensor[:pages, b] = kept
+            first, second = columns_of(tensor, a, tokens), columns_of(tensor, b, tokens)
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
 
     def clear(self, slot: int) -> None:
         """Zero a slot whose numbers went wrong: a masked NaN is still NaN."""
         for tensor in (*self.keys, *self.values):
             tensor[:, slot] = 0
+
+
+def pages_for(tokens: int) -> int:
+    """How many times PAGE holds so many tokens."""
+    return -(-tokens // PAGE)
+
+
+def columns_of(tensor: torch.Tensor, slots: int | slice, columns: int) -> torch.Tensor:
+    """The first `columns` columns of some slots, a view: [pages, slots, kv_heads, size, d].
+
+    Of several pages all are whole: `columns` is rounded up to the next.
+    """
+    size = tensor.shape[3]
+    return tensor[: -(-columns // size), slots, :, : min(columns, size)]
 
 
 def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -128,16 +144,16 @@ class BatchCache(TokenCache):
 
     def mask(self) -> torch.Tensor:
         """Additive, float32 [rows, 1, 1, pages * size]."""
-        columns = torch.arange(self.pages * self.keys[0].shape[3], device=self.position.device)
+        columns = torch.arange(self.pages * PAGE, device=self.position.device)
         return torch.where(columns[None] <= self.position[:, None], 0.0, _MASKED)[:, None, None]
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key, value [rows, kv_heads, 1, d] -> pages [pages, rows, kv_heads, size, d]."""
+        """key, value [rows, kv_heads, 1, d] -> [pages, rows, kv_heads, size, d]."""
         keys, values = super().update(key, value, layer)
-        count = self.position.shape[0]
-        return keys[: self.pages, :count], values[: self.pages, :count]
+        slots, columns = slice(self.position.shape[0]), self.pages * PAGE
+        return columns_of(keys, slots, columns), columns_of(values, slots, columns)
 
 
 class ChunkCache:
@@ -147,28 +163,29 @@ class ChunkCache:
 
     def __init__(self, kv: KvPages, slot: int, start: int, n: int) -> None:
         self.kv, self.slot, self.start, self.end = kv, slot, start, start + n
+        self.columns = self.end if kv.whole else pages_for(self.end) * PAGE
 
     def mask(self) -> torch.Tensor:
         """Additive, float32 [1, 1, n, columns]."""
         device = self.kv.keys[0].device
-        columns = torch.arange(-(-self.end // self.kv.size) * self.kv.size, device=device)
+        columns = torch.arange(self.columns, device=device)
         positions = torch.arange(self.start, self.end, device=device)
         return torch.where(columns[None] <= positions[:, None], 0.0, _MASKED)[None, None]
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key, value [1, kv_heads, n, d] -> pages [pages, 1, kv_heads, size, d]."""
+        """key, value [1, kv_heads, n, d] -> [pages, 1, kv_heads, size, d]."""
         return self._write(self.kv.keys[layer], key), self._write(self.kv.values[layer], value)
 
     def _write(self, pages: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        size, done = self.kv.size, 0
+        size, done = pages.shape[3], 0
         while (position := self.start + done) < self.end:
             page, offset = divmod(position, size)
             n = min(size - offset, self.end - position)
             pages[page, self.slot, :, offset : offset + n] = new[0, :, done : done + n]
             done += n
-        return pages[: -(-self.end // size), self.slot : self.slot + 1]
+        return columns_of(pages, slice(self.slot, self.slot + 1), self.columns)
 
     def get_seq_length(self, *_: object) -> int:
         return self.start

@@ -9,14 +9,14 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from model.attention import NAME as ATTENTION
 from model.executor import Chunk
-from model.kv import ChunkCache, KvPages, KvShape
+from model.kv import ChunkCache, KvPages, KvShape, pages_for
 from model.quant import Plan, install
 from model.sampler import Rows, choose_unfiltered
 from model.step import Step, advance, hidden, make_step, prefill
@@ -39,14 +39,21 @@ class Bucket:
 PREFILL = Bucket(0, 0)  # no decode step, and covers none: a chunk of any number of tokens
 
 
+class CompileState(NamedTuple):
+    """How many buckets are wanted, how many stay eager, and how many serve uncompiled though `poll` gave a step."""
+
+    wanted: int
+    failed: int
+    as_is: int = 0
+
+
 class Compiler(Protocol):
     """Where compiled steps come from (compile.py)."""
 
     def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
         """A step that has become available since the last call, or None. Takes its time only when `idle`."""
 
-    def state(self) -> dict[str, int]:
-        """wanted and failed: how many buckets."""
+    def state(self) -> CompileState: ...
 
     def close(self) -> None:
         """Stop what runs beside the model thread."""
@@ -132,7 +139,7 @@ class Runner:
         """
         self._activate(tuple(active))
         longest = int(self.rows.position[list(active)].max()) + 1
-        rows, (tokens, finite, logits) = self._computed(Bucket(max(active) + 1, -(-longest // self.kv.size)))
+        rows, (tokens, finite, logits) = self._computed(Bucket(max(active) + 1, pages_for(longest)))
         if not self._unfiltered.isdisjoint(active):
             free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
             tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
@@ -168,12 +175,17 @@ class Runner:
 
     def compile_state(self) -> tuple[int, int]:
         """How many compiled steps are in use, and how many buckets stay eager because compiling failed."""
-        return len(self.compiled), self._broken + (self.compiler.state()["failed"] if self.compiler else 0)
+        state = self._compile_state()
+        return len(self.compiled) - state.as_is, self._broken + state.failed
+
+    def _compile_state(self) -> CompileState:
+        return self.compiler.state() if self.compiler else CompileState(0, 0)
 
     def close(self) -> None:
         """Stop what runs beside the model thread, and free the memory. Nothing else may be called afterwards."""
         if self.compiler:
             self.compiler.close()
+        self.compiler = None  # it holds the model, too
         del self.model, self.kv, self.rows, self._views
         self.compiled.clear()
         gc.unfreeze()
@@ -184,8 +196,7 @@ class Runner:
     def details(self) -> dict[str, str | int]:
         """What /readyz tells about the engine; touches no tensor, for other threads ask."""
         steps, failures = self.compile_state()
-        wanted = self.compiler.state()["wanted"] if self.compiler else 0
-        return self._facts | {"compiled": f"{steps}/{wanted}", "compile_failures": failures}
+        return self._facts | {"compiled": f"{steps}/{self._compile_state().wanted}", "compile_failures": failures}
 
     def _activate(self, active: tuple[int, ...]) -> None:
         if active != self._active:

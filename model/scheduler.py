@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 # Prompt tokens computed between two steps. While others stream a chunk is a pause for them, of so many seconds by the
 # speed seen so far; alone, larger is faster.
-PAUSE = 0.06
+PAUSE = 0.08
 CHUNK_LEAST, CHUNK_ALONE = 32, 512
 _LOOK_EVERY = 1.0  # seconds between two looks for a step that was compiled meanwhile
 _BARREN = 8  # steps that fail in a row for one sequence after another: then it is the engine that is broken

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model import attention
 from model.attention import refuse_unknown
-from model.compile import InPlaceCompiler, buckets
 from model.kv import PAGE
 from model.quant import Plan
-from model.runner import Bucket, Runner
-from model.step import Step, make_step
+from model.runner import Runner
 from model.types import Sampling
 from tests.model.tiny import ARCHITECTURES, tiny_model
 
@@ -165,72 +164,6 @@ def test_numbers_that_are_not_finite_are_told_and_only_of_their_row(plan: Plan) 
     assert run(engine, [1], 4) == [generated("LlamaForCausalLM", PROMPTS[3], 4)]
 
 
-@pytest.mark.timeout(400)  # half a minute a bucket, more on a busy machine
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_compiled_buckets_answer_like_eager_in_any_order() -> None:
-    """Guards are skipped: a bucket that fell into another's graph would show here."""
-    engine, eager = runner(), runner()
-    compiler = engine.compiler = InPlaceCompiler(engine, mode="default")
-    compiler._left = [Bucket(1, 1), Bucket(4, 2)]
-    assert [engine.adopt(idle=False), *(engine.adopt(idle=True) for _ in range(3))] == [False, True, True, False]
-    assert engine.details()["compiled"] == f"2/{len(buckets(4, 4, kernels=False))}"
-    for each in (engine, eager):
-        for slot, prompt in enumerate(PROMPTS):
-            start(each, slot, prompt, Sampling(temperature=0))
-    for active in ([0], [0, 2], [0], [1], [0, 1, 2, 3], [2], [3, 0]):
-        assert run(engine, active, 3) == run(eager, active, 3)
-
-
-def test_steps_use_the_smallest_compiled_bucket_that_covers_them() -> None:
-    engine = runner()
-    used: list[Bucket] = []
-
-    def noted(bucket: Bucket) -> Step:
-        def step(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            used.append(bucket)
-            return make_step(bucket.pages)(*arguments)
-
-        return step
-
-    engine.compiled = {bucket: noted(bucket) for bucket in (Bucket(4, 2), Bucket(1, 2), Bucket(4, 1))}
-    for slot, prompt in ((0, PROMPTS[0]), (2, PROMPTS[2])):
-        start(engine, slot, prompt, Sampling(temperature=0))
-    for active in ([0], [2], [0, 2]):
-        engine.step(active)
-    assert used == [Bucket(1, 2), Bucket(4, 1), Bucket(4, 1)]
-
-
-@pytest.mark.promise(
-    "P6",
-    injected="a compiled step that raises at its first call",
-    counted="the same greedy tokens, counted as given up",
-)
-def test_compiled_code_that_fails_is_given_up_and_the_text_goes_on() -> None:
-    engine = runner()
-
-    def broken(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise RuntimeError("injected")
-
-    engine.compiled = {Bucket(4, 4): broken}
-    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
-    assert run(engine, [0], 8) == [generated("LlamaForCausalLM", PROMPTS[0], 8)]
-    assert engine.compile_state() == (0, 1)
-
-
-def test_rows_that_fail_eagerly_too_cost_nobody_the_compiled_code() -> None:
-    engine = runner()
-
-    def out_of_memory(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise MemoryError("injected")
-
-    engine.compiled = {Bucket(4, 4): out_of_memory}
-    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
-    engine.arm(0, 10_000, 2)  # no such token: eager raises as well
-    with pytest.raises(IndexError):
-        engine.step([0])
-    assert engine.compile_state() == (1, 0)
-
-
 def test_an_attention_argument_that_is_not_understood_is_refused() -> None:
     refuse_unknown({"dropout": 0.0, "sliding_window": None, "position_ids": object()})
     for argument in ({"softcap": 50.0}, {"sliding_window": 512}, {"dropout": 0.1}, {"brand_new": 1}):
@@ -261,3 +194,21 @@ def test_several_prompts_in_one_chunk_are_computed_as_if_alone() -> None:
     for slot, prompt in enumerate(PROMPTS):
         together.arm(slot, prompt[-1], len(prompt) - 1)
     assert run(together, [0, 1, 2, 3], 16) == run(alone, [0, 1, 2, 3], 16)
+
+
+def test_slots_of_one_page_and_pytorchs_attention_serve_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout and the attention of CUDA, on this CPU."""
+    monkeypatch.setattr(attention, "_paged", attention._fused)
+    engine, alone = runner(), runner(slots=1)
+    for each in (engine, alone):
+        each.kv.whole = True
+        for tensors in each.kv.tensors:
+            pages, slots, heads, size, width = tensors[0].shape
+            tensors[:] = [torch.zeros(1, slots, heads, pages * size, width) for _ in tensors]
+    for slot, prompt in enumerate(PROMPTS):
+        start(engine, slot, prompt, Sampling(temperature=0))
+    engine.swap(0, 1, len(PROMPTS[1]))
+    texts = run(engine, [1, 0, 2, 3], 12)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        start(alone, 0, prompt, Sampling(temperature=0), chunk=100)
+        assert run(alone, [0], 12) == [text] == [generated("LlamaForCausalLM", prompt, 12)]

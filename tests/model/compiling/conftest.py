@@ -55,7 +55,7 @@ def few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def and_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "buckets", lambda slots, pages, kernels: [Bucket(1, pages), PREFILL])
+    monkeypatch.setattr(compiling, "buckets", lambda device, slots, pages, kernels: [Bucket(1, pages), PREFILL])
 
 
 @pytest.fixture

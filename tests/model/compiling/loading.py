@@ -22,7 +22,7 @@ ROOM = Room(slots=4, context=512)
 GREEDY = Sampling(temperature=0)
 
 
-def two_buckets(slots: int, pages: int, kernels: bool) -> list[Bucket]:
+def two_buckets(device: str, slots: int, pages: int, kernels: bool) -> list[Bucket]:
     """Enough to tell one from another; six take minutes."""
     return [Bucket(1, 1), Bucket(slots, pages)]
 

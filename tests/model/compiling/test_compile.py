@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.start import spies
 from model import compile as compiling
+from model.ahead import Child
 from model.compile import BackgroundCompiler, buckets, fingerprint
 from settings import Settings
 from tests.model.compiling.loading import GREEDY, adopt_until, beside, load
@@ -39,7 +40,7 @@ def test_a_child_compiles_and_a_second_start_finds_it_done(prepared: tuple[Setti
     again = load(settings, checkpoint)
     second = again.compiler = BackgroundCompiler(again, checkpoint, settings)
     assert again.adopt(idle=False) and again.adopt(idle=False) and not again.adopt(idle=True)
-    assert second._child is None
+    assert second._job is None
     start(again, 0, PROMPTS[0], GREEDY)
     start(eager, 0, PROMPTS[0], GREEDY)
     assert run(again, [0], 8) == run(eager, [0], 8)
@@ -73,16 +74,17 @@ def test_the_first_answers_are_not_disturbed(
     monkeypatch.setattr(compiling, "_LET_FIRST_ANSWER", 1000.0)
     _, compiler = beside(prepared, tmp_path)
     compiler.poll(idle=False)
-    assert compiler._child is None
+    assert compiler._job is None
     compiler.poll(idle=True)
-    assert compiler._child is not None
+    assert compiler._job is not None
 
 
 def test_the_child_ends_with_the_service(prepared: tuple[Settings, Path], tmp_path: Path) -> None:
     _, compiler = beside(prepared, tmp_path)
     compiler.poll(idle=True)
-    child = compiler._child
-    assert child is not None and child.stdin is not None and child.poll() is None
+    assert isinstance(compiler._job, Child)
+    child = compiler._job.process
+    assert child.stdin is not None and child.poll() is None
     child.stdin.close()  # as the end of this process would
     assert child.wait(60) == 1
 
@@ -107,8 +109,8 @@ def test_no_secret_reaches_the_child(
     secret = settings.model_copy(update={"data_dir": tmp_path, "admin_password": "open sesame"})
     compiler = BackgroundCompiler(load(settings, checkpoint), checkpoint, secret)
     compiler.poll(idle=True)
-    assert compiler._child is not None
-    seen = Path(f"/proc/{compiler._child.pid}/environ").read_bytes()
+    assert isinstance(compiler._job, Child)
+    seen = Path(f"/proc/{compiler._job.process.pid}/environ").read_bytes()
     compiler.close()
     assert b"sesame" not in seen and b"PATH=" in seen
 
@@ -124,9 +126,9 @@ def test_steps_of_long_ago_are_removed(prepared: tuple[Settings, Path], tmp_path
     assert left == {f"{age:016x}" for age in range(3)} | {compiler._folder.name}
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("device", "kernels"), [("cpu", True), ("cpu", False), ("cuda", False)])
 @pytest.mark.parametrize(("slots", "pages"), [(1, 1), (4, 2), (16, 32), (64, 1)])
-def test_few_buckets_the_single_user_first(slots: int, pages: int, kernels: bool) -> None:
-    wanted = buckets(slots, pages, kernels)
+def test_few_buckets_the_single_user_first(slots: int, pages: int, device: str, kernels: bool) -> None:
+    wanted = buckets(device, slots, pages, kernels)
     assert len(wanted) <= 6 and wanted[0].rows == 1 and max(bucket.rows for bucket in wanted) == slots
     assert len(set(wanted)) == len(wanted) and all(bucket.pages <= pages for bucket in wanted)

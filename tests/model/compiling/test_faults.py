@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from torch._inductor import config
 
-from model import compile as compiling
+from model import ahead
 from model.compile import BackgroundCompiler, compiler_for, fingerprint
-from model.runner import Bucket
+from model.runner import Bucket, CompileState
 from settings import Settings
 from tests.model.compiling.loading import GREEDY, adopt_until, beside, load
 from tests.model.test_runner import PROMPTS, run, start
@@ -68,33 +68,29 @@ def test_a_disk_that_takes_no_compiled_step_does_not_cost_the_model(
     assert "nothing can be compiled here" in caplog.text
 
 
-@pytest.fixture
-def no_process_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        raise BlockingIOError("injected: no process left")
-
-    monkeypatch.setattr(compiling.subprocess, "Popen", full)
+def no_process_left(*arguments: object, **options: object) -> None:
+    raise BlockingIOError("injected: no process left")
 
 
-@pytest.mark.usefixtures("no_process_left")
 def test_a_machine_without_room_for_a_child_serves_eagerly(
-    prepared: tuple[Settings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, compiler = beside(prepared, tmp_path)
     engine.compiler = compiler
+    monkeypatch.setattr(ahead.subprocess, "Popen", no_process_left)
     assert not engine.adopt(idle=True) and engine.compile_state() == (0, 2)
     assert "no process left" in caplog.text
 
 
-@pytest.mark.usefixtures("no_process_left")
 def test_what_was_compiled_before_is_used_though_the_rest_cannot_be(
     prepared: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, compiler = beside(prepared, tmp_path)
     (compiler._folder / "1x1.step").write_bytes(b"ready")  # as an earlier, interrupted start leaves it
     monkeypatch.setattr(compiler, "_adopted", lambda bucket, file: (bucket, file))
+    monkeypatch.setattr(ahead.subprocess, "Popen", no_process_left)
     found = compiler.poll(idle=True)
-    assert found is not None and found[0] == Bucket(1, 1) and compiler.state() == {"wanted": 2, "failed": 1}
+    assert found is not None and found[0] == Bucket(1, 1) and compiler.state() == CompileState(2, 1)
 
 
 @pytest.mark.promise("P6", injected="a compiled step with damaged bytes", counted="thrown away, eager serves")
