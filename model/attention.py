@@ -6,6 +6,7 @@ Knows the layout of the KV pages and nothing of who owns them.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -93,6 +94,31 @@ def _fused(
             query, key[0], value[0], attn_mask=bias, scale=scaling, enable_gqa=True
         )
     return out.transpose(1, 2).contiguous()
+
+
+class RotaryTable(nn.Module):
+    """transformers' rotary embedding of every position, looked up: a compiled step computes it anew for each head."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, rotary: nn.Module, context: int, like: torch.Tensor) -> None:
+        """like: a tensor of the hidden states' dtype and device."""
+        super().__init__()
+        cos, sin = rotary(like, torch.arange(context, device=like.device)[None])
+        self.register_buffer("cos", cos[0], persistent=False)
+        self.register_buffer("sin", sin[0], persistent=False)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids int64 [rows, n] -> cosine and sine [rows, n, d] of x's dtype."""
+        return self.cos[position_ids], self.sin[position_ids]
+
+
+def look_up_positions(model: nn.Module, context: int, dtype: torch.dtype, device: str) -> None:
+    """Let a transformers causal LM look its rotary embedding up, unless that depends on more than the position."""
+    rotary = getattr(model.model, "rotary_emb", None)
+    if getattr(rotary, "rope_type", "dynamic") not in ("dynamic", "longrope"):
+        model.model.rotary_emb = RotaryTable(rotary, context, torch.empty(0, dtype=dtype, device=device))
 
 
 AttentionInterface.register(NAME, slot_attention)

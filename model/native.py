@@ -31,7 +31,7 @@ _loaded = False
 
 
 def load(folder: Path) -> bool:
-    """Whether torch.ops.slots.packed_product and .attend can be used from here on; `folder` keeps what was built.
+    """Whether what kernels/*.cpp define in torch.ops.slots can be used from here on; `folder` keeps what was built.
 
     False, with the reason in the log, on a processor without AVX2, without a C++ compiler, or when building fails.
     """
@@ -93,4 +93,6 @@ def _register(library: Path) -> None:
     torch.ops.load_library(library)
     fake = torch.library.register_fake
     fake("slots::packed_product", lambda x, matrix: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
+    fake("slots::feed_forward", lambda x, gate_up, down: x.new_empty((x.shape[0], down.shape[0] * LANES)))
     fake("slots::attend", lambda q, *_: torch.empty_like(q))
+    fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

@@ -1,4 +1,4 @@
-"""Linear layers in 4 bits, or 7, as kernels/product.cpp reads them.
+"""Linear layers in 4 bits, or 7, as kernels/product.cpp reads them; and the feed-forward part made of two.
 
 Multiplies by that kernel alone (native.py), and needs float32 inputs whose width is a multiple of 64.
 """
@@ -54,6 +54,19 @@ class PackedLinear(nn.Module):
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.slots.packed_product(rows, self.matrix)
         return y[:, : self.rows].reshape(*x.shape[:-1], self.rows)
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up side by side in one matrix: input and output float32 [..., k]."""
+
+    def __init__(self, gate_up: PackedLinear, down: PackedLinear) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+        y = torch.ops.slots.feed_forward(rows, self.gate_up.matrix, self.down.matrix)
+        return y[:, : self.down.rows].reshape(*x.shape[:-1], self.down.rows)
 
 
 def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import bitsandbytes as bnb
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from model import packed
 
@@ -166,9 +167,22 @@ def install(model: nn.Module, chosen: Plan) -> None:
                 fused = Fused(parts, product(parts, chosen))
                 for index, name in enumerate(names):
                     setattr(owner, name, Part(fused, index))
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if (layers := _feed_forward(child)) is not None:
+                setattr(owner, name, packed.FeedForward(*layers))
     if chosen.product != "dequantised":
         head = [model.get_output_embeddings()]
         model.lm_head = Part(Fused(head, product(head, chosen)), 0)
+
+
+def _feed_forward(layer: nn.Module) -> tuple[packed.PackedLinear, packed.PackedLinear] | None:
+    """The two packed matrices of transformers' SwiGLU layers; None for any other, or where there are biases."""
+    parts = [getattr(layer, name, None) for name in ("gate_proj", "down_proj")]
+    fused = [part.fused for part in parts if isinstance(part, Part) and part.fused.bias is None]
+    matrices = [each.linear for each in fused if isinstance(each.linear, packed.PackedLinear)]
+    silu = isinstance(getattr(layer, "act_fn", None), SiLUActivation)
+    return (matrices[0], matrices[1]) if silu and len(matrices) == 2 else None
 
 
 def product(parts: list[nn.Linear], chosen: Plan) -> nn.Module:

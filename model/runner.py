@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from model.attention import NAME as ATTENTION
+from model.attention import look_up_positions
 from model.executor import Chunk
 from model.kv import ChunkCache, KvPages, KvShape, pages_for
 from model.quant import Plan, install
@@ -69,6 +70,7 @@ class Runner:
         self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]
     ) -> None:
         install(model, plan)
+        look_up_positions(model, context, plan.dtype, device)
         model.set_attn_implementation(ATTENTION)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
         self.slots, self.context = slots, context
@@ -94,7 +96,7 @@ class Runner:
     def begin(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
         """Give `slot` to a request. Its row stays idle until `arm`."""
         self.rows.assign(slot, sampling, seed, torch.tensor(prompt, dtype=torch.int64, device=self.device))
-        unfiltered = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p >= 1
+        unfiltered = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p >= 1 and not self.plan.kernels
         (self._unfiltered.add if unfiltered else self._unfiltered.discard)(slot)
 
     @torch.inference_mode()

@@ -87,8 +87,23 @@ def choose(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.where(rows.temperature == 0, greedy, drawn[:, 0])
 
 
+def choose_soundly(logits: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `choose`, by this project's kernel; and whether each row's logits are all finite, bool [rows].
+
+    A row with neither top_k nor top_p is drawn from the whole vocabulary.
+    """
+    tokens = torch.ops.slots.choose(
+        logits.contiguous(),
+        *(rows.position, rows.temperature, rows.top_p, rows.top_k, rows.penalty, rows.key, rows.seen),
+    )
+    return tokens, tokens >= 0
+
+
 def choose_unfiltered(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """As `choose`, for rows with neither top_k nor top_p: drawn from the whole vocabulary. Too slow for every step."""
+    """As `choose`, for rows with neither top_k nor top_p: drawn from the whole vocabulary. Too slow for every step.
+
+    The kernel does so itself.
+    """
     tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     scaled = penalise(logits, rows) / rows.temperature.clamp(min=1e-4)[:, None]
     return (scaled + gumbel(rows.key[:, None], rows.position[:, None], tokens)).argmax(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from model.kv import BatchCache, ChunkCache, TokenCache
-from model.sampler import Rows, choose
+from model.sampler import Rows, choose, choose_soundly
 
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -19,7 +19,8 @@ Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def make_step(pages: int | None) -> Step:
     """The decode step as a plain function: run as it is, or compiled for one bucket.
 
-    pages: how many PyTorch's own attention goes over; None for this project's kernel, which follows each row's length.
+    pages: how many PyTorch's own attention goes over; None for this project's kernels, whose attention follows each
+    row's length.
     step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
     Writes one token's KV a row and changes nothing else, so that it can be tried again.
     """
@@ -34,6 +35,8 @@ def make_step(pages: int | None) -> Step:
         else:
             cache = BatchCache((keys, values), rows.position, pages)
         logits = model.lm_head(hidden(model, cache, rows.ids, rows.position[:, None]))[:, -1].float()
+        if pages is None:
+            return *choose_soundly(logits, rows), logits
         return choose(logits, rows), logits.isfinite().all(-1), logits
 
     return step

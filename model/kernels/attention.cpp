@@ -21,16 +21,6 @@ namespace {
 constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
 constexpr int64_t kRun = 32;   // most tokens of one prompt that are computed together
 
-// e^x for x <= 0, to 2e-7: 2^n by its bits, and e^r by its Taylor series for |r| <= ln 2 / 2. NaN stays NaN.
-inline Floats exponential(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;
-  const Floats n = _mm256_round_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied
-  Floats series = r * (1.0f / 720) + 1.0f / 120;
-  for (const float term : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
-  return series * reinterpret_cast<Floats>((reinterpret_cast<Ints>(_mm256_cvtps_epi32(n)) + 127) << 23);
-}
-
 // The state of G query heads that share a KV head, one tile of columns after another (softmax in one pass).
 template <int G>
 struct Heads {

@@ -1,4 +1,5 @@
-// Rows times a matrix of 4-bit (or 7-bit) weights, with int8 activations: slots::packed_product.
+// Rows times a matrix of 4-bit (or 7-bit) weights, with int8 activations: slots::packed_product, and slots::feed_forward
+// of two such matrices.
 //
 // Knows no model and no bitsandbytes: packed.py lays the weights out. A row of the result depends on that row of the
 // input alone, its sums taken in the same order whatever the number of rows and threads: nobody's neighbours show in
@@ -9,64 +10,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "vectors.h"
+#include "panel.h"
 
 using torch::stable::Tensor;
 
 namespace {
 
 constexpr int64_t kLanes = 8;   // output rows that share a vector, one int32 lane each
-constexpr int64_t kBlock = 64;  // inputs that share a scale: bitsandbytes' block, and ours for activations
 constexpr int64_t kPanel = 64;  // input rows that are computed together: as int8 they fit the second-level cache
 constexpr int64_t kChunk = 8;   // fewest groups of lanes given to a thread at once: one that is held up gets fewer
 constexpr int64_t kDirect = 4;  // input rows up to which codes are looked up on the way, not once for all
-constexpr int kOffset = 64;     // added to weights in [-63, 63]: u8 x s8 pairs then fit 16 bits (2 * 127 * 127)
-
-// Activations of a panel: int8 in [-127, 127], a scale a block, and what undoes the weights' offset.
-struct Panel {
-  int64_t k, blocks;
-  std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> undo;
-
-  // Room for `rows` of `width`; grows and is kept, for a step has a hundred products.
-  void fit(int64_t rows, int64_t width) {
-    k = width, blocks = k / kBlock;
-    q.resize(std::max<size_t>(q.size(), rows * k));
-    scale.resize(std::max<size_t>(scale.size(), rows * blocks));
-    undo.resize(scale.size());
-  }
-
-  void quantise(int64_t row, const float* x) {
-    for (int64_t b = 0; b < blocks; b++, x += kBlock) {
-      Floats tops = {}, unsound = {};  // NaN where x is NaN or infinite, which int8 cannot say: the scale does
-      for (int i = 0; i < kBlock; i += 8) {
-        const Floats v = load(x + i);
-        tops = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), tops);
-        unsound += v * 0.0f;
-      }
-      const float top = largest(tops), inverse = 127 / std::max(top, 1e-30f);
-      __m256i sums = _mm256_setzero_si256();
-      for (int i = 0; i < kBlock; i += 32) {
-        __m256i v[4];
-        for (int j = 0; j < 4; j++) {
-          v[j] = _mm256_cvtps_epi32(load(x + i + 8 * j) * inverse);  // to the nearest, halves to even
-          sums = _mm256_add_epi32(sums, v[j]);
-        }
-        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works in halves
-        auto* to = reinterpret_cast<__m256i*>(&q[row * k + b * kBlock + i]);
-        _mm256_storeu_si256(to, _mm256_permutevar8x32_epi32(bytes, order));
-      }
-      scale[row * blocks + b] = top / 127 + sum(unsound);
-      undo[row * blocks + b] = -kOffset * static_cast<int32_t>(sum(_mm256_cvtepi32_ps(sums)));
-    }
-  }
-};
 
 // sums + products of four u8 x s8 pairs in each lane.
 inline __m256i dot4(__m256i sums, __m256i u8, const int8_t* four) {
@@ -152,38 +108,98 @@ void column(const Codes& kind, const Panel& x, int64_t rows, const __m256i* code
   column(Bytes(), x, rows, bytes.data(), scales, out, stride);
 }
 
-// x float32 [m, k], matrix as packed_product has it -> out float32 [m, groups * kLanes].
-template <typename W>
-void product(const W& kind, const float* x, int64_t m, int64_t k, int64_t groups, const void* matrix, float* out) {
-  thread_local Panel own;
-  Panel& panel = own;  // the caller's, for all threads
-  panel.fit(std::min(m, kPanel), k);
-  const int64_t n = groups * kLanes, each = panel.blocks * W::kVectors;
-  const auto* weights = static_cast<const __m256i*>(matrix);
-  const auto* scales = reinterpret_cast<const uint16_t*>(weights + groups * each);
-  for (int64_t first = 0; first < m; first += kPanel) {
-    const int64_t rows = std::min(kPanel, m - first);
-#pragma omp parallel for schedule(static) if (rows > kDirect)
-    for (int64_t r = 0; r < rows; r++) panel.quantise(r, x + (first + r) * k);
+// A matrix as packed.py lays it out, uint8 [n / 8, bytes]. In memory first the weights of all groups of eight rows
+// ([k / 64] blocks of 512 bytes each, or of 256 where there are two codes in a byte), then their scales (bfloat16
+// [k / 64, 8] each): two streams, for side by side in a page they hide each other from the processor's prefetching (a
+// quarter slower at one row).
+class Matrix {
+ public:
+  Matrix(const Tensor& matrix, int64_t width)
+      : k(width), groups(matrix.size(0)), codes(matrix.size(1) < k * kLanes), data(matrix.data_ptr()) {}
+
+  int64_t rows() const { return groups * kLanes; }
+
+  // All rows of a panel, of k columns -> out float32 [rows of the panel, rows()].
+  void times(const Panel& x, int64_t count, float* out) const {
+    codes ? times(Codes(), x, count, out) : times(Bytes(), x, count, out);
+  }
+
+  const int64_t k;
+
+ private:
+  template <typename W>
+  void times(const W& kind, const Panel& x, int64_t count, float* out) const {
+    const int64_t each = x.blocks * W::kVectors;
+    const auto* weights = static_cast<const __m256i*>(data);
+    const auto* scales = reinterpret_cast<const uint16_t*>(weights + groups * each);
 #pragma omp parallel for schedule(guided, kChunk)
     for (int64_t g = 0; g < groups; g++)
-      column(kind, panel, rows, weights + g * each, scales + g * panel.blocks * kLanes, out + first * n + g * kLanes,
-             n);
+      column(kind, x, count, weights + g * each, scales + g * x.blocks * kLanes, out + g * kLanes, rows());
+  }
+
+  const int64_t groups;
+  const bool codes;
+  const void* data;
+};
+
+// Calls `row(r)` for each row of a panel: together where they are many, else on this thread, as waking another costs more.
+template <typename Row>
+void each_row(int64_t count, const Row& row) {
+#pragma omp parallel for schedule(static) if (count > kDirect)
+  for (int64_t r = 0; r < count; r++) row(r);
+}
+
+// x float32 [m, k], matrix of k columns -> float32 [m, its rows]. The caller sees to shapes and alignment (32).
+Tensor packed_product(const Tensor& x, const Tensor& packed) {
+  thread_local Panel own;
+  Panel& panel = own;  // the caller's, for all threads
+  const Matrix matrix(packed, x.size(1));
+  const int64_t m = x.size(0), k = matrix.k, n = matrix.rows();
+  Tensor result = torch::stable::new_empty(x, {m, n});
+  const auto* in = static_cast<const float*>(x.data_ptr());
+  auto* out = static_cast<float*>(result.data_ptr());
+  panel.fit(std::min(m, kPanel), k);
+  for (int64_t first = 0; first < m; first += kPanel) {
+    const int64_t count = std::min(kPanel, m - first);
+    each_row(count, [&](int64_t r) { panel.quantise(r, in + (first + r) * k); });
+    matrix.times(panel, count, out + first * n);
+  }
+  return result;
+}
+
+// gate[i] = silu(gate[i]) * up[i], where silu(x) = x / (1 + e^-x); n is a multiple of 8.
+void gated(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const Floats x = load(gate + i), shrunk = exponential(x > 0.0f ? -x : x);
+    store(gate + i, x * (x > 0.0f ? Floats{} + 1.0f : shrunk) / (1.0f + shrunk) * load(up + i));
   }
 }
 
-// x float32 [m, k]; matrix uint8 [n / 8, bytes] -> float32 [m, n]. In memory first the weights of all groups of eight
-// rows ([k / 64] blocks of 512 bytes each, or of 256 where there are two codes in a byte), then their scales (bfloat16
-// [k / 64, 8] each): two streams, for side by side in a page they hide each other from the processor's prefetching (a
-// quarter slower at one row). The caller sees to shapes and alignment (32).
-Tensor packed_product(const Tensor& x, const Tensor& matrix) {
-  const int64_t m = x.size(0), k = x.size(1), groups = matrix.size(0);
-  Tensor result = torch::stable::new_empty(x, {m, groups * kLanes});
+// x float32 [m, k]; gate_up of k columns and twice as many rows as down has columns -> float32 [m, rows of down]:
+// down(silu(gate(x)) * up(x)) (Shazeer, GLU Variants Improve Transformer, 2020), a call instead of three.
+Tensor feed_forward(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
+  thread_local Panel own[2];
+  thread_local std::vector<float> inner;
+  Panel &outside = own[0], &inside = own[1];
+  const Matrix widen(gate_up, x.size(1)), narrow(down, widen.rows() / 2);
+  const int64_t m = x.size(0), k = widen.k, width = narrow.k, n = narrow.rows();
+  Tensor result = torch::stable::new_empty(x, {m, n});
   const auto* in = static_cast<const float*>(x.data_ptr());
   auto* out = static_cast<float*>(result.data_ptr());
-  const bool codes = matrix.size(1) < k * kLanes;
-  codes ? product(Codes(), in, m, k, groups, matrix.data_ptr(), out)
-        : product(Bytes(), in, m, k, groups, matrix.data_ptr(), out);
+  outside.fit(std::min(m, kPanel), k), inside.fit(std::min(m, kPanel), width);
+  inner.resize(std::max<size_t>(inner.size(), std::min(m, kPanel) * 2 * width));
+  float* const middle = inner.data();
+  for (int64_t first = 0; first < m; first += kPanel) {
+    const int64_t count = std::min(kPanel, m - first);
+    each_row(count, [&](int64_t r) { outside.quantise(r, in + (first + r) * k); });
+    widen.times(outside, count, middle);
+    each_row(count, [&](int64_t r) {
+      float* gate = middle + r * 2 * width;
+      gated(gate, gate + width, width);
+      inside.quantise(r, gate);
+    });
+    narrow.times(inside, count, out + first * n);
+  }
   return result;
 }
 
@@ -191,5 +207,9 @@ Tensor packed_product(const Tensor& x, const Tensor& matrix) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
   m.def("packed_product(Tensor x, Tensor matrix) -> Tensor");
+  m.def("feed_forward(Tensor x, Tensor gate_up, Tensor down) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("packed_product", TORCH_BOX(&packed_product)); }
+STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) {
+  m.impl("packed_product", TORCH_BOX(&packed_product));
+  m.impl("feed_forward", TORCH_BOX(&feed_forward));
+}

@@ -1,4 +1,4 @@
-// Eight floats at a time, for product.cpp and attention.cpp. Knows nothing of what is computed with them.
+// Eight floats at a time, for the other files here. Knows nothing of what is computed with them.
 //
 // x86-64 with AVX2 and FMA.
 
@@ -19,6 +19,16 @@ inline Floats load(const uint16_t* p) {  // bfloat16 is the upper half of a floa
   return reinterpret_cast<Floats>(_mm256_slli_epi32(low, 16));
 }
 inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+
+// e^x for x <= 0, to 2e-7: 2^n by its bits, and e^r by its Taylor series for |r| <= ln 2 / 2. NaN stays NaN.
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats n = _mm256_round_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied
+  Floats series = r * (1.0f / 720) + 1.0f / 120;
+  for (const float term : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  return series * reinterpret_cast<Floats>((reinterpret_cast<Ints>(_mm256_cvtps_epi32(n)) + 127) << 23);
+}
 
 inline float sum(Floats v) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model import quant
-from model.packed import PackedLinear
+from model.packed import FeedForward, PackedLinear
 from tests.model.tiny import ARCHITECTURES, tiny_model
 
 PRODUCTS = [quant.Int8Linear, PackedLinear.dense]
@@ -151,6 +151,23 @@ def test_without_fbgemm_weights_become_floats_once(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(fused(ids).logits, dense(ids).logits)
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 70])  # 70 are more than are computed together
+def test_a_feed_forward_is_its_three_steps(count: int) -> None:
+    torch.manual_seed(1)
+    gate_up, down = nf4(torch.randn(512, 128)), PackedLinear.dense(torch.randn(128, 256))
+    layer, x = FeedForward(gate_up, down), inputs(count)
+    gate, up = gate_up(x).split([256, 256], -1)
+    torch.testing.assert_close(layer(x), down(nn.functional.silu(gate) * up), rtol=1e-3, atol=1e-2)
+    assert torch.equal(layer(x[None, :1])[0], layer(x)[:1])  # whoever shares the batch
+
+
+def test_a_feed_forward_keeps_what_is_not_finite_in_its_row_alone() -> None:
+    layer, x = FeedForward(nf4(torch.randn(512, 128)), nf4(torch.randn(128, 256))), inputs(3)
+    for value in (torch.nan, torch.inf, 1e38):
+        x[1, 70] = value
+        assert layer(x).isfinite().all(-1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("product", ["int8", "packed"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fused_layers_answer_like_the_dense_model(architecture: str, product: str) -> None:
@@ -163,6 +180,16 @@ def test_fused_layers_answer_like_the_dense_model(architecture: str, product: st
     left = [name for name, layer in fused.named_modules() if isinstance(layer, nn.Linear)]
     assert left == []  # every matrix was replaced
     assert fused.model.layers[0].self_attn.q_proj.fused.pending == ()
+    assert isinstance(fused.model.layers[0].mlp, FeedForward) == (product == "packed")
+
+
+def test_a_feed_forward_of_another_kind_stays_in_parts() -> None:
+    for change in ({"hidden_act": "gelu"}, {"mlp_bias": True}):
+        dense, fused = tiny_model(**change), tiny_model(**change)
+        quant.install(fused, quant.Plan("packed", torch.float32, torch.float32))
+        assert not isinstance(fused.model.layers[0].mlp, FeedForward)
+        want, got = (model(torch.tensor([[5, 90, 17, 33]])).logits for model in (dense, fused))
+        assert torch.nn.functional.cosine_similarity(want, got, dim=-1).min() > 0.99
 
 
 def test_a_width_that_the_kernel_cannot_take_gets_another_product() -> None:

@@ -212,3 +212,14 @@ def test_slots_of_one_page_and_pytorchs_attention_serve_alike(monkeypatch: pytes
     for prompt, text in zip(PROMPTS, texts, strict=True):
         start(alone, 0, prompt, Sampling(temperature=0), chunk=100)
         assert run(alone, [0], 12) == [text] == [generated("LlamaForCausalLM", prompt, 12)]
+
+
+@pytest.mark.parametrize(("rope", "looked_up"), [("linear", True), ("dynamic", False)])
+def test_rotary_embeddings_are_looked_up_where_the_position_is_all_they_depend_on(rope: str, looked_up: bool) -> None:
+    scaled = {"rope_parameters": {"rope_type": rope, "factor": 2.0, "rope_theta": 10_000.0}}
+    plain, served = tiny_model(**scaled), tiny_model(**scaled)
+    Runner(served, DENSE, 1, 512, "cpu", frozenset())
+    assert isinstance(served.model.rotary_emb, attention.RotaryTable) == looked_up
+    positions, like = torch.tensor([[0, 3, 511]]), torch.zeros(1)
+    for got, want in zip(*(each.model.rotary_emb(like, positions) for each in (served, plain)), strict=True):
+        assert torch.equal(got, want)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.sampler import CANDIDATES, Rows, choose, choose_unfiltered, gumbel, mix_seed, top_candidates
+from model.sampler import CANDIDATES, Rows, choose, choose_soundly, choose_unfiltered, gumbel, mix_seed, top_candidates
 from model.types import Sampling
 
 VOCABULARY = 49_152
@@ -42,7 +42,12 @@ def test_temperature_zero_is_argmax_beside_sampling_rows() -> None:
     assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax()
 
 
-@pytest.mark.parametrize("draw", [choose, choose_unfiltered])
+def by_kernel(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return choose_soundly(logits, rows)[0]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("draw", [choose, choose_unfiltered, by_kernel])
 def test_draws_follow_the_softmax(draw) -> None:  # type: ignore[no-untyped-def]
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
     tokens = _draws(probabilities.log(), Sampling(temperature=1, top_k=0, top_p=1), 40_000, draw)
