@@ -11,6 +11,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from model.kv import TokenCache
+from model.quant import Part
 
 NAME = "slots"
 
@@ -35,8 +41,6 @@ def slot_attention(
     loader runs one step), so that no window or soft cap is ever dropped in silence.
     """
     refuse_unknown(arguments)
-    if attention_mask.dtype == torch.int64:
-        return _native(query, key, value, attention_mask, scaling), None
     if query.is_cuda:
         return _fused(query, key, value, attention_mask, scaling), None
     return _paged(query, key, value, attention_mask, scaling), None
@@ -47,16 +51,6 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
     for name, value in arguments.items():
         if name not in _PASSED and (name not in _INERT or value not in _INERT[name]):
             raise ValueError(f"attention argument {name}={value!r} is not supported")
-
-
-def _native(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """This project's own kernel: n is 1, and each row reads the columns of its slot up to its position."""
-    slot, last = places[:, 0, 0].unbind(-1)
-    q = query[:, :, 0].float().contiguous()
-    out = torch.ops.slots.attend(q, key, value, slot.contiguous(), last.contiguous(), scaling)
-    return out[:, None].to(query.dtype)
 
 
 def _paged(
@@ -94,6 +88,55 @@ def _fused(
             query, key[0], value[0], attn_mask=bias, scale=scaling, enable_gqa=True
         )
     return out.transpose(1, 2).contiguous()
+
+
+class SlotAttention(nn.Module):
+    """The attention of transformers' Llama, Qwen2 and Qwen3 by this project's kernel, for one token a row.
+
+    Between the products of its input and that of its output one call rotates, writes the KV and attends.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj
+        self.norms = nn.ModuleList(getattr(layer, name) for name in ("q_norm", "k_norm") if hasattr(layer, name))
+        self.layer, self.width, self.scaling = layer.layer_idx, layer.head_dim, layer.scaling
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: TokenCache,
+        **_: object,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states float32 [rows, 1, hidden] -> the same shape."""
+        cache, (cos, sin) = past_key_values, position_embeddings
+        out = torch.ops.slots.attend(
+            self._qkv(hidden_states)[:, 0].contiguous(), cos[:, 0], sin[:, 0], cache.keys[self.layer],
+            cache.values[self.layer], cache.slot, cache.position, cache.last, self.scaling,
+        )  # fmt: skip
+        return self.o_proj(out[:, None]), None
+
+    def _qkv(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, 1, all heads of queries, then of keys, then of values]."""
+        if isinstance(self.q_proj, Part) and not self.norms:
+            whole: torch.Tensor = self.q_proj.fused(x)
+            return whole
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.norms:
+            q, k = (
+                norm(t.unflatten(-1, (-1, self.width))).flatten(-2) for norm, t in zip(self.norms, (q, k), strict=True)
+            )
+        return torch.cat([q, k, v], -1)
+
+
+def attend_by_kernel(model: nn.Module) -> None:
+    """Replace the attention of each layer, in place. Raises ValueError for one that does more than is known here."""
+    for layer in model.model.layers:
+        if not isinstance(layer.self_attn, (LlamaAttention, Qwen2Attention, Qwen3Attention)):
+            raise ValueError(f"{type(layer.self_attn).__name__} is not supported")
+        refuse_unknown({"sliding_window": getattr(layer.self_attn, "sliding_window", None)})
+        layer.self_attn = SlotAttention(layer.self_attn)
 
 
 class RotaryTable(nn.Module):

@@ -109,7 +109,7 @@ def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> torc
 
 
 class TokenCache:
-    """transformers' cache for tokens of any slots, one a row: a decode step, or the chunks of several prompts.
+    """What this project's kernel writes and reads, for tokens of any slots, one a row: a step, or prompts' chunks.
 
     slot, position: int64 [rows], where a row's KV goes; last: int64 [rows], the last column that it reads.
     """
@@ -123,30 +123,22 @@ class TokenCache:
         self.slot, self.position, self.last = slot, position, position if last is None else last
 
     def mask(self) -> torch.Tensor:
-        """int64 [rows, 1, 1, 2]: slot and last column."""
-        return torch.stack([self.slot, self.last], -1)[:, None, None]
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key, value [rows, kv_heads, 1, d] -> this layer's pages, all of them."""
-        keys, values = self.keys[layer], self.values[layer]
-        size = keys.shape[3]
-        page, offset = self.position // size, self.position % size
-        keys[page, self.slot, :, offset] = key[:, :, 0].to(keys.dtype)
-        values[page, self.slot, :, offset] = value[:, :, 0].to(values.dtype)
-        return keys, values
+        """Stands for a mask, or transformers would make one: the kernel goes by `last`."""
+        return self.last[:, None, None, None]
 
     def get_seq_length(self, *_: object) -> int:
         return 0
 
 
-class BatchCache(TokenCache):
-    """As TokenCache, for one decode step over the first slots, and PyTorch's own attention over `pages` pages."""
+class BatchCache:
+    """transformers' cache for one decode step over the first slots, by PyTorch's own attention over `pages` pages."""
+
+    is_compileable = True
 
     def __init__(self, kv: Tensors, position: torch.Tensor, pages: int) -> None:
-        super().__init__(kv, torch.arange(position.shape[0], device=position.device), position)
-        self.pages = pages
+        self.keys, self.values = kv
+        self.slot = torch.arange(position.shape[0], device=position.device)
+        self.position, self.pages = position, pages
 
     def mask(self) -> torch.Tensor:
         """Additive, float32 [rows, 1, 1, pages * size]."""
@@ -157,9 +149,15 @@ class BatchCache(TokenCache):
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """key, value [rows, kv_heads, 1, d] -> [pages, rows, kv_heads, size, d]."""
-        keys, values = super().update(key, value, layer)
-        slots, columns = slice(self.position.shape[0]), self.pages * PAGE
+        keys, values = self.keys[layer], self.values[layer]
+        page, offset = self.position // keys.shape[3], self.position % keys.shape[3]
+        keys[page, self.slot, :, offset] = key[:, :, 0].to(keys.dtype)
+        values[page, self.slot, :, offset] = value[:, :, 0].to(values.dtype)
+        slots, columns = slice(len(self.slot)), self.pages * PAGE
         return columns_of(keys, slots, columns), columns_of(values, slots, columns)
+
+    def get_seq_length(self, *_: object) -> int:
+        return 0
 
 
 class ChunkCache:

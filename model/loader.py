@@ -169,21 +169,17 @@ def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, prog
 
 
 def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> None:
-    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16.
-
-    The model that is made for it leaves no trace in memory, which build.py is about to share out.
-    """
+    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16."""
     import torch
     from transformers import BitsAndBytesConfig
 
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", *spec.spared] if spec.spared else None,
     )  # fmt: skip
-    options = {"dtype": torch.bfloat16, "quantization_config": nf4}
-    _open(source, torch.device("cuda" if cuda else "cpu"), options).save_pretrained(target)
-    gc.collect()  # transformers' models are cycles
+    _open(source, device, {"dtype": torch.bfloat16, "quantization_config": nf4}).save_pretrained(target)
+    gc.collect()  # transformers' models are cycles, and build.py is about to share this memory out
 
 
 def _open(folder: Path, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:

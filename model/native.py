@@ -88,11 +88,15 @@ def _run(command: list[str | Path]) -> None:
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE)
 
 
+def _attended(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, *_: object) -> torch.Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[4]))
+
+
 def _register(library: Path) -> None:
     """Load the operators, and tell torch.compile the shapes of their results."""
     torch.ops.load_library(library)
     fake = torch.library.register_fake
     fake("slots::packed_product", lambda x, matrix: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
     fake("slots::feed_forward", lambda x, gate_up, down: x.new_empty((x.shape[0], down.shape[0] * LANES)))
-    fake("slots::attend", lambda q, *_: torch.empty_like(q))
+    fake("slots::attend", _attended)
     fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

@@ -120,10 +120,13 @@ class Fused(nn.Module):
         self.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
         self.pending: tuple[torch.Tensor, ...] = ()
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y if self.bias is None else y + self.bias
+
     def take(self, x: torch.Tensor, index: int) -> torch.Tensor:
         if index == 0:
-            y = self.linear(x)
-            self.pending = (y if self.bias is None else y + self.bias).split(self.sizes, -1)
+            self.pending = self(x).split(self.sizes, -1)
         out = self.pending[index]
         if index == len(self.sizes) - 1:
             self.pending = ()  # nothing outlives the layer, or the compiled graph would have to return it

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from model.attention import NAME as ATTENTION
-from model.attention import look_up_positions
+from model.attention import attend_by_kernel, look_up_positions
 from model.executor import Chunk
 from model.kv import ChunkCache, KvPages, KvShape, pages_for
 from model.quant import Plan, install
 from model.sampler import Rows, choose_unfiltered
-from model.step import Step, advance, hidden, make_step, prefill
+from model.step import Step, advance, advance_by_kernel, hidden, make_step, prefill
 from model.types import Sampling
 
 _log = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class Runner:
     ) -> None:
         install(model, plan)
         look_up_positions(model, context, plan.dtype, device)
+        if plan.kernels:
+            attend_by_kernel(model)
         model.set_attn_implementation(ATTENTION)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
         self.slots, self.context = slots, context
@@ -140,12 +142,12 @@ class Runner:
         At least as many as the last of `active`, which alone advance; the others' entries mean nothing.
         """
         self._activate(tuple(active))
-        longest = int(self.rows.position[list(active)].max()) + 1
-        rows, (tokens, finite, logits) = self._computed(Bucket(max(active) + 1, pages_for(longest)))
+        pages = 1 if self.plan.kernels else pages_for(int(self.rows.position[list(active)].max()) + 1)
+        rows, (tokens, finite, logits) = self._computed(Bucket(max(active) + 1, pages))
         if not self._unfiltered.isdisjoint(active):
             free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
             tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
-        advance(rows, tokens, finite)
+        (advance_by_kernel if self.plan.kernels else advance)(rows, tokens, finite)
         return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
 
     def step_over(self, pages: int) -> Step:

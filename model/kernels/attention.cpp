@@ -1,103 +1,23 @@
-// One query token a row against the KV of its own slot, up to its own position: slots::attend.
+// One token a row: its KV is written to its slot, and its queries attend up to its own position: slots::attend.
 //
-// Knows no slot's owner and writes no KV. A row costs what its own length costs, whatever the longest is. Softmax in
-// one pass over the columns, a tile at a time (Milakov and Gimelshein, 2018). The only token of its slot, as in
-// decoding, has the same bits in any batch; tokens of one prompt share the work of reading their columns.
+// Knows no slot's owner. A row costs what its own length costs, whatever the longest is. The only token of its slot, as
+// in decoding, has the same bits in any batch; tokens of one prompt share the work of reading their columns.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "heads.h"
 
 using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
-constexpr int64_t kRun = 32;   // most tokens of one prompt that are computed together
-
-// The state of G query heads that share a KV head, one tile of columns after another (softmax in one pass).
-template <int G>
-struct Heads {
-  const float* q;  // [G][d]
-  float* out;      // [G][d], the weighted sum of the values so far
-  int64_t d;
-  float scale;
-  float best[G], total[G];
-  alignas(32) float weight[G][kTile];
-
-  Heads(const float* queries, float* to, int64_t width, float by) : q(queries), out(to), d(width), scale(by) {
-    std::fill(out, out + G * d, 0.0f);
-    std::fill(best, best + G, -INFINITY);
-    std::fill(total, total + G, 0.0f);
-  }
-
-  template <typename T>
-  void score(const T* keys, int64_t count) {
-    for (int64_t t = 0; t < count; t++, keys += d) {
-      Floats sums[G] = {};
-      for (int64_t i = 0; i < d; i += 8) {
-        const Floats key = load(keys + i);
-        for (int g = 0; g < G; g++) sums[g] += key * load(q + g * d + i);
-      }
-      for (int g = 0; g < G; g++) weight[g][t] = sum(sums[g]) * scale;
-    }
-  }
-
-  // As above, from a tile of keys that lie [d][kTile], eight columns to a vector: no sums across lanes.
-  void score_columns(const float* keys) {
-    for (int64_t c = 0; c < kTile; c += 32) {
-      Floats sums[G][4] = {};
-      for (int64_t i = 0; i < d; i++)
-        for (int v = 0; v < 4; v++) {
-          const Floats key = load(keys + i * kTile + c + 8 * v);
-          for (int g = 0; g < G; g++) sums[g][v] += key * q[g * d + i];
-        }
-      for (int g = 0; g < G; g++)
-        for (int v = 0; v < 4; v++) store(&weight[g][c + 8 * v], sums[g][v] * scale);
-    }
-  }
-
-  void normalise(int64_t count) {
-    for (int g = 0; g < G; g++) {
-      for (int64_t t = count; t % 8; t++) weight[g][t] = -INFINITY;
-      float top = best[g];
-      for (int64_t t = 0; t < count; t++) top = weight[g][t] > top ? weight[g][t] : top;
-      const float shrink = std::exp(best[g] - top);
-      Floats sums = {};
-      for (int64_t t = 0; t < count; t += 8) {
-        const Floats w = exponential(load(&weight[g][t]) - top);
-        store(&weight[g][t], w);
-        sums += w;
-      }
-      total[g] = total[g] * shrink + sum(sums);
-      best[g] = top;
-      for (int64_t i = 0; i < d; i++) out[g * d + i] *= shrink;
-    }
-  }
-
-  template <typename T>
-  void gather(const T* values, int64_t count) {
-    for (int64_t i = 0; i < d; i += 16) {
-      Floats left[G], right[G];
-      for (int g = 0; g < G; g++) left[g] = load(out + g * d + i), right[g] = load(out + g * d + i + 8);
-      const T* value = values + i;
-      for (int64_t t = 0; t < count; t++, value += d)
-        for (int g = 0; g < G; g++) left[g] += load(value) * weight[g][t], right[g] += load(value + 8) * weight[g][t];
-      for (int g = 0; g < G; g++) store(out + g * d + i, left[g]), store(out + g * d + i + 8, right[g]);
-    }
-  }
-
-  void finish() {
-    for (int g = 0; g < G; g++)
-      for (int64_t i = 0; i < d; i++) out[g * d + i] /= total[g];
-  }
-};
+constexpr int64_t kRun = 32;  // most tokens of one prompt that are computed together
+constexpr int64_t kFew = 4;   // rows that are rotated by one thread: waking another costs more
 
 struct Pages {
   int64_t slots, heads, size, d;  // of [pages, slots, heads, size, d]
@@ -182,39 +102,77 @@ struct Call {
   }
 };
 
+// Rotary position embedding (Su et al., RoFormer, 2021) of one head, its halves paired as in Llama. T as in Call.
 template <typename T>
-void attend_rows(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slot, const Tensor& position,
-                 float scale, const Tensor& result) {
-  const Pages pages(keys);
-  const int64_t rows = q.size(0), heads = q.size(1);
-  const Call<T> call{pages, heads, heads / pages.heads, static_cast<const float*>(q.data_ptr()),
-                     static_cast<const T*>(keys.data_ptr()), static_cast<const T*>(values.data_ptr()),
-                     static_cast<const int64_t*>(slot.data_ptr()), static_cast<const int64_t*>(position.data_ptr()),
-                     scale, static_cast<float*>(result.data_ptr())};
-  std::vector<int64_t> runs{0};  // where each begins; rows of one slot that follow each other
+void rotate(const float* x, const float* cos, const float* sin, int64_t d, T* out) {
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < half; i += 8) {
+    const Floats low = load(x + i), high = load(x + half + i);
+    store(out + i, low * load(cos + i) - high * load(sin + i));
+    store(out + half + i, high * load(cos + half + i) + low * load(sin + half + i));
+  }
+}
+
+// Runs of rows of one slot that follow each other: where each begins, and the end.
+std::vector<int64_t> runs_of(const int64_t* slots, int64_t rows) {
+  std::vector<int64_t> runs{0};
   for (int64_t row = 1; row < rows; row++)
-    if (call.slots[row] != call.slots[row - 1] || row - runs.back() == kRun) runs.push_back(row);
-  const int64_t count = runs.size();
+    if (slots[row] != slots[row - 1] || row - runs.back() == kRun) runs.push_back(row);
   runs.push_back(rows);
+  return runs;
+}
+
+template <typename T>
+void attend_rows(const float* qkv, const float* cos, const float* sin, const Pages& pages, T* keys, T* values,
+                 const int64_t* position, const Call<T>& call, float* queries, int64_t rows) {
+  const int64_t d = pages.d, heads = call.heads, width = (heads + 2 * pages.heads) * d;
+#pragma omp parallel for schedule(static) if (rows > kFew)
+  for (int64_t row = 0; row < rows; row++) {
+    const float *x = qkv + row * width, *c = cos + row * d, *s = sin + row * d;
+    for (int64_t head = 0; head < heads; head++, x += d) rotate(x, c, s, d, queries + (row * heads + head) * d);
+    for (int64_t head = 0; head < pages.heads; head++, x += d) {
+      const int64_t place = pages.at(call.slots[row], head, position[row]);
+      rotate(x, c, s, d, keys + place);
+      for (int64_t i = 0; i < d; i += 8) store(values + place + i, load(x + pages.heads * d + i));
+    }
+  }
+  const std::vector<int64_t> runs = runs_of(call.slots, rows);
+  const int64_t count = runs.size() - 1;
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < count * pages.heads; task++)
     call.run(runs[task / pages.heads], runs[task / pages.heads + 1], task % pages.heads);
 }
 
-// q float32 [rows, heads, d], d a multiple of 16; keys, values [pages, slots, kv_heads, size, d] in float32 or
-// bfloat16, size a multiple of 64; slot, position int64 [rows]: row i sees columns 0 to position[i] of slot[i]
-// -> float32 [rows, heads, d].
-Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slot, const Tensor& position,
-              double scale) {
-  Tensor result = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  const auto run = keys.element_size() == 2 ? attend_rows<uint16_t> : attend_rows<float>;
-  run(q, keys, values, slot, position, static_cast<float>(scale), result);
+// qkv float32 [rows, (heads + 2 kv_heads) * d], d a multiple of 16: a token's queries, keys and values; cos, sin float32
+// [rows, d]; keys, values [pages, slots, kv_heads, size, d] in float32 or bfloat16, size a multiple of 64; slot,
+// position, last int64 [rows]. Row i's KV is written at position[i] of slot[i], of all rows first; then it sees columns
+// 0 to last[i] -> float32 [rows, heads * d].
+Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, const Tensor& slot,
+              const Tensor& position, const Tensor& last, double scale) {
+  thread_local std::vector<float> queries;
+  const Pages pages(keys);
+  const int64_t rows = qkv.size(0), heads = qkv.size(1) / pages.d - 2 * pages.heads;
+  Tensor result = torch::stable::new_empty(qkv, {rows, heads * pages.d});
+  queries.resize(std::max<size_t>(queries.size(), rows * heads * pages.d));
+  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+  const auto whole = [](const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); };
+  const auto run = [&]<typename T>(T* k, T* v) {
+    const Call<T> call{pages, heads, heads / pages.heads, queries.data(), k, v,
+                       whole(slot), whole(last), static_cast<float>(scale), floats(result)};
+    attend_rows(floats(qkv), floats(cos), floats(sin), pages, k, v, whole(position), call, queries.data(), rows);
+  };
+  if (keys.element_size() == 2)
+    run(static_cast<uint16_t*>(keys.data_ptr()), static_cast<uint16_t*>(values.data_ptr()));
+  else
+    run(floats(keys), floats(values));
   return result;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
-  m.def("attend(Tensor q, Tensor keys, Tensor values, Tensor slot, Tensor position, float scale) -> Tensor");
+  m.def(
+      "attend(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, Tensor position, "
+      "Tensor last, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("attend", TORCH_BOX(&attend)); }

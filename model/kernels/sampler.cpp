@@ -1,4 +1,5 @@
-// One token for each row of logits: slots::choose. What it chooses, and why, is defined in sampler.py.
+// One token for each row of logits: slots::choose, and slots::advance to it. What is chosen, and why, is defined in
+// sampler.py.
 //
 // A row's token depends on that row alone. Draws differ from sampler.py's in the last bit of a logarithm at most.
 
@@ -204,11 +205,28 @@ Tensor choose(const Tensor& logits, const Tensor& position, const Tensor& temper
   return result;
 }
 
+// ids int64 [rows, 1], position int64 [rows], active bool [rows], seen bool [rows, n]; tokens as `choose` returns them.
+// Each active row with a token reads it in the next step, a position on, and it counts as seen.
+void advance(Tensor ids, Tensor position, const Tensor& active, Tensor seen, const Tensor& tokens) {
+  const auto whole = [](const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); };
+  const auto flags = [](const Tensor& t) { return static_cast<uint8_t*>(t.data_ptr()); };
+  for (int64_t row = 0; row < tokens.size(0); row++) {
+    const int64_t token = whole(tokens)[row];
+    if (!flags(active)[row] || token == kUnsound) continue;
+    whole(ids)[row] = token, whole(position)[row]++;
+    flags(seen)[row * seen.size(1) + token] = 1;
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
   m.def(
       "choose(Tensor logits, Tensor position, Tensor temperature, Tensor top_p, Tensor top_k, Tensor penalty, Tensor key, "
       "Tensor seen) -> Tensor");
+  m.def("advance(Tensor(a!) ids, Tensor(b!) position, Tensor active, Tensor(c!) seen, Tensor tokens) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("choose", TORCH_BOX(&choose)); }
+STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) {
+  m.impl("choose", TORCH_BOX(&choose));
+  m.impl("advance", TORCH_BOX(&advance));
+}

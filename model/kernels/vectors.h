@@ -19,6 +19,14 @@ inline Floats load(const uint16_t* p) {  // bfloat16 is the upper half of a floa
   return reinterpret_cast<Floats>(_mm256_slli_epi32(low, 16));
 }
 inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+inline void store(uint16_t* p, Floats v) {  // to the nearest bfloat16, halves to even; NaN stays NaN
+  const __m256i bits = reinterpret_cast<__m256i>(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i unsound = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i whole = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), unsound), 16);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+}
 
 // e^x for x <= 0, to 2e-7: 2^n by its bits, and e^r by its Taylor series for |r| <= ln 2 / 2. NaN stays NaN.
 inline Floats exponential(Floats x) {

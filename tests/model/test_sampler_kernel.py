@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.sampler import Rows, choose, choose_soundly, choose_unfiltered
+from model.step import advance, advance_by_kernel
 from model.types import Sampling
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -75,3 +76,16 @@ def test_a_row_is_chosen_alike_alone_and_by_any_number_of_threads() -> None:
     for row in range(ROWS):
         one = Rows(*(tensor[row : row + 1] for tensor in rows.tensors()))
         assert choose_soundly(logits[row : row + 1], one)[0] == together[row]
+
+
+def test_rows_advance_as_is_defined() -> None:
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 300, (ROWS,))
+    tokens[::5] = -1
+    left, right = some_rows(300, 4), some_rows(300, 4)
+    for rows in (left, right):
+        rows.active.copy_(torch.arange(ROWS) % 3 > 0)
+    advance(left, tokens, tokens >= 0)
+    advance_by_kernel(right, tokens, tokens >= 0)
+    assert all(map(torch.equal, left.tensors(), right.tensors()))
+    assert 0 < (left.ids[:, 0] == tokens).sum() < ROWS

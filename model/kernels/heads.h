@@ -1,0 +1,94 @@
+// Softmax attention of a few query heads, for attention.cpp: in one pass over the columns, a tile at a time (Milakov and
+// Gimelshein, 2018). Knows neither pages nor slots.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
+
+// The state of G query heads that share a KV head, one tile of columns after another (softmax in one pass).
+template <int G>
+struct Heads {
+  const float* q;  // [G][d]
+  float* out;      // [G][d], the weighted sum of the values so far
+  int64_t d;
+  float scale;
+  float best[G], total[G];
+  alignas(32) float weight[G][kTile];
+
+  Heads(const float* queries, float* to, int64_t width, float by) : q(queries), out(to), d(width), scale(by) {
+    std::fill(out, out + G * d, 0.0f);
+    std::fill(best, best + G, -INFINITY);
+    std::fill(total, total + G, 0.0f);
+  }
+
+  template <typename T>
+  void score(const T* keys, int64_t count) {
+    for (int64_t t = 0; t < count; t++, keys += d) {
+      Floats sums[G] = {};
+      for (int64_t i = 0; i < d; i += 8) {
+        const Floats key = load(keys + i);
+        for (int g = 0; g < G; g++) sums[g] += key * load(q + g * d + i);
+      }
+      for (int g = 0; g < G; g++) weight[g][t] = sum(sums[g]) * scale;
+    }
+  }
+
+  // As above, from a tile of keys that lie [d][kTile], eight columns to a vector: no sums across lanes.
+  void score_columns(const float* keys) {
+    for (int64_t c = 0; c < kTile; c += 32) {
+      Floats sums[G][4] = {};
+      for (int64_t i = 0; i < d; i++)
+        for (int v = 0; v < 4; v++) {
+          const Floats key = load(keys + i * kTile + c + 8 * v);
+          for (int g = 0; g < G; g++) sums[g][v] += key * q[g * d + i];
+        }
+      for (int g = 0; g < G; g++)
+        for (int v = 0; v < 4; v++) store(&weight[g][c + 8 * v], sums[g][v] * scale);
+    }
+  }
+
+  void normalise(int64_t count) {
+    for (int g = 0; g < G; g++) {
+      for (int64_t t = count; t % 8; t++) weight[g][t] = -INFINITY;
+      float top = best[g];
+      for (int64_t t = 0; t < count; t++) top = weight[g][t] > top ? weight[g][t] : top;
+      const float shrink = std::exp(best[g] - top);
+      Floats sums = {};
+      for (int64_t t = 0; t < count; t += 8) {
+        const Floats w = exponential(load(&weight[g][t]) - top);
+        store(&weight[g][t], w);
+        sums += w;
+      }
+      total[g] = total[g] * shrink + sum(sums);
+      best[g] = top;
+      for (int64_t i = 0; i < d; i++) out[g * d + i] *= shrink;
+    }
+  }
+
+  template <typename T>
+  void gather(const T* values, int64_t count) {
+    for (int64_t i = 0; i < d; i += 16) {
+      Floats left[G], right[G];
+      for (int g = 0; g < G; g++) left[g] = load(out + g * d + i), right[g] = load(out + g * d + i + 8);
+      const T* value = values + i;
+      for (int64_t t = 0; t < count; t++, value += d)
+        for (int g = 0; g < G; g++) left[g] += load(value) * weight[g][t], right[g] += load(value + 8) * weight[g][t];
+      for (int g = 0; g < G; g++) store(out + g * d + i, left[g]), store(out + g * d + i + 8, right[g]);
+    }
+  }
+
+  void finish() {
+    for (int g = 0; g < G; g++)
+      for (int64_t i = 0; i < d; i++) out[g * d + i] /= total[g];
+  }
+};
+
+}  // namespace
