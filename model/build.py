@@ -59,8 +59,13 @@ def build(
         raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     room = room or fit(settings, model.config, plan.kv, device)
     eos = stop_ids(checkpoint, tokenizer)
-    runner = Runner(model, plan, room.slots, room.context, device, eos)
-    try_out(runner)
+    if plan.kernels and KvShape.of(model.config, plan.kv).head_dim % 16:
+        raise ModelError("heads of this width are not served on a CPU: the kernels take multiples of 16")
+    try:
+        runner = Runner(model, plan, room.slots, room.context, device, eos)
+        try_out(runner)
+    except ValueError as error:
+        raise ModelError(f"this model cannot be served: {error}") from error
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
     return runner
 
@@ -94,14 +99,14 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
 
 
 def try_out(runner: Runner) -> None:
-    """One eager prefill and step: a model whose attention is not understood fails here, not in front of a user."""
-    try:
-        runner.begin(0, Sampling(temperature=0), 0, [0, 0])
-        runner.prefill([(0, [0], 0)])
-        runner.arm(0, 0, 1)
-        finite = runner.step([0])[0] is not None
-    except ValueError as error:
-        raise ModelError(f"this model cannot be served: {error}") from error
+    """One eager prefill and step: what fails at all fails here, not in front of a user.
+
+    Raises ValueError for attention that is not understood, ModelError where numbers are not finite.
+    """
+    runner.begin(0, Sampling(temperature=0), 0, [0, 0])
+    runner.prefill([(0, [0], 0)])
+    runner.arm(0, 0, 1)
+    finite = runner.step([0])[0] is not None
     runner.idle(0, 0)
     if not finite:
         raise ModelError("the model's numbers are not finite: its weights are damaged or its dtype overflows")

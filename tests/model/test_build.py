@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -10,10 +11,12 @@ import torch
 
 from model import build
 from model.build import Room, fit, try_out
+from model.loader import prepare
 from model.quant import Plan
-from model.registry import ModelError
+from model.registry import ModelError, find
 from model.runner import Runner
 from settings import Settings
+from tests.model.test_local import settings_for
 from tests.model.tiny import tiny_model
 
 # 2 sides x 2 layers x 2 KV heads x 16 x 4 bytes
@@ -55,8 +58,28 @@ def test_damaged_weights_fail_the_load_and_not_a_user() -> None:
         try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 256, "cpu", frozenset()))
 
 
-def test_attention_that_is_not_understood_fails_the_load() -> None:
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attention_that_is_not_understood_is_refused(kernels: bool) -> None:
     model = tiny_model("Qwen2ForCausalLM")
     model.model.layers[1].self_attn.sliding_window = 512
-    with pytest.raises(ModelError, match="sliding_window"):
-        try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 256, "cpu", frozenset()))
+    with pytest.raises(ValueError, match="sliding_window"):
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32, kernels), 2, 256, "cpu", frozenset()))
+
+
+def test_a_model_that_is_refused_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Runner) -> None:
+        raise ValueError("it has a soft cap")
+
+    settings = settings_for(source, tmp_path / "data")
+    monkeypatch.setattr(build, "try_out", refuse)
+    with pytest.raises(ModelError, match="cannot be served: it has a soft cap"):
+        build.build(prepare(find(settings), settings), settings, lambda stage, percent: None)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_heads_that_the_kernels_cannot_take_are_one_line(source: Path, tmp_path: Path) -> None:
+    tiny_model(head_dim=24).save_pretrained(source)
+    settings = settings_for(source, tmp_path / "data")
+    with pytest.raises(ModelError, match="multiples of 16"):
+        build.build(prepare(find(settings), settings), settings, lambda stage, percent: None)
