@@ -32,7 +32,7 @@ config.cpp_cache_precompile_headers = False
 
 _SECRETS = {"redis_url", "admin_password"}
 # Seconds after which a compiling thread lets others run, Python's own is 0.005: a token passes through several threads,
-# and three naps of 1 ms took up to 16 ms (p95) beside a compiler, 7 so. Compiling took as long.
+# and three naps of 1 ms took 16 to 18 ms (p95) beside a compiler, 7 so. Compiling took as long.
 _TURN = 0.0005
 
 
@@ -67,6 +67,11 @@ def _some_prompt(engine: Runner) -> tuple[object, ...]:
     for tensor in tokens:
         torch._dynamo.mark_dynamic(tensor, 0)
     return (engine.model, *engine.kv.tensors, *tokens)
+
+
+def in_one_line(error: Exception) -> str:
+    """What a compiler says, which may be pages."""
+    return " ".join(str(error).split())[:300]
 
 
 def file_of(folder: Path, bucket: Bucket) -> Path:
@@ -148,7 +153,7 @@ class Beside:
             with torch.inference_mode():
                 compile_ahead(engine, itertools.takewhile(lambda _: not self._ended.is_set(), missing), folder)
         except Exception as error:  # compilers fail in many ways, and what was served before serves on
-            self._error = " ".join(str(error).split())[:300]
+            self._error = in_one_line(error)
         finally:
             sys.setswitchinterval(usual)
 

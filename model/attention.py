@@ -22,8 +22,10 @@ NAME = "slots"
 
 # What transformers' Llama, Qwen2 and Qwen3 hand over beside the tensors, and the only values understood here.
 _INERT = {"dropout": (0.0, 0, None), "sliding_window": (None,), "softcap": (None,), "s_aux": (None,)}
-_PREFERRED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PASSED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+
+# PyTorch's kernels in the order in which `_fused` wants them, each where it can.
+_PREFERRED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def slot_attention(

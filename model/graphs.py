@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from model.ahead import arguments_of
+from model.ahead import arguments_of, in_one_line
 from model.runner import Bucket, Compiler, CompileState, Runner
 from model.step import Step
 
@@ -61,8 +61,9 @@ class GraphCompiler:
                 return bucket, self._record(step, arguments_of(self._engine, bucket))
             except Exception as error:
                 self._record = None
-                said = " ".join(str(error).split())[:300]
-                _log.warning("steps cannot be recorded as CUDA graphs, serving several times slower: %s", said)
+                _log.warning(
+                    "steps cannot be recorded as CUDA graphs, serving several times slower: %s", in_one_line(error)
+                )
         return bucket, step
 
 

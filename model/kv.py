@@ -101,7 +101,7 @@ def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> torc
     if device != "cpu":
         return torch.zeros(dimensions, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(dimensions) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # In huge pages, which numpy asks for, a prompt's first token touched 120 MB in a quarter of a second; in small ones
+    # In huge pages, which numpy asks for, a prompt's first token touched 60 MB in a quarter of a second; in small ones
     # it takes 3 ms.
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)

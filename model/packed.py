@@ -51,9 +51,7 @@ class PackedLinear(nn.Module):
         return cls(codes.to(torch.uint8).view(weight.shape), scales, halves=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
-        y = torch.ops.slots.packed_product(rows, self.matrix)
-        return y[:, : self.rows].reshape(*x.shape[:-1], self.rows)
+        return _shaped(torch.ops.slots.packed_product(_rows_of(x), self.matrix), x, self.rows)
 
 
 class FeedForward(nn.Module):
@@ -64,9 +62,18 @@ class FeedForward(nn.Module):
         self.gate_up, self.down = gate_up, down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
-        y = torch.ops.slots.feed_forward(rows, self.gate_up.matrix, self.down.matrix)
-        return y[:, : self.down.rows].reshape(*x.shape[:-1], self.down.rows)
+        y = torch.ops.slots.feed_forward(_rows_of(x), self.gate_up.matrix, self.down.matrix)
+        return _shaped(y, x, self.down.rows)
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., k] as the kernel takes it, float32 [n, k]."""
+    return x.float().reshape(-1, x.shape[-1]).contiguous()
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The kernel's [n, rows and some] in the shape of its input, [..., rows]."""
+    return y[:, :rows].reshape(*x.shape[:-1], rows)
 
 
 def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,13 +11,13 @@
 #include <vector>
 
 #include "heads.h"
+#include "rows.h"
 
 using torch::stable::Tensor;
 
 namespace {
 
 constexpr int64_t kRun = 32;  // most tokens of one prompt that are computed together
-constexpr int64_t kFew = 4;   // rows that are rotated by one thread: waking another costs more
 
 struct Pages {
   int64_t slots, heads, size, d;  // of [pages, slots, heads, size, d]
@@ -123,11 +123,11 @@ std::vector<int64_t> runs_of(const int64_t* slots, int64_t rows) {
 }
 
 template <typename T>
-void attend_rows(const float* qkv, const float* cos, const float* sin, const Pages& pages, T* keys, T* values,
-                 const int64_t* position, const Call<T>& call, float* queries, int64_t rows) {
+void attend_rows(const float* qkv, const float* cos, const float* sin, T* keys, T* values, const int64_t* position,
+                 const Call<T>& call, float* queries, int64_t rows) {
+  const Pages& pages = call.pages;
   const int64_t d = pages.d, heads = call.heads, width = (heads + 2 * pages.heads) * d;
-#pragma omp parallel for schedule(static) if (rows > kFew)
-  for (int64_t row = 0; row < rows; row++) {
+  each_row(rows, [&](int64_t row) {
     const float *x = qkv + row * width, *c = cos + row * d, *s = sin + row * d;
     for (int64_t head = 0; head < heads; head++, x += d) rotate(x, c, s, d, queries + (row * heads + head) * d);
     for (int64_t head = 0; head < pages.heads; head++, x += d) {
@@ -135,7 +135,7 @@ void attend_rows(const float* qkv, const float* cos, const float* sin, const Pag
       rotate(x, c, s, d, keys + place);
       for (int64_t i = 0; i < d; i += 8) store(values + place + i, load(x + pages.heads * d + i));
     }
-  }
+  });
   const std::vector<int64_t> runs = runs_of(call.slots, rows);
   const int64_t count = runs.size() - 1;
 #pragma omp parallel for schedule(dynamic)
@@ -159,7 +159,7 @@ Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor ke
   const auto run = [&]<typename T>(T* k, T* v) {
     const Call<T> call{pages, heads, heads / pages.heads, queries.data(), k, v,
                        whole(slot), whole(last), static_cast<float>(scale), floats(result)};
-    attend_rows(floats(qkv), floats(cos), floats(sin), pages, k, v, whole(position), call, queries.data(), rows);
+    attend_rows(floats(qkv), floats(cos), floats(sin), k, v, whole(position), call, queries.data(), rows);
   };
   if (keys.element_size() == 2)
     run(static_cast<uint16_t*>(keys.data_ptr()), static_cast<uint16_t*>(values.data_ptr()));

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "panel.h"
+#include "rows.h"
 
 using torch::stable::Tensor;
 
@@ -141,13 +142,6 @@ class Matrix {
   const bool codes;
   const void* data;
 };
-
-// Calls `row(r)` for each row of a panel: together where they are many, else on this thread, as waking another costs more.
-template <typename Row>
-void each_row(int64_t count, const Row& row) {
-#pragma omp parallel for schedule(static) if (count > kDirect)
-  for (int64_t r = 0; r < count; r++) row(r);
-}
 
 // x float32 [m, k], matrix of k columns -> float32 [m, its rows]. The caller sees to shapes and alignment (32).
 Tensor packed_product(const Tensor& x, const Tensor& packed) {
