@@ -18,51 +18,40 @@ from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import (
-    admin,
-    audit,
-    audit_commands,
-    auth,
-    bearer,
-    commands,
-    errors,
-    generate,
-    guards,
-    health,
-    metering,
-    openai,
-    page,
-    trace,
-)
+from accounts.passwords import Passwords
+from accounts.passwords import generate as random_password
+from accounts.roles import Role
+from accounts.state import State
+from accounts.tokens import TokenPolicy
+from accounts.users import UserExists, Users
+from api import audit_cli as audit_commands
+from api import bearer, context, errors, metering, middleware
+from api import cli as commands
 from api.answers import Answers
+from api.context import NAME, Services
 from api.places import LOGINS, Places, generations
+from api.routes import admin, audit, auth, generate, health, openai, page
 from api.running import Running
-from api.services import NAME, Services
+from api.sanitise import sanitise
+from audit.audit import Audit
+from audit.journal import Journal
+from audit.tail import Place
+from cache.breaker import Breaker
+from cache.responses import ResponseCache
+from cache.stores import Cache, RedisCache, SqliteCache
+from crypto import Box, KeyFileError, derive
+from errors import ServiceError, StoreUnavailable
+from keys import KeyRing
 from model.flight import Flights
-from model.registry import ModelError, find
-from model.types import Backend, ServiceError
-from security.allowances import Allowance, Allowances
-from security.crypto import Box, KeyFileError, derive
-from security.keys import KeyRing
-from security.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
-from security.passwords import Passwords
-from security.passwords import generate as random_password
-from security.roles import Role
-from security.sanitise import sanitise
-from security.secret_files import admin_password, key_ring, read_text, signing_secret
-from security.tokens import TokenPolicy
+from model.types import Backend
+from model.weights.catalogue import ModelError, find
+from olddb import Database
+from quotas.allowances import Allowance, Allowances
+from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
+from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
+from quotas.shared_counts import SharedCounts
+from secret_files import admin_password, key_ring, read_text, signing_secret
 from settings import Settings, SettingsError
-from store.audit import Audit
-from store.breaker import Breaker
-from store.cache import Cache, RedisCache, SqliteCache
-from store.counts import MemoryLeases, MemoryWindows, SqliteQuotas
-from store.database import Database, StoreUnavailable
-from store.journal import Journal
-from store.responses import ResponseCache
-from store.shared_counts import SharedCounts
-from store.state import State
-from store.tail import Place
-from store.users import UserExists, Users
 from telemetry import Metrics, configure_logging
 
 Made = TypeVar("Made")
@@ -98,9 +87,9 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
         static_folder=None,
     )
     app.extensions[NAME] = rooms
-    trace.register(app)
+    context.register(app)
     PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
-    guards.register(app)
+    middleware.register(app)
     metering.register(app)
     errors.register(app)
     bearer.register(app, rooms)

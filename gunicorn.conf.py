@@ -18,11 +18,11 @@ from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
+from api.context import NAME, Services
 from api.places import LOGINS, generations
-from api.services import NAME, Services
 from api.worker import CONNECTIONS, LEAVING, PatientWorker
+from errors import StoreUnavailable
 from settings import Settings, SettingsError
-from store.database import StoreUnavailable
 from telemetry import configure_logging
 
 try:

@@ -9,9 +9,9 @@ from typing import Unpack
 
 import structlog
 
+from accounts.users import Changes, OwnLimits, User
 from api.acts import record
-from api.services import services
-from store.users import Changes, OwnLimits, User
+from api.context import services
 
 log = structlog.get_logger("accounts")
 

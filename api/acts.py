@@ -9,8 +9,7 @@ from secrets import token_hex
 
 from flask import has_request_context, request
 
-from api.services import services
-from api.trace import current
+from api.context import current, services
 
 
 def record(by: str | None, act: str, **details: object) -> None:

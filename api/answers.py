@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
+from cache.responses import ResponseCache
 from model.flight import Flights
 from model.types import Backend, Chunk, Done, Event, FinishReason, GenerateRequest, Stream, Usage
-from store.responses import ResponseCache
 
 CacheUse = Literal["hit", "miss", "off"]
 Reserve = Callable[[GenerateRequest], None]

@@ -17,9 +17,9 @@ from flask_jwt_extended import JWTManager, create_access_token, decode_token
 from flask_jwt_extended.exceptions import JWTExtendedException
 from jwt import PyJWTError
 
-from api.errors import Unauthorized
-from api.services import Services, services
-from security.tokens import MOST_CHARS, InvalidToken, TokenType
+from accounts.tokens import MOST_CHARS, InvalidToken, TokenType
+from api.context import Services, services
+from errors import Unauthorized
 
 _DECODED = "flask-llm-decoded"  # tokens whose signature was right: a tenth of a cached answer's time went into it
 

@@ -9,8 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from api.errors import Malformed
-from model.types import InvalidRequest
+from errors import InvalidRequest, Malformed
 
 _DEEPEST = 32  # the deepest body of the contract has four levels
 # Half a UTF-16 pair cannot be written as UTF-8 again, and a NUL ends strings in C: neither is text.

@@ -14,14 +14,14 @@ from flask import Response, request
 
 from api import sse
 from api.answers import CacheUse
+from api.context import RequestLog, current, services
 from api.entry import Entry, begin
-from api.guards import Principal, principal, recheck
 from api.metering import Meter, allowance
-from api.schemas import GenerateBody
-from api.services import services
-from api.trace import Trace, current
-from model.types import Chunk, Done, Event, GenerateRequest, InvalidRequest, Message, ServiceError, Stream
-from security.limits import Lease
+from api.middleware import Principal, principal, recheck
+from api.schemas.native import GenerateBody
+from errors import InvalidRequest, ServiceError
+from model.types import Chunk, Done, Event, GenerateRequest, Message, Stream
+from quotas.limits import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _watch(caller: Principal, lease: Lease) -> sse.Check:
     return check
 
 
-def _traced(source: Stream, check: sse.Check, trace: Trace, meter: Meter, entry: Entry) -> Iterator[Event | None]:
+def _traced(source: Stream, check: sse.Check, trace: RequestLog, meter: Meter, entry: Entry) -> Iterator[Event | None]:
     meter.begin()
     try:
         with entry:

@@ -17,15 +17,14 @@ from typing import Any, Protocol
 
 from flask import request
 
-from api.guards import Principal
-from api.services import services
-from api.trace import Trace
-from model.types import Chunk, Done, Event, GenerateRequest, ServiceError
-from security.crypto import Box
-from security.limits import LimitExceeded, QuotaExceeded
-from store.audit import Audit
-from store.database import StoreUnavailable
-from store.journal import AuditUnavailable
+from api.context import RequestLog, services
+from api.middleware import Principal
+from audit.audit import Audit
+from audit.journal import AuditUnavailable
+from crypto import Box
+from errors import ServiceError, StoreUnavailable
+from model.types import Chunk, Done, Event, GenerateRequest
+from quotas.limits import LimitExceeded, QuotaExceeded
 
 
 class Turn(Protocol):
@@ -113,7 +112,7 @@ class Entry:
         return seal(self._contents, self._id, part, words)
 
 
-def begin(wanted: GenerateRequest, sent: Sequence[Turn], caller: Principal, trace: Trace) -> Entry:
+def begin(wanted: GenerateRequest, sent: Sequence[Turn], caller: Principal, trace: RequestLog) -> Entry:
     """The entry of what `caller` wants; its start is written with the next batch, or when it is settled."""
     rooms, sampling = services(), wanted.sampling
     contents = rooms.contents if rooms.settings.audit_content else None

@@ -15,12 +15,11 @@ from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
-from api.trace import current
-from model.types import InvalidRequest, ServiceError
-from security.limits import LimitExceeded, QuotaExceeded
-from store.database import StoreUnavailable
-from store.journal import AuditUnavailable
-from store.users import LastOfRole, UnknownUser, UserExists
+from accounts.users import LastOfRole, UnknownUser, UserExists
+from api.context import current
+from audit.journal import AuditUnavailable
+from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError, StoreUnavailable
+from quotas.limits import LimitExceeded, QuotaExceeded
 
 log = structlog.get_logger("api")
 
@@ -38,48 +37,6 @@ _WORDS = {
     413: "The body is too large.",
     415: "Send JSON with Content-Type: application/json and no Content-Encoding.",
 }
-
-
-class Malformed(ServiceError):
-    """Not a request that can be read at all."""
-
-    status = 400
-    code = "malformed"
-
-
-class Unauthorized(ServiceError):
-    status = 401
-    code = "unauthorized"
-
-
-class Forbidden(ServiceError):
-    status = 403
-    code = "forbidden"
-
-
-class NotFound(ServiceError):
-    status = 404
-    code = "not_found"
-
-
-class Conflict(ServiceError):
-    status = 409
-    code = "conflict"
-
-
-class TooLarge(ServiceError):
-    status = 413
-    code = "too_large"
-
-
-class UnsupportedMedia(ServiceError):
-    status = 415
-    code = "unsupported_media_type"
-
-
-class RateLimited(ServiceError):
-    status = 429
-    code = "rate_limited"
 
 
 class ErrorDetail(BaseModel):

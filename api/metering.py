@@ -10,12 +10,12 @@ from collections.abc import Callable
 import structlog
 from flask import Flask, Response, g
 
-from api.services import services
+from accounts.users import User
+from api.context import services
+from errors import StoreUnavailable
 from model.types import Chunk, Done, Event, GenerateRequest
-from security.allowances import Allowance
-from security.limits import Bill, LimitExceeded, Room
-from store.database import StoreUnavailable
-from store.users import User
+from quotas.allowances import Allowance
+from quotas.limits import Bill, LimitExceeded, Room
 
 log = structlog.get_logger("limits")
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from model.types import Overloaded
+from errors import Overloaded
 
 LOGINS = 16  # two compute their hash at a time, the others wait for that
 _SHARING = 16  # generations open beyond what the engine holds: those that share another's

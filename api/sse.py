@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from flask import Response
 
 from api.errors import translate
-from model.types import Done, Event, ServiceError, Stream
+from errors import ServiceError
+from model.types import Done, Event, Stream
 
 _POLL = 0.1  # seconds between two looks at the client's socket: what a gone client costs at most
 _BEAT = 5.0  # seconds of silence before a comment; proxies give up at 60

@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict
 from secrets import token_urlsafe
 
-from api.guards import Principal, enter_as, principal
-from api.schemas import GenerateBody
-from api.services import services
+from api.context import services
+from api.middleware import Principal, enter_as, principal
+from api.schemas.native import GenerateBody
 
 SECONDS = 60
 

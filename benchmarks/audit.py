@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from audit.journal import Journal
+from audit.tail import Place
 from benchmarks.record import machine
-from security.keys import KeyRing
+from keys import KeyRing
 from settings import Settings
-from store.journal import Journal
-from store.tail import Place
 
 _MASTER = b"b" * 32
 # As long as a generation's start.

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.peers import LLAMA, ONNX, PeerMissing, gguf, int4_export, wanted_all
 from benchmarks.record import Record
 from benchmarks.worker import Worker, WorkerFailed
-from model.loader import prepare
-from model.registry import find
+from model.weights.catalogue import find
+from model.weights.loader import prepare
 from settings import Settings
 
 OURS, THEIRS = "this engine", LLAMA.name

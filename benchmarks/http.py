@@ -32,8 +32,8 @@ from benchmarks.servers import (
     until_compiled,
     vllm_serve,
 )
-from model.loader import prepare
-from model.registry import ModelError, find
+from model.weights.catalogue import ModelError, find
+from model.weights.loader import prepare
 from ops.stack import free_port
 from settings import Settings
 

@@ -1,4 +1,4 @@
-"""This engine's bare step, compiled, through model.runner.Runner: as a worker, with neither HTTP, queue nor text.
+"""This engine's bare step, compiled, through model.runtime.runner.Runner: neither HTTP, queue nor text.
 
     python -m benchmarks.ours PATIENCE
 
@@ -19,13 +19,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.worker import Turn, prompt, serve
-from model.build import build
-from model.compile import compiler_for
-from model.loader import prepare
-from model.packed import PackedLinear
-from model.registry import find
-from model.runner import Runner
+from model.runtime.build import build
+from model.runtime.compile import compiler_for
+from model.runtime.packed import PackedLinear
+from model.runtime.runner import Runner
 from model.types import Sampling
+from model.weights.catalogue import find
+from model.weights.loader import prepare
 from settings import Settings
 
 WARM = 4  # steps before the clock runs

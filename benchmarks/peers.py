@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.worker import ROOT
-from model import demo
+from model.weights import demo
 from settings import Settings
 
 

@@ -23,13 +23,14 @@ from benchmarks import record, table
 from benchmarks.engines import dense
 from benchmarks.ours import fill, load
 from benchmarks.record import HERE, Record
-from model import native, quant
-from model.build import choose_device
-from model.loader import load_model, load_tokenizer, prepare
-from model.prompt import Prompt
-from model.registry import completed, find
-from model.runner import Runner
+from model.kernels import native
+from model.runtime import linear as quant
+from model.runtime.build import choose_device
+from model.runtime.runner import Runner
+from model.text.prompt import Prompt
 from model.types import Message
+from model.weights.catalogue import completed, find
+from model.weights.loader import load_model, load_tokenizer, prepare
 from settings import Settings
 
 REFERENCE, NF4, PROMPTS, STEPS = "bf16 weights", "NF4 alone", "served, whole prompts", "served, token by token"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from model.loader import fetch
-from model.registry import ModelError
+from model.weights.catalogue import ModelError
+from model.weights.loader import fetch
 from settings import Settings, SettingsError
 from telemetry import configure_logging
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from model.types import Chunk, DeadlineExceeded, Done, Event, FinishReason, GenerateRequest, Status, Stream, Usage
+from errors import DeadlineExceeded
+from model.types import Chunk, Done, Event, FinishReason, GenerateRequest, Status, Stream, Usage
 
 Submit = Callable[[GenerateRequest], Stream]
 

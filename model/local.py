@@ -15,26 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from model import gpu
-from model.engine import Engine, Progress
-from model.executor import Runner
-from model.loader import load_tokenizer, prepare, prepare_tokenizer, tokenizer_is_ready
-from model.prompt import Prompt
-from model.registry import DEFAULT_CONTEXT, ModelError, completed, find
-from model.sequence import Finished, Sequence
-from model.text import TextAssembler
-from model.types import (
-    BackendStatus,
-    Done,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    InvalidRequest,
-    ModelUnavailable,
-    Status,
-    UnknownModel,
-    Usage,
-)
+from errors import InvalidRequest, ModelUnavailable, UnknownModel
+from model.engine.engine import Engine, Progress
+from model.engine.protocol import Runner
+from model.engine.sequence import Finished, Sequence
+from model.runtime import gpu
+from model.text.detokenizer import TextAssembler
+from model.text.prompt import Prompt
+from model.types import BackendStatus, Done, Event, FinishReason, GenerateRequest, Status, Usage
+from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, completed, find
+from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, tokenizer_is_ready
 from settings import Settings
 from telemetry import Metrics
 
@@ -152,8 +142,8 @@ class LocalBackend:
         prepare_tokenizer(self._spec, self._settings, progress)
         self._tokenizer_ready.set()
         folder = prepare(self._spec, self._settings, progress)
-        from model.build import build
-        from model.compile import compiler_for
+        from model.runtime.build import build
+        from model.runtime.compile import compiler_for
 
         runner = build(folder, self._settings, progress)
         runner.compiler = compiler_for(runner, folder, self._settings)

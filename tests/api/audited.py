@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from api.services import Services
-from store.audit import Wanted
-from store.verify import verify
+from api.context import Services
+from audit.audit import Wanted
+from audit.verify import verify
 
 PROMPT = "<b>why</b> is the sky blue"
 SENT, CLEANED = f'[["user","{PROMPT}"]]', '[["user","why is the sky blue"]]'

@@ -13,9 +13,9 @@ from argon2 import PasswordHasher
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from api.services import NAME, Services
+from accounts.passwords import Passwords
+from api.context import NAME, Services
 from app import create_app
-from security.passwords import Passwords
 from settings import Settings
 from tests.api.scripted import ScriptedBackend
 from tests.api.server import Server

@@ -9,13 +9,13 @@ from argon2 import PasswordHasher
 from werkzeug.serving import make_server
 
 import app
-from security.keys import KeyRing
-from security.passwords import Passwords
+from accounts.passwords import Passwords
+from audit.audit import Audit, Wanted
+from audit.journal import Journal
+from audit.tail import Place
+from audit.verify import verify
+from keys import KeyRing
 from settings import Settings
-from store.audit import Audit, Wanted
-from store.journal import Journal
-from store.tail import Place
-from store.verify import verify
 from tests.api.scripted import ScriptedBackend
 
 

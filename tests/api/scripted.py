@@ -13,22 +13,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from model.types import (
-    BackendStatus,
-    Chunk,
-    Done,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    GenerationFailed,
-    InvalidRequest,
-    ModelUnavailable,
-    Overloaded,
-    ServiceError,
-    Status,
-    UnknownModel,
-    Usage,
-)
+from errors import GenerationFailed, InvalidRequest, ModelUnavailable, Overloaded, ServiceError, UnknownModel
+from model.types import BackendStatus, Chunk, Done, Event, FinishReason, GenerateRequest, Status, Usage
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 4096

@@ -6,7 +6,7 @@ from flask import Flask
 
 import app
 from api import sse
-from model import watchdog
+from model.engine import watchdog
 from tests.api.scripted import ScriptedBackend
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from flask import Flask
 
-from api.services import NAME, Services
+from api.context import NAME, Services
 from tests.api.audited import CLEANED, SENT, WAYS, records, sha256, whole
 from tests.api.conftest import Client, assert_refused
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from api.services import Services
+from api.context import Services
 from tests.api.audited import WAYS, records, whole
 from tests.api.conftest import Client
-from tests.store.logs import Fault, failing_disk
+from tests.audit.logs import Fault, failing_disk
 
 
 @pytest.mark.promise("P13", injected="a full disk, on every route", counted="503, and the model is not asked")

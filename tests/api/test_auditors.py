@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from flask import Flask
 
-from api.services import NAME, Services
-from security.roles import Role
+from accounts.roles import Role
+from api.context import NAME, Services
 from tests.api.audited import PROMPT, records, whole
 from tests.api.conftest import Client, assert_refused
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from api import auth
-from api.services import Services
-from store.database import StoreUnavailable
+from api.context import Services
+from api.routes import auth
+from errors import StoreUnavailable
 from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import ScriptedBackend
 from tests.api.test_generate import events
@@ -165,7 +165,7 @@ def test_when_the_store_does_not_answer_nobody_gets_in(
     def broken(*_: object) -> None:
         raise StoreUnavailable("the store does not answer (SQLITE_IOERR)")
 
-    monkeypatch.setattr("store.database.Database.rows", broken)
+    monkeypatch.setattr("olddb.Database.rows", broken)
     answer = admin.post("/generate", HI)
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "store_unavailable")
     assert "SQLITE" not in answer.text

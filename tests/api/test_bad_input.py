@@ -21,7 +21,7 @@ JSON = "application/json"
 def test_a_bad_login_is_refused_before_anything_is_hashed(
     admin: Client, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    monkeypatch.setattr("security.passwords.Passwords.verify", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("accounts.passwords.Passwords.verify", lambda *_: pytest.fail("hashed"))
     request = case.request
     body = (
         {"json": grown(request["json"])}

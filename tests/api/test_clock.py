@@ -7,7 +7,7 @@ from datetime import datetime, tzinfo
 
 import pytest
 
-from api.services import Services
+from api.context import Services
 from tests.api.conftest import Client
 from tests.faults import Clock
 

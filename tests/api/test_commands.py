@@ -13,8 +13,8 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
-from api.services import Services
-from store.users import OwnLimits
+from accounts.users import OwnLimits
+from api.context import Services
 from tests.api.conftest import PASSWORD, Client
 from tests.api.server import ROOT
 

@@ -10,7 +10,7 @@ from typing import Any
 import jwt
 import pytest
 
-from security.crypto import derive
+from crypto import derive
 from tests.api.conftest import PASSWORD
 from tests.api.corpus import Answer, Case, cases, grown, send
 from tests.api.server import Server

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from flask import Flask
 
-from security.roles import Permission, Role, allowed
+from accounts.roles import Permission, Role, allowed
 from tests.api.conftest import Client
 from tests.api.scripted import ScriptedBackend
 

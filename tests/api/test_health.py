@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from api.guards import public
-from api.services import Services
+from api.context import Services
+from api.middleware import public
 from tests.api.conftest import Client
 from tests.api.scripted import ScriptedBackend
 

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from api.services import Services
+from api.context import Services
 from tests.api.conftest import Client
 
 GOOD_HEADER = {"alg": "HS256", "typ": "JWT"}

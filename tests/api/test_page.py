@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from api import page
+from api.routes import page
 from tests.api.conftest import Client, assert_refused
 
 

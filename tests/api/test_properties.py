@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from api import sse
 from api.body import read_json
-from api.errors import Malformed
-from model.types import InvalidRequest
+from errors import InvalidRequest, Malformed
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 VALUES = st.recursive(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from api.services import NAME, Services
+from api.context import NAME, Services
+from errors import StoreUnavailable
 from model.types import GenerateRequest, Message
-from store.database import StoreUnavailable
 from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import MODEL, ScriptedBackend
 from tests.api.test_generate import events
@@ -190,7 +190,7 @@ def test_a_bill_that_cannot_be_settled_ends_no_answer_and_stays(
         raise StoreUnavailable("the store does not answer (SQLITE_FULL)")
 
     with monkeypatch.context() as patched:
-        patched.setattr("store.counts.SqliteQuotas.settle", full)
+        patched.setattr("quotas.counts.SqliteQuotas.settle", full)
         assert bob.post("/generate", WORDS).json["response"] == "one two three"
     assert "tokens not settled" in caplog.text
     assert_refused(bob.post("/generate", WORDS), 429)
@@ -204,7 +204,7 @@ def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
     def full(*_: object) -> None:
         raise StoreUnavailable("the store does not answer (SQLITE_FULL)")
 
-    monkeypatch.setattr("store.counts.SqliteQuotas.reserve", full)
+    monkeypatch.setattr("quotas.counts.SqliteQuotas.reserve", full)
     assert_refused(bob.post("/generate", WORDS), 503)
     assert backend.submitted == []
 

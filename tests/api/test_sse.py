@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from api import sse
-from api.errors import Unauthorized
-from model.types import Chunk, Done, Event, FinishReason, ServiceError, Usage
+from errors import ServiceError, Unauthorized
+from model.types import Chunk, Done, Event, FinishReason, Usage
 
 DONE = Done(FinishReason.STOP, Usage())
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from api.services import NAME
+from api.context import NAME
 from app import create_app
 from settings import Settings
 from tests.api.conftest import PASSWORD, Client

@@ -12,7 +12,7 @@ import pytest
 from flask import Flask
 
 from api.places import LOGINS, Places
-from model.types import Overloaded
+from errors import Overloaded
 from tests.api.conftest import PASSWORD, Client
 from tests.api.scripted import ScriptedBackend
 from tests.api.server import Server, eventually
@@ -53,7 +53,7 @@ def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
         waiting.append(1)
         return go.wait(10)
 
-    monkeypatch.setattr("security.passwords.Passwords.verify", slow)
+    monkeypatch.setattr("accounts.passwords.Passwords.verify", slow)
 
     def login(number: int) -> int:
         address = {"REMOTE_ADDR": f"192.0.2.{number}"}

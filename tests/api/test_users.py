@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from api.services import Services
-from security.roles import Role
-from store.users import OwnLimits, User
+from accounts.roles import Role
+from accounts.users import OwnLimits, User
+from api.context import Services
 from tests.api.conftest import PASSWORD, Client, assert_refused
 
 HI = {"prompt": "hi there"}
@@ -229,6 +229,6 @@ def test_a_login_that_races_a_password_change_gets_no_session(
         injected.append(rooms.users.change("admin", password_hash=rooms.passwords.hash(NEW)))
         return start(*args)
 
-    monkeypatch.setattr("store.state.State.start_family", lambda _, *args: start_late(*args))
+    monkeypatch.setattr("accounts.state.State.start_family", lambda _, *args: start_late(*args))
     assert_refused(nobody.post("/login", {"username": "admin", "password": PASSWORD}), 401)
     assert len(injected) == 1 and isinstance(injected[0], User)

@@ -14,8 +14,8 @@ from benchmarks import decode, goals, growth, http, quality, start, ttft
 from benchmarks.load import Answer
 from benchmarks.ours import fill
 from benchmarks.record import HERE
-from model.quant import Plan
-from model.runner import Runner
+from model.runtime.linear import Plan
+from model.runtime.runner import Runner
 from tests.model.tiny import tiny_model
 
 STEP = {"step": 0.01, "slowest": 0.02, "cpu": 3.0}

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import loader, native
-from model.registry import CATALOGUE, ModelError
+from model.kernels import native
+from model.weights import loader
+from model.weights.catalogue import CATALOGUE, ModelError
 from settings import Settings
 from tests.conftest import lacking
 from tests.model.tiny import tiny_checkpoint

@@ -10,14 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from model.engine import Engine
-from model.sequence import Finished, Sequence
-from model.types import (
-    FinishReason,
-    GenerateRequest,
-    Message,
-    Status,
-)
+from model.engine.engine import Engine
+from model.engine.sequence import Finished, Sequence
+from model.types import FinishReason, GenerateRequest, Message, Status
 from telemetry import Metrics
 from tests.model.scripted import ScriptedRunner
 

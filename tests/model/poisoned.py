@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 
-from model.engine import Progress
+from model.engine.engine import Progress
 from model.local import LocalBackend
 from model.types import Message
 from tests.model.scripted import ScriptedRunner

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model import checkpoint, loader
-from model.registry import find
+from model.weights import checkpoint, loader
+from model.weights.catalogue import find
 from settings import Settings
 
 

@@ -11,18 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from errors import GenerationFailed
 from model.flight import Flights
-from model.types import (
-    Chunk,
-    Done,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    GenerationFailed,
-    Status,
-    Stream,
-    Usage,
-)
+from model.types import Chunk, Done, Event, FinishReason, GenerateRequest, Status, Stream, Usage
 
 END = Done(FinishReason.STOP, Usage(3, 5))
 REQUEST = GenerateRequest("id", "ann", "model", (), timeout=10, prompt_ids=(1, 2, 3))

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from errors import DeadlineExceeded
 from model.flight import Flights
-from model.types import Chunk, DeadlineExceeded, Done, FinishReason, GenerateRequest, Stream, Usage
+from model.types import Chunk, Done, FinishReason, GenerateRequest, Stream, Usage
 from tests.model.test_flight import END, REQUEST, Source, chunks, events, join, never
 
 

@@ -14,23 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from model.loader import prepare_tokenizer
+from errors import DeadlineExceeded, InvalidRequest, ModelUnavailable, UnknownModel
 from model.local import LocalBackend
-from model.registry import find
-from model.types import (
-    Chunk,
-    DeadlineExceeded,
-    Done,
-    FinishReason,
-    GenerateRequest,
-    InvalidRequest,
-    Message,
-    ModelUnavailable,
-    Sampling,
-    Status,
-    Stream,
-    UnknownModel,
-)
+from model.types import Chunk, Done, FinishReason, GenerateRequest, Message, Sampling, Status, Stream
+from model.weights.catalogue import find
+from model.weights.loader import prepare_tokenizer
 from settings import Settings
 from telemetry import Metrics
 from tests.model.driving import eventually
@@ -129,7 +117,7 @@ def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_fifty_first_requests_load_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model import build
+    from model.runtime import build
 
     loads: list[str] = []
 

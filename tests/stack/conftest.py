@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from model.loader import fetch
-from model.registry import ModelError
+from model.weights.catalogue import ModelError
+from model.weights.loader import fetch
 from ops.stack import ROOT, Stack, StackError, free_port, program
 from settings import Settings
 from tests.conftest import lacking

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 
-from api.page import WEB
+from api.routes.page import WEB
 from ops.stack import Stack
 from tests.api.server import Server
 from tests.conftest import program

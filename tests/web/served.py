@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flask import Flask
 
-from api import page
+from api.routes import page
 from tests.api import scripted, served
 
 

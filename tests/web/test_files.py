@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api.page import WEB
+from api.routes.page import WEB
 
 OWN = [path for path in WEB.rglob("*.*") if "vendor" not in path.parts and path.suffix in {".js", ".css", ".html"}]
 VENDORED = re.findall(r"^([0-9a-f]{64})  (\S+)$", (WEB / "vendor/README.md").read_text(), re.M)

@@ -9,9 +9,9 @@ import pytest
 from argon2 import PasswordHasher
 from playwright.sync_api import expect
 
-from security.roles import Role
-from store.database import Database
-from store.users import Users
+from accounts.roles import Role
+from accounts.users import Users
+from olddb import Database
 from tests.api.server import Server
 from tests.web.conftest import Visit
 from tests.web.visitor import PASSWORD, Visitor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Response, expect
 
-from api.page import WEB
+from api.routes.page import WEB
 from tests.api.server import Server
 from tests.web.conftest import Visit
 from tests.web.visitor import PASSWORD, Visitor

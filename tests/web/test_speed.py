@@ -7,7 +7,7 @@ import gzip
 import pytest
 from playwright.sync_api import expect
 
-from api.page import WEB, shell
+from api.routes.page import WEB, shell
 from tests.api.server import Server
 from tests.web.conftest import Visit
 from tests.web.visitor import Visitor

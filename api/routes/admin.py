@@ -1,0 +1,95 @@
+"""Accounts, for administrators.
+
+Touches nobody's prompts, answers or keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from flask import Response
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from accounts.passwords import generate
+from accounts.roles import Permission, Role
+from accounts.users import User
+from api import accounts
+from api.context import services
+from api.errors import ErrorBody
+from api.middleware import SECURED, Reply, needs, principal
+from api.schemas.accounts import (
+    LimitsBody,
+    LimitsOut,
+    NewUserOut,
+    UserBody,
+    UserChangeBody,
+    UserOut,
+    UserPath,
+    UsersOut,
+    UsersQuery,
+)
+from errors import NotFound
+
+blueprint = APIBlueprint(
+    "admin",
+    __name__,
+    abp_tags=[Tag(name="Accounts")],
+    abp_security=SECURED,
+    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)},
+)
+
+
+@blueprint.get("/admin/users", responses={200: UsersOut})
+@needs(Permission.MANAGE_USERS)
+def list_users(query: UsersQuery) -> Reply:
+    """A page of accounts, by name."""
+    page = services().users.page(query.after, query.limit)
+    return UsersOut(users=[_shown(user) for user in page]).model_dump(mode="json")
+
+
+@blueprint.post("/admin/users", responses={201: NewUserOut})
+@needs(Permission.MANAGE_USERS)
+def add_user(body: UserBody) -> Reply:
+    """A new account; without a password in the request, one is made up and shown this once."""
+    made = None if body.password else generate()
+    user = accounts.add(principal().owner, body.username, body.role, body.password or made or "", body.own_limits())
+    return NewUserOut(**_shown(user).model_dump(), password=made).model_dump(mode="json"), 201
+
+
+@blueprint.get("/admin/users/<name>", responses={200: UserOut})
+@needs(Permission.MANAGE_USERS)
+def get_user(path: UserPath) -> Reply:
+    """One account."""
+    user = services().users.get(path.name)
+    if user is None:
+        raise NotFound("No such user.", param="name")
+    return _shown(user).model_dump(mode="json")
+
+
+@blueprint.patch("/admin/users/<name>", responses={200: UserOut})
+@needs(Permission.MANAGE_USERS)
+def change_user(path: UserPath, body: UserChangeBody) -> Reply:
+    """Change an account. A new password ends its sessions; a new role or being disabled ends its API keys too."""
+    user = accounts.change(principal().owner, path.name, body.password, **body.columns())
+    return _shown(user).model_dump(mode="json")
+
+
+@blueprint.delete("/admin/users/<name>", responses={204: None})
+@needs(Permission.MANAGE_USERS)
+def drop_user(path: UserPath) -> Reply:
+    """Delete an account, its sessions and its keys."""
+    accounts.remove(principal().owner, path.name)
+    return Response(status=204)
+
+
+def _shown(user: User) -> UserOut:
+    rooms = services()
+    return UserOut(
+        username=user.name,
+        role=Role(user.role),
+        disabled=user.disabled,
+        own_limits=LimitsBody(**asdict(user.limits)),
+        limits=LimitsOut(**asdict(rooms.allowances.of(user.role, user.limits))),
+        tokens_today=rooms.tokens.spent(user.name),
+    )

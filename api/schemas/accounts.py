@@ -1,0 +1,95 @@
+"""The JSON of accounts, as pydantic models.
+
+Never holds a password hash.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from accounts.roles import Role
+from accounts.users import NAME, Changes, OwnLimits
+from api.schemas.native import WHOLE, Strict
+from quotas.allowances import MOST_COUNT, MOST_TOKENS
+from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
+
+UserName = Annotated[str, Field(pattern=f"^{NAME}$", examples=["ann"])]
+NewPassword = Annotated[str, Field(min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST)]
+Wanted = Annotated[Role, Field(strict=False)]  # JSON knows no enum, only its word
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT), WHOLE]
+Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]
+
+
+class LimitsBody(Strict):
+    """A user's own limits; null is what the role has."""
+
+    streams: Count | None = Field(None, description="Generations open at the same time.")
+    rpm: Count | None = Field(None, description="Requests in any minute.")
+    tokens_per_day: Tokens | None = Field(None, description="Prompt and answer together; 0 is no limit.")
+
+
+class UserBody(Strict):
+    username: UserName
+    role: Wanted = Role.USER
+    password: NewPassword | None = Field(None, description="Made up, and shown once, where there is none.")
+    limits: LimitsBody = Field(default_factory=LimitsBody)
+
+    def own_limits(self) -> OwnLimits:
+        return OwnLimits(self.limits.streams, self.limits.rpm, self.limits.tokens_per_day)
+
+
+class UserChangeBody(Strict):
+    """What is to change; the rest stays."""
+
+    role: Wanted | None = None
+    password: NewPassword | None = None
+    disabled: bool | None = None
+    limits: LimitsBody = Field(default_factory=LimitsBody)
+
+    def columns(self) -> Changes:
+        """Of the limits those that were named, also with null: what is null elsewhere stays."""
+        changes: Changes = {}
+        changes.update(self.limits.model_dump(exclude_unset=True))  # type: ignore[typeddict-item]
+        changes.update(self.model_dump(include={"role", "disabled"}, exclude_none=True))  # type: ignore[typeddict-item]
+        return changes
+
+
+class PasswordBody(Strict):
+    current_password: str = Field(min_length=1, max_length=PASSWORD_LONGEST)
+    new_password: NewPassword
+
+
+class UserPath(BaseModel):
+    name: str = Field(min_length=1, max_length=64)
+
+
+class UsersQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    after: str = Field("", max_length=64, description="The last name of the page before.")
+    limit: int = Field(100, ge=1, le=1000)
+
+
+class LimitsOut(BaseModel):
+    streams: int
+    rpm: int
+    tokens_per_day: int
+
+
+class UserOut(BaseModel):
+    username: str
+    role: Role
+    disabled: bool
+    own_limits: LimitsBody
+    limits: LimitsOut = Field(description="What holds: the user's own, else the role's, else everybody's.")
+    tokens_today: int = Field(description="Of ended generations; counted where a limit of tokens holds.")
+
+
+class NewUserOut(UserOut):
+    password: str | None = Field(description="The one that was made up; shown this once.")
+
+
+class UsersOut(BaseModel):
+    users: list[UserOut]

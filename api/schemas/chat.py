@@ -1,0 +1,137 @@
+"""OpenAI's chat request, as far as this service serves it, and its translation into our own body.
+
+Refuses by name what would change an answer and is not served; drops what cannot (IGNORED).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
+
+from api.errors import invalid
+from api.schemas.native import (
+    WHOLE,
+    GenerateBody,
+    MaxTokens,
+    Penalty,
+    Role,
+    Seed,
+    Stop,
+    Strict,
+    Temperature,
+    TopK,
+    TopP,
+    Turn,
+)
+
+# Fields that name the caller or the bill and leave the text as it is.
+IGNORED = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+)
+# Fields of an answer that clients send back with the conversation; the text is in `content`.
+_IGNORED_IN_MESSAGES = frozenset({"name", "refusal", "reasoning", "reasoning_content", "annotations", "audio"})
+
+
+def _without(fields: object, ignored: frozenset[str]) -> object:
+    if not isinstance(fields, dict):
+        return fields
+    empty = {"tool_calls", "function_call"}  # clients send them back as null
+    return {k: v for k, v in fields.items() if k not in ignored and not (k in empty and v is None)}
+
+
+def _text(content: object) -> object:
+    """A string, or a list of text parts put together; pictures and sounds are refused, and never fetched."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and set(part) == {"type", "text"} and part["type"] == "text" for part in content):
+        raise ValueError("Only text parts are served: {'type': 'text', 'text': '...'}.")
+    if not all(isinstance(part["text"], str) for part in content):
+        raise ValueError("The text of a part must be a string.")
+    return "".join(part["text"] for part in content)
+
+
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+Text = Annotated[
+    str,
+    BeforeValidator(_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
+]
+
+
+class ChatTurn(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop(cls, fields: object) -> object:
+        return _without(fields, _IGNORED_IN_MESSAGES)
+
+    def turn(self) -> Turn:
+        role: Role = "system" if self.role == "developer" else self.role
+        return Turn(role=role, content=self.content)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ChatBody(Strict):
+    """Defaults are this service's own (temperature 0.6, 256 tokens), not OpenAI's."""
+
+    messages: list[ChatTurn] = Field(min_length=1, max_length=256)
+    model: str = Field(min_length=1, max_length=256)
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    repetition_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    response_format: TextFormat | None = None
+    logprobs: Literal[False] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop(cls, fields: object) -> object:
+        return _without(fields, IGNORED)
+
+    def generate(self) -> GenerateBody:
+        """The same request in our own words; what was not sent keeps our default. Raises InvalidRequest."""
+        wanted: dict[str, Any] = {
+            "messages": [turn.turn() for turn in self.messages],
+            "model": self.model,
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+        }
+        try:
+            return GenerateBody(**{name: value for name, value in wanted.items() if value is not None})
+        except ValidationError as error:  # what only the whole tells: a conversation without a word
+            invalid(error)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage

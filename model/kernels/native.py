@@ -1,0 +1,102 @@
+"""Builds kernels/*.cpp once for the processor at hand, and registers what they compute with PyTorch.
+
+Decides nothing: build.py asks whether they are there, quant.py and attention.py use them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch._inductor import config
+
+_log = logging.getLogger(__name__)
+
+LANES = 8  # rows of a packed matrix that product.cpp computes together
+
+_HERE = Path(__file__).parent
+_TORCH = Path(torch.__file__).parent
+# No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
+_PATIENCE = 300.0  # seconds for one source, which takes about five
+
+_loaded = False
+
+
+def load(folder: Path) -> bool:
+    """Whether what kernels/*.cpp define in torch.ops.slots can be used from here on; `folder` keeps what was built.
+
+    False, with the reason in the log, on a processor without AVX2, without a C++ compiler, or when building fails.
+    """
+    global _loaded
+    if _loaded or not _suitable():
+        return _loaded
+    try:
+        library = folder / f"kernels-{_fingerprint()}.so"
+        if not library.exists():
+            _build(library)
+        _register(library)
+        _loaded = True
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        _log.warning("the CPU kernels cannot be built, serving with slower ones: %s", " ".join([str(error), *said[:1]]))
+    return _loaded
+
+
+def _suitable() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _fingerprint() -> str:
+    """Changes with the sources, the way they are built, and the processor they are built for."""
+    flags = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("flags")][:1]
+    facts = [
+        torch.__version__,
+        flags or platform.processor(),
+        _FLAGS,
+        *(file.read_text() for file in sorted(_HERE.iterdir())),
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _build(library: Path) -> None:
+    """Raises OSError without a compiler or a writable folder, SubprocessError when compiling fails."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    compiler = str(config.cpp.cxx[1])
+    with tempfile.TemporaryDirectory(dir=library.parent) as place, ThreadPoolExecutor() as pool:
+        objects = {source: Path(place) / f"{source.stem}.o" for source in _HERE.glob("*.cpp")}
+        commands = [[compiler, *_FLAGS, f"-I{_TORCH / 'include'}", "-c", source, "-o", made]
+                    for source, made in objects.items()]  # fmt: skip
+        list(pool.map(_run, commands))
+        linked = Path(place) / library.name
+        _run([compiler, "-shared", "-fopenmp", *objects.values(), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-o", linked])
+        os.replace(linked, library)
+
+
+def _run(command: list[str | Path]) -> None:
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE)
+
+
+def _attended(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, *_: object) -> torch.Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[4]))
+
+
+def _register(library: Path) -> None:
+    """Load the operators, and tell torch.compile the shapes of their results."""
+    torch.ops.load_library(library)
+    fake = torch.library.register_fake
+    fake("slots::packed_product", lambda x, matrix: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
+    fake("slots::feed_forward", lambda x, gate_up, down: x.new_empty((x.shape[0], down.shape[0] * LANES)))
+    fake("slots::attend", _attended)
+    fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

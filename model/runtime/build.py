@@ -1,0 +1,113 @@
+"""Checkpoint -> a Runner that fits this machine: device, product, slots and context are chosen here, once.
+
+Fetches nothing (loader.py) and serves nothing (engine.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from model.kernels import native
+from model.runtime import linear as quant
+from model.runtime.kv import KvShape
+from model.runtime.runner import Runner
+from model.types import Sampling
+from model.weights.catalogue import DEFAULT_CONTEXT, ModelError
+from model.weights.loader import load_model, load_tokenizer, stop_ids
+from settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_CUDA_RESERVE = 2 << 30  # bytes left for activations, CUDA graphs and fragmentation
+_CPU_SHARE = 0.5  # of the available memory: the most that all slots, filled to the end, may take
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many requests at once, and how many tokens each (prompt and answer)."""
+
+    slots: int
+    context: int
+
+
+def build(
+    checkpoint: Path, settings: Settings, progress: Callable[[str, int], None], room: Room | None = None
+) -> Runner:
+    """Load `checkpoint` and try it out. `room` overrides what would be chosen here (compile.py repeats a choice).
+
+    Raises ModelError for a model that cannot be served here.
+    """
+    torch.set_num_threads(settings.compute_threads)
+    device = choose_device(settings.device)
+    kernels = device == "cpu" and native.load(settings.data_dir / "compiled")
+    plan = quant.plan(device, settings.quantization, kernels)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(
+        checkpoint,
+        settings,
+        torch.device(device),
+        plan.dtype,
+        lambda stage, percent: progress(stage, percent * 9 // 10),
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    room = room or fit(settings, model.config, plan.kv, device)
+    eos = stop_ids(checkpoint, tokenizer)
+    if plan.kernels and KvShape.of(model.config, plan.kv).head_dim % 16:
+        raise ModelError("heads of this width are not served on a CPU: the kernels take multiples of 16")
+    try:
+        runner = Runner(model, plan, room.slots, room.context, device, eos)
+        try_out(runner)
+    except ValueError as error:
+        raise ModelError(f"this model cannot be served: {error}") from error
+    _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
+    return runner
+
+
+def choose_device(wanted: str) -> str:
+    """`cpu` or `cuda`. Raises ModelError where CUDA is asked for and missing."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("DEVICE=cuda, but PyTorch sees no CUDA device; install the driver or set DEVICE=cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> Room:
+    """As many slots of as much context as memory holds, within SLOTS and MAX_CONTEXT; first slots give way."""
+    model_context = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
+    context = min(settings.max_context or DEFAULT_CONTEXT, model_context)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
+        memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
+    else:
+        memory = int(psutil.virtual_memory().available * _CPU_SHARE)
+    tokens = memory // KvShape.of(config, dtype).bytes_per_token
+    if tokens < 256:
+        raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
+    possible = min(settings.slots, max(1, tokens // context))
+    # A power of two where memory decides: compiled steps depend on it, and free memory is never twice the same.
+    room = Room(settings.slots if possible == settings.slots else 1 << possible.bit_length() - 1, min(context, tokens))
+    if room != Room(settings.slots, context):
+        _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d",
+                     room.slots, room.context, settings.slots, context)  # fmt: skip
+    return room
+
+
+def try_out(runner: Runner) -> None:
+    """One eager prefill and step: what fails at all fails here, not in front of a user.
+
+    Raises ValueError for attention that is not understood, ModelError where numbers are not finite.
+    """
+    runner.begin(0, Sampling(temperature=0), 0, [0, 0])
+    runner.prefill([(0, [0], 0)])
+    runner.arm(0, 0, 1)
+    finite = runner.step([0])[0] is not None
+    runner.idle(0, 0)
+    if not finite:
+        raise ModelError("the model's numbers are not finite: its weights are damaged or its dtype overflows")

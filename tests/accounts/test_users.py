@@ -1,0 +1,174 @@
+"""Accounts."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from accounts.state import ApiKey, State
+from accounts.users import Changes, LastOfRole, OwnLimits, UnknownUser, User, UserExists, Users
+from olddb import Database
+
+CYRILLIC, FULL_WIDTH = "\u0430nn", "\uff21nn"  # both look like ann
+IMPOSSIBLE = [
+    "",
+    CYRILLIC,
+    FULL_WIDTH,
+    "é",
+    "\ud800",
+    "nul\x00",
+    "ann ",
+    " ann",
+    "ann\n",
+    "-ann",
+    "a/b",
+    "a'--",
+    "x" * 65,
+]
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Database:
+    return Database(tmp_path / "state.db")
+
+
+@pytest.fixture
+def users(db: Database) -> Users:
+    return Users(db)
+
+
+def test_an_account_is_found_by_its_exact_name(users: Users) -> None:
+    assert users.count() == 0
+    made = users.add("ann", "user", "hash")
+    assert users.get("ann") == made == User("ann", "user", "hash", disabled=False)
+    assert users.get("Ann") is None and users.get("bob") is None
+    assert users.count() == 1
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE, ids=ascii)
+def test_an_impossible_name_is_refused_and_never_found(users: Users, name: str) -> None:
+    with pytest.raises(ValueError, match="a user name is"):
+        users.add(name, "user", "hash")
+    assert users.get(name) is None and users.count() == 0
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c-d@example.org", "9", "x" * 64])
+def test_ordinary_names_are_accepted(users: Users, name: str) -> None:
+    assert users.get(users.add(name, "user", "hash").name) is not None
+
+
+def test_a_taken_name_is_refused_and_its_account_unchanged(users: Users) -> None:
+    users.add("ann", "user", "hash")
+    with pytest.raises(UserExists):
+        users.add("ann", "admin", "other")
+    assert users.get("ann") == User("ann", "user", "hash")
+    users.add("Ann", "user", "hash")  # another name
+
+
+def test_everything_but_the_name_can_change(users: Users) -> None:
+    users.add("ann", "user", "hash", OwnLimits(rpm=5))
+    users.add("bob", "user", "hash")
+    changed = users.change("ann", password_hash="new", role="auditor", disabled=True, rpm=None, streams=3)
+    assert changed == users.get("ann") == User("ann", "auditor", "new", True, OwnLimits(streams=3))
+    assert users.change("ann", disabled=False) == User("ann", "auditor", "new", False, OwnLimits(streams=3))
+    assert users.change("bob") == users.get("bob") == User("bob", "user", "hash")
+
+
+def test_changing_a_missing_account_is_told(users: Users) -> None:
+    for change in (lambda: users.change("ann", role="x"), lambda: users.change("ann"), lambda: users.delete("ann")):
+        with pytest.raises(UnknownUser):
+            change()
+
+
+def test_accounts_are_read_by_the_page(users: Users) -> None:
+    for name in ("carl", "ann", "bob", "Zed"):
+        users.add(name, "user", "hash")
+    assert [user.name for user in users.page()] == ["Zed", "ann", "bob", "carl"]
+    assert [user.name for user in users.page("ann", 1)] == ["bob"]
+    assert users.page("carl") == []
+
+
+def test_the_last_admin_stays(users: Users) -> None:
+    users.add("ann", "admin", "hash")
+    users.add("bob", "admin", "hash")
+    users.add("carl", "user", "hash")
+    users.change("bob", disabled=True)
+    changes = (
+        lambda: users.change("ann", role="user"),
+        lambda: users.change("ann", disabled=True, password_hash="new"),
+        lambda: users.delete("ann"),
+    )
+    for change in changes:
+        with pytest.raises(LastOfRole, match="last admin"):
+            change()
+    assert users.get("ann") == User("ann", "admin", "hash"), "a change was half made"
+    users.delete("carl")
+    users.change("bob", disabled=False)
+    users.delete("ann")
+
+
+def test_of_two_admins_who_disable_each_other_at_once_one_stays(users: Users) -> None:
+    for _ in range(10):
+        for name in ("ann", "bob"):
+            if users.get(name) is None:
+                users.add(name, "admin", "hash")
+            users.change(name, disabled=False)
+        start = threading.Barrier(2)
+
+        def disable(name: str, start: threading.Barrier = start) -> bool:
+            start.wait(10)
+            try:
+                return users.change(name, disabled=True).disabled
+            except LastOfRole:
+                return False
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(disable, ["ann", "bob"])) == [False, True]
+
+
+KEY = ApiKey("k1", "ann", "laptop", (), "user", 1000, 2000)
+
+
+@pytest.mark.promise("P18", injected="each change of an account", counted="sessions, tickets and keys that live on")
+@pytest.mark.parametrize(
+    ("change", "session", "key"),
+    [
+        ({"password_hash": "new"}, False, True),
+        ({"disabled": True}, False, False),
+        ({"role": "auditor"}, False, False),
+        ({"role": "user", "disabled": False, "password_hash": "hash", "rpm": 9}, True, True),
+    ],
+    ids=["password", "disabled", "role", "nothing of weight"],
+)
+def test_sessions_end_with_the_password_and_keys_with_the_rights(
+    db: Database, users: Users, change: Changes, session: bool, key: bool
+) -> None:
+    state = State(db, b"key")
+    for name in ("ann", "bob"):
+        users.add(name, "user", "hash")
+        state.start_family(f"{name}-1", name, 2000, 1000)
+        state.put_ticket(f"{name}-t", name, b"sealed", 2000, 1000)
+    state.add_key("key-jti", KEY)
+    users.change("ann", **change)
+    users.change("ann", role="user", disabled=False)  # what was taken does not come back with the rights
+    assert (state.rotate("ann-1", "ann-2", 2000, 1000) is not None) is session
+    assert (state.take_ticket("ann-t", 1000) is not None) is session
+    assert (state.use_key("key-jti", 1000) is not None) is key
+    assert state.rotate("bob-1", "bob-2", 2000, 1000) == "bob-1"
+    assert state.take_ticket("bob-t", 1000) is not None
+
+
+def test_the_next_account_of_a_name_inherits_nothing(db: Database, users: Users) -> None:
+    state = State(db, b"key")
+    users.add("ann", "user", "hash")
+    state.start_family("f", "ann", 2000, 1000)
+    state.add_key("key-jti", KEY)
+    state.put_ticket("t", "ann", b"sealed", 2000, 1000)
+    users.delete("ann")
+    users.add("ann", "user", "hash")
+    assert state.rotate("f", "g", 2000, 1000) is None
+    assert state.use_key("key-jti", 1000) is None and state.keys("ann") == []
+    assert state.take_ticket("t", 1000) is None

@@ -1,0 +1,85 @@
+"""How many slots of how much context: bounded by settings, by the model and by memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from model.runtime import build
+from model.runtime.build import Room, fit, try_out
+from model.runtime.linear import Plan
+from model.runtime.runner import Runner
+from model.weights.catalogue import ModelError, find
+from model.weights.loader import prepare
+from settings import Settings
+from tests.model.test_local import settings_for
+from tests.model.tiny import tiny_model
+
+# 2 sides x 2 layers x 2 KV heads x 16 x 4 bytes
+TOKEN = 512
+
+
+def room(monkeypatch: pytest.MonkeyPatch, available: int, **settings: int) -> Room:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    return fit(Settings(**settings), tiny_model().config, torch.float32, "cpu")  # type: ignore[arg-type]
+
+
+def test_settings_and_model_bound_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert room(monkeypatch, 1 << 40) == Room(16, 1024)  # the model's own context
+    assert room(monkeypatch, 1 << 40, slots=3, max_context=300) == Room(3, 300)
+
+
+def test_slots_give_way_before_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = 2 * TOKEN * 1024  # half of the available memory is for KV
+    assert room(monkeypatch, half * 9) == Room(8, 1024)  # a power of two: compiled steps depend on it
+    assert room(monkeypatch, half // 2) == Room(1, 512)
+
+
+def test_too_little_memory_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="no memory is left for KV"):
+        room(monkeypatch, TOKEN * 200)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build.choose_device("auto") == build.choose_device("cpu") == "cpu"
+    with pytest.raises(ModelError, match="DEVICE=cpu"):
+        build.choose_device("cuda")
+
+
+def test_damaged_weights_fail_the_load_and_not_a_user() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data[3, 5] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 256, "cpu", frozenset()))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attention_that_is_not_understood_is_refused(kernels: bool) -> None:
+    model = tiny_model("Qwen2ForCausalLM")
+    model.model.layers[1].self_attn.sliding_window = 512
+    with pytest.raises(ValueError, match="sliding_window"):
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32, kernels), 2, 256, "cpu", frozenset()))
+
+
+def test_a_model_that_is_refused_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Runner) -> None:
+        raise ValueError("it has a soft cap")
+
+    settings = settings_for(source, tmp_path / "data")
+    monkeypatch.setattr(build, "try_out", refuse)
+    with pytest.raises(ModelError, match="cannot be served: it has a soft cap"):
+        build.build(prepare(find(settings), settings), settings, lambda stage, percent: None)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_heads_that_the_kernels_cannot_take_are_one_line(source: Path, tmp_path: Path) -> None:
+    tiny_model(head_dim=24).save_pretrained(source)
+    settings = settings_for(source, tmp_path / "data")
+    with pytest.raises(ModelError, match="multiples of 16"):
+        build.build(prepare(find(settings), settings), settings, lambda stage, percent: None)

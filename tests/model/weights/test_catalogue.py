@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.weights.catalogue import ARCHITECTURES, CATALOGUE, DEMO_WHEEL, ModelError, completed, find
+from settings import Settings
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_default_model_needs_no_hub() -> None:
+    assert find(Settings()).source == DEMO_WHEEL
+
+
+@pytest.mark.parametrize("name", sorted(set(CATALOGUE) - {"smollm2-135m-instruct"}))
+def test_every_hub_model_is_pinned_to_a_commit_and_of_a_served_architecture(name: str) -> None:
+    spec = find(Settings(model=name))
+    assert spec.source == f"deepseek-ai/{spec.source.split('/')[1]}" and spec.source.split("/")[1].lower() == name
+    assert re.fullmatch(r"[0-9a-f]{40}", spec.revision or "")
+    assert spec.architecture in ARCHITECTURES
+    assert spec.think == ("<think>", "</think>")
+    assert spec.licence.startswith("MIT")
+
+
+def test_no_two_models_share_a_revision() -> None:
+    revisions = [spec.revision for spec in CATALOGUE.values()]
+    assert len(set(revisions)) == len(revisions)
+
+
+def test_the_14b_fits_a_24_gb_card_and_the_70b_does_not() -> None:
+    assert 9.5e9 < CATALOGUE["deepseek-r1-distill-qwen-14b"].memory_bytes < 10.5e9
+    assert CATALOGUE["deepseek-r1-distill-llama-70b"].memory_bytes > 24e9
+
+
+@pytest.mark.parametrize("name", ["gpt-5", "org/name", f"org/name@{COMMIT}", "/etc", "../secrets"])
+def test_a_name_that_nobody_allowed_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="MODELS_ALLOWED"):
+        find(Settings(model=name))
+
+
+def test_an_allowed_hub_id_serves_when_pinned() -> None:
+    name = f"org/name@{COMMIT}"
+    spec = find(Settings(model=name, models_allowed=(name,)))
+    assert (spec.name, spec.source, spec.revision) == ("org/name", "org/name", COMMIT)
+
+
+@pytest.mark.parametrize("name", ["org/name", "org/name@main", f"http://host/name@{COMMIT}", f"../../x@{COMMIT}", "x"])
+def test_an_allowed_name_that_is_neither_a_directory_nor_pinned_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="commit"):
+        find(Settings(model=name, models_allowed=(name,)))
+
+
+def test_a_local_directory_is_named_without_its_path_and_completed_from_its_config(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 4096})
+    )
+    spec = find(Settings(model=str(folder), models_allowed=(str(folder),)))
+    assert spec.name == "mine" and spec.context == 0
+    assert completed(spec, folder).context == 4096
+    assert completed(spec, folder).architecture == "Qwen3ForCausalLM"
+
+
+def test_a_listed_model_is_not_rewritten_by_a_folder(tmp_path: Path) -> None:
+    spec = CATALOGUE["smollm2-135m-instruct"]
+    assert completed(spec, tmp_path) is spec
+
+
+def test_the_torch_free_rooms_import_no_torch() -> None:
+    names = "model.weights.catalogue, model.text.detokenizer, model.flight, model.weights.checkpoint"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,223 @@
+"""Checkpoints that are wrong, damaged or half made: one line for each, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.weights import checkpoint, loader
+from model.weights.catalogue import ModelError, find
+from tests.model.preparing import left_behind, prepare, settings_for
+
+CPU = torch.device("cpu")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# What is wrong with a model, and what the one line says.
+
+
+def edit(name: str, **changes: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+def absurd_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def missing_tensor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+BAD = {
+    "truncated shard": (truncate, "fetch it again"),
+    "absurd header length": (absurd_header, "header is said to be 4611686018427387904 bytes"),
+    "empty shard": (write("model.safetensors", ""), "header"),
+    "header that is no header": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x04" + b"\0" * 7 + b"[[]]"),
+        "header",
+    ),
+    "pickled weights only": (pickled, "pickled"),
+    "a shard is missing": (missing_shard, "shards are missing: model-00002.safetensors"),
+    "a tensor is missing": (missing_tensor, "1 tensors are missing"),
+    "code of its own": (edit("config.json", auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "code in the tokenizer": (edit("tokenizer_config.json", auto_map={}), "auto_map"),
+    "another architecture": (edit("config.json", architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+    "no architecture": (edit("config.json", architectures=None), "architecture"),
+    "another quantisation": (edit("config.json", quantization_config={"quant_method": "gptq"}), "original weights"),
+    "a shape that does not fit": (edit("config.json", intermediate_size=96), "shape"),
+    "a value of a wrong type": (edit("config.json", hidden_size="large"), "hidden_size"),
+    "no JSON": (write("config.json", "{"), "config.json is not readable JSON"),
+    "JSON of another kind": (write("config.json", "[]"), "not a JSON object"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+}
+
+
+@pytest.mark.promise(
+    "P7",
+    injected="18 kinds of bad model: cut, absurd header, pickled, code of its own",
+    counted="one line, no folder left that is ready",
+)
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_model_is_refused_in_one_line_and_leaves_nothing_ready(source: Path, fault: str) -> None:
+    spoil, words = BAD[fault]
+    spoil(source)
+    with pytest.raises(ModelError, match=words) as caught:
+        prepare(source)
+    assert "\n" not in str(caught.value)
+    settings = settings_for(source)
+    assert left_behind(settings) == []
+    assert not list((settings.data_dir / "models").glob("source-nf4-*"))
+
+
+@pytest.mark.promise(
+    "P7",
+    injected="one changed byte in weights, tokenizer or config",
+    counted="refused by its checksum",
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_one_changed_byte_is_found_at_the_next_start(source: Path, name: str) -> None:
+    file = prepare(source) / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="checksum"):
+        prepare(source)
+
+
+def test_a_deleted_file_is_found_at_the_next_start(source: Path) -> None:
+    (prepare(source) / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="checksum"):
+        prepare(source)
+
+
+def test_a_model_that_never_was_prepared_does_not_load(source: Path) -> None:
+    missing_tensor(source)
+    with pytest.raises(ModelError, match="tensors are missing"):
+        loader.load_model(source, settings_for(source), CPU, torch.float32)
+
+
+# Interruptions.
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()])
+def test_an_interrupted_first_start_leaves_nothing_and_the_second_just_works(
+    source: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    settings = settings_for(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync", _raising(failure, after=3))
+        with pytest.raises((type(failure), ModelError)):
+            loader.prepare(find(settings), settings)
+    assert left_behind(settings) == []
+    assert checkpoint.is_ready(loader.prepare(find(settings), settings))
+
+
+def _raising(failure: BaseException, after: int) -> Callable[[Path], None]:
+    calls = iter([None] * after)
+
+    def raise_later(_: Path) -> None:
+        if next(calls, failure) is failure:
+            raise failure
+
+    return raise_later
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("mount: a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.promise("P7", injected="a disk of 128 KiB", counted="one line, nothing left behind")
+def test_a_full_disk_is_one_clear_line(source: Path, tiny_disk: Path) -> None:
+    settings = settings_for(source).model_copy(update={"data_dir": tiny_disk})
+    with pytest.raises(ModelError, match="no space left on the disk of DATA_DIR"):
+        loader.prepare(find(settings), settings)
+    assert left_behind(settings) == []
+
+
+def test_what_a_kill_left_behind_does_not_disturb(source: Path) -> None:
+    folder = prepare(source)
+    shutil.rmtree(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"half")
+    assert prepare(source) == folder
+    assert not part.exists()
+
+
+def test_a_folder_without_a_manifest_is_made_anew(source: Path) -> None:
+    folder = prepare(source)
+    (folder / checkpoint.MANIFEST).unlink()
+    assert checkpoint.is_ready(prepare(source))
+
+
+def test_eight_starts_at_once_quantise_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = loader._quantise
+    monkeypatch.setattr(loader, "_quantise", lambda *args: (calls.append(1), real(*args)))
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: prepare(source), range(8)))
+    assert len(set(folders)) == 1 and len(calls) == 1
+
+
+def test_another_process_is_waited_for(source: Path) -> None:
+    folder = prepare(source)
+    code = (
+        "import sys; from pathlib import Path; from model.weights import checkpoint\n"
+        "with checkpoint.exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
+        mine = pool.submit(prepare, source)
+        with pytest.raises(TimeoutError):
+            mine.result(timeout=0.3)
+        other.stdin.close()
+        assert mine.result(timeout=10) == folder
