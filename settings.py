@@ -31,6 +31,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(5000, ge=1, le=65535, examples=["5000"])
     data_dir: Path = Field(Path("data"), examples=["/var/lib/flask-llm"])
+    database_url: str = Field(
+        "", repr=False, pattern=r"^(postgresql\+psycopg://.*)?$", examples=["postgresql+psycopg://llm@db/llm"]
+    )
+    url_prefix: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$", examples=["/llm"])
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", examples=["info"])
     log_file: Path | None = Field(None, examples=["/var/log/flask-llm.log"])
 
