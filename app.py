@@ -1,7 +1,4 @@
-"""Builds each service once and hands it to the routes: the only file that knows everybody.
-
-Answers no request itself.
-"""
+"""Builds each service once and hands it to the routes: the only file that knows all features."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from flask import Flask
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from accounts.passwords import Passwords
@@ -27,11 +25,8 @@ from accounts.users import UserExists, Users
 from api import audit_cli as audit_commands
 from api import bearer, context, errors, metering, middleware
 from api import cli as commands
-from api.answers import Answers
-from api.context import NAME, Services
-from api.places import LOGINS, Places, generations
+from api.context import LOGINS, NAME, Capacity, Services, max_generations
 from api.routes import admin, audit, auth, generate, health, openai, page
-from api.running import Running
 from api.sanitise import sanitise
 from audit.audit import Audit
 from audit.journal import Journal
@@ -40,9 +35,8 @@ from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
 from crypto import Box, KeyFileError, derive
-from errors import ServiceError, StoreUnavailable
+from errors import ServiceError
 from keys import KeyRing
-from model.flight import Flights
 from model.types import Backend
 from model.weights.catalogue import ModelError, find
 from olddb import Database
@@ -57,46 +51,44 @@ from telemetry import Metrics, configure_logging
 Made = TypeVar("Made")
 
 _YEAR = 366 * 86_400
-_APP_LOAD_ERROR = 4  # gunicorn's word for "do not try again"
+_APP_LOAD_ERROR = 4  # gunicorn's exit status for "do not start again"
 
 
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
-    """The app, ready to serve. Exits with one line on stderr when a setting or the data folder is no good.
-
-    Loads no model: the first request does, or PRELOAD, which gunicorn.conf.py sees to.
-    """
+    """The app, ready to serve. Exits with one line on stderr when a setting or the data folder cannot be used."""
     with _refusals():
         settings = settings or Settings.from_environment()
         _log_to(settings)
         metrics = Metrics()
-        rooms = _services(settings, metrics, backend or _local(settings, metrics))
-        _first_user(settings, rooms)
-    return _flask(settings, rooms, metrics)
+        services = _services(settings, metrics, backend or _local(settings, metrics))
+        _add_first_user(settings, services)
+    return _flask(settings, services, metrics)
 
 
-def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
-    bearer_scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     app = OpenAPI(
         __name__,
         info=Info(title="Flask LLM", version="1"),
-        security_schemes={"bearer": bearer_scheme},
+        security_schemes={"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
         validation_error_callback=errors.invalid,
         validation_error_model=errors.ErrorBody,
         validation_error_status=400,  # every route documents its own; 422 would be added where there is none
         doc_ui=False,
         static_folder=None,
     )
-    app.extensions[NAME] = rooms
+    app.extensions[NAME] = services
     context.register(app)
     PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
     middleware.register(app)
     metering.register(app)
     errors.register(app)
-    bearer.register(app, rooms)
-    for room in (health, auth, admin, audit, generate, openai, page):
-        app.register_api(room.blueprint)
+    bearer.register(app, services)
+    for routes in (health, auth, admin, audit, generate, openai, page):
+        app.register_api(routes.blueprint)
     app.cli.add_command(commands.users)
     app.cli.add_command(audit_commands.audit)
+    if prefix := settings.url_prefix:  # with and without it: a proxy may strip it, and probes ask without
+        app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {prefix: app.wsgi_app})  # type: ignore[method-assign]
     if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
     return app
@@ -107,19 +99,18 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
     secret, ring = signing_secret(settings), key_ring(settings)
     db = Database(settings.data_dir / "state.sqlite3")
     shared = _shared_counts(settings, metrics)
-    cache = ResponseCache(
-        _cache(settings, metrics),
-        ring.box("cache"),
-        derive(secret, "cache key"),
-        settings.cache_ttl,
-        lambda result: metrics.cache_lookups.labels(result).inc(),
-    )
+    everyone = Allowance(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
     return Services(
         settings=settings,
         model=find(settings).name,
         backend=backend,
-        answers=Answers(backend, Flights(), cache, settings.cache_shared),
-        running=Running(),
+        cache=ResponseCache(
+            _cache(settings, metrics),
+            ring.box("cache"),
+            derive(secret, "cache key"),
+            settings.cache_ttl,
+            lambda result: metrics.cache_lookups.labels(result).inc(),
+        ),
         users=Users(db),
         state=State(db, derive(secret, "api keys")),
         audit=Audit(Journal(_place(settings, ring), metrics.audited)),
@@ -128,14 +119,14 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
         jwt_key=derive(secret, "jwt"),
         box=Box(derive(secret, "tickets")),
-        allowances=_allowances(settings),
+        allowances=Allowances(everyone, settings.role_limits),
         rate=RequestRate(shared or MemoryWindows()),
         streams=StreamLimit(shared or MemoryLeases()),
         tokens=TokenQuota(shared or SqliteQuotas(db)),
         logins=LoginGuard(shared or MemoryWindows()),
-        calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
-        guesses=Places(LOGINS, retry_after=1),
-        sanitise=sanitise if settings.sanitise == "strip" else str,
+        generations=Capacity(max_generations(settings), retry_after=5),
+        guesses=Capacity(LOGINS, retry_after=1),
+        sanitise=(lambda text: (sanitise(text), 0)) if settings.sanitise == "strip" else (lambda text: (text, 0)),
     )
 
 
@@ -153,7 +144,7 @@ def _log_to(settings: Settings) -> None:
 
 
 def _local(settings: Settings, metrics: Metrics) -> Backend:
-    from model.local import LocalBackend  # only here, so that nothing else that imports app pays for a model
+    from model.local import LocalBackend  # only here: it takes a second, which no command that needs no model should
 
     return LocalBackend(settings, metrics)
 
@@ -184,22 +175,17 @@ def _at_redis(setting: str, url: str | None, file: Path | None, build: Callable[
         raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
 
 
-def _allowances(settings: Settings) -> Allowances:
-    everybody = Allowance(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
-    return Allowances(everybody, settings.role_limits)
-
-
-def _first_user(settings: Settings, rooms: Services) -> None:
-    if rooms.users.count():
+def _add_first_user(settings: Settings, services: Services) -> None:
+    if services.users.count():
         return
-    password = admin_password(settings)
-    made = password or random_password()
+    given = admin_password(settings)
+    password = given or random_password()
     try:
-        rooms.users.add("admin", Role.ADMIN, rooms.passwords.hash(made))
+        services.users.add("admin", Role.ADMIN, services.passwords.hash(password))
     except UserExists:
         return  # another process was first
-    if not password:
-        print(f"First start: sign in as admin with the password {made} (it is not shown again)", file=sys.stderr)
+    if not given:
+        print(f"First start: sign in as admin with the password {password} (it is not shown again)", file=sys.stderr)
 
 
 @contextmanager
@@ -207,9 +193,9 @@ def _refusals() -> Iterator[None]:
     """What an operator must mend ends the start, in one line."""
     try:
         yield
-    except (SettingsError, KeyFileError, ModelError, ServiceError) as error:
+    except (SettingsError, KeyFileError, ModelError) as error:
         _refuse(str(error))
-    except (StoreUnavailable, OSError) as error:
+    except (ServiceError, OSError) as error:
         _refuse(f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)")
 
 

@@ -1,26 +1,26 @@
-"""How gunicorn serves: one process, because there is one copy of the weights, and many threads that wait for it.
-
-Reads no environment of its own; settings.py does.
-"""
+"""How gunicorn serves: one process, because there is one copy of the weights, and many threads that wait for it."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
+import time
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
-from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
-from api.context import NAME, Services
-from api.places import LOGINS, generations
-from api.worker import CONNECTIONS, LEAVING, PatientWorker
+from api.context import LOGINS, NAME, Services, max_generations
 from errors import StoreUnavailable
 from settings import Settings, SettingsError
 from telemetry import configure_logging
@@ -31,12 +31,74 @@ except SettingsError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
 
+STALLED_READ, STALLED_WRITE = 10, 32  # seconds; nginx gives up earlier: 10 for its whole body, 30 for a write
+UNREAD = 64 << 10  # bytes that may wait for a reader that has stopped: with megabytes it would hold its slot
+HANG_UP = 2.0  # seconds in which a client may read our last bytes and close
+SHUTDOWN_DELAY = 2.0  # seconds in which clients may read why, before a process whose model hangs is replaced
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """gthread, with errors in our shape and without quoting what was sent."""
+
+    def handle(self, conn: Any) -> Any:
+        kept = super().handle(conn)
+        if not kept:
+            _hang_up(conn.sock)
+        return kept
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, error: Exception) -> None:
+        if not isinstance(error, ParseException):
+            super().handle_error(req, client, addr, error)
+            return
+        self.log.warning("not a request: %s", type(error).__name__)
+        refused: dict[type[Exception], tuple[int, str]] = {
+            LimitRequestHeaders: (431, "headers_too_large"),
+            LimitRequestLine: (414, "uri_too_long"),
+        }
+        status, code = refused.get(type(error), (400, "malformed"))
+        message = f"{HTTPStatus(status).phrase}: the request cannot be read as HTTP."
+        detail = {"message": message, "type": "invalid_request_error", "code": code, "param": None, "request_id": None}
+        body = json.dumps({"error": detail})
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+        try:
+            client.sendall((head + body).encode())
+        except OSError:
+            return  # it is gone, or does not read
+
+
+def _hang_up(client: socket.socket) -> None:
+    """Wait for the client to close in this thread: gunicorn would wait on its main loop, which accepts for all."""
+    end = time.monotonic() + HANG_UP
+    try:
+        client.shutdown(socket.SHUT_WR)
+        while (left := end - time.monotonic()) > 0:
+            client.settimeout(left)
+            if not client.recv(UNREAD):
+                break
+        client.shutdown(socket.SHUT_RD)
+    except OSError:
+        return
+
+
+class _Log(Logger):  # type: ignore[misc]
+    """gunicorn's lines in the service's log; it writes none for each request, because the app does."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        configure_logging(settings.log_level)  # the worker alone writes to LOG_FILE, which it may then rotate
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(sys.exc_info()[1], BlockingIOError):
+            self.info("a client was too slow")
+        else:
+            super().exception(msg, *args, **kwargs)
+
 
 def _connections(wanted: int) -> int:
-    """As many as there may be open files for, with some left for databases, models and the compiler.
-
-    gunicorn's worker dies, and with it the model, when it accepts one too many.
-    """
+    """At most `wanted`, with 512 files left for databases, models and the compiler: gunicorn dies of one too many."""
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < wanted + 512:
         files = wanted + 512 if hard == resource.RLIM_INFINITY else min(wanted + 512, hard)
@@ -45,31 +107,17 @@ def _connections(wanted: int) -> int:
 
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
-worker_class = PatientWorker
+worker_class = Worker
 workers = 1
-LAST_WORDS = 2.0  # seconds
-# Generations and logins hold a thread while they run or wait, and api/places.py bounds both; everything else is short,
-# and among the threads left over health finds one free.
-threads = generations(settings.slots, settings.max_queue) + LOGINS + 16
-worker_connections = _connections(threads + CONNECTIONS + LEAVING)
+# Generations and logins hold a thread while they run or wait; the rest is short, and finds one of 16.
+threads = max_generations(settings) + LOGINS + 16
+worker_connections = _connections(threads + 1000)
 preload_app = False  # never fork after torch's threads have started
 control_socket_disable = True
 timeout = 120  # the main loop only accepts; importing and loading may hold it up
 graceful_timeout = int(settings.grace_period) + 8  # over the grace that running streams are given
-limit_request_field_size = 16_384  # so that an absurd token is a 401 and not a dropped line
-forwarded_allow_ips = ""  # the app's TRUSTED_PROXIES decides whom to believe
-
-
-class _Log(Logger):  # type: ignore[misc]
-    """gunicorn's lines in the service's log; it writes none for each request, because the app does."""
-
-    def setup(self, cfg: Config) -> None:
-        super().setup(cfg)
-        configure_logging(settings.log_level)  # the worker alone writes to LOG_FILE, which it may then rotate
-        self.error_log.handlers.clear()
-        self.error_log.propagate = True
-
-
+limit_request_field_size = 16_384  # an absurd token is a 401 and not a dropped connection
+forwarded_allow_ips = ""  # the app's TRUSTED_PROXIES decides
 logger_class = _Log
 
 
@@ -95,12 +143,17 @@ def _unusable(error: OSError | UnicodeError) -> str:
 
 
 def post_worker_init(worker: Any) -> None:
-    """On SIGTERM the service drains while it still accepts, so that newcomers hear 503 instead of nothing.
-
-    With PRELOAD it loads now; a model that cannot be loaded ends the service the same way.
-    """
-    backend = _services(worker).backend
-    _open_audit(_services(worker))
+    """On SIGTERM readiness fails first and new requests get 503, while running streams end; then gunicorn stops."""
+    services = _services(worker)
+    backend = services.backend
+    for listener in worker.sockets:  # connections inherit these
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED_READ, 0))
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALLED_WRITE, 0))
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
+    try:
+        services.audit.open()  # closes what a process that died left open
+    except StoreUnavailable as error:
+        print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
     def drain() -> None:
         backend.close(settings.grace_period)
@@ -115,23 +168,14 @@ def post_worker_init(worker: Any) -> None:
         stop()
 
     def start_again(line: str) -> None:
-        """Only a new process heals a thread that hangs in native code; its readers get a moment to hear of it."""
+        """Only a new process heals a thread that hangs in native code."""
         print(f"MODEL={settings.model} hangs ({line}): this process ends and another one starts", file=sys.stderr)
-        threading.Timer(LAST_WORDS, os._exit, (1,)).start()
+        threading.Timer(SHUTDOWN_DELAY, os._exit, (1,)).start()
 
     signal.signal(signal.SIGTERM, stop)
     backend.watch(start_again)
-    worker.most = settings.max_body
     if settings.preload:
         backend.preload(give_up)
-
-
-def _open_audit(rooms: Services) -> None:
-    """Close what the process before this one left open, if it died; a log that cannot be written is told at once."""
-    try:
-        rooms.audit.open()
-    except StoreUnavailable as error:
-        print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -141,7 +185,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def worker_int(worker: Any) -> None:
-    """On Ctrl-C nothing is waited for, but every stream still ends in words."""
+    """On Ctrl-C nothing is waited for, but every stream still ends with an error event."""
     ending = threading.Thread(target=_services(worker).backend.close, args=(0,), daemon=True)
     ending.start()
     ending.join(2)

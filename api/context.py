@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import structlog
 from flask import Flask, Response, current_app, g, request
@@ -13,33 +16,60 @@ from accounts.passwords import Passwords
 from accounts.state import State
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
-from api.answers import Answers
-from api.places import Places
-from api.running import Running
 from audit.audit import Audit
+from cache.responses import ResponseCache
 from crypto import Box
+from errors import Overloaded
 from model.types import Backend, Done
 from quotas.allowances import Allowances
 from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
 from settings import Settings
 from telemetry import request_id
 
+if TYPE_CHECKING:
+    from api.generation import Generation
+
 NAME = "flask-llm"
+LOGINS = 16  # requests that check a password, running or waiting: two compute a hash at a time
+PREPARING = 2  # long prompts being cleaned and tokenised, so that the model thread gets the interpreter's lock
+
+
+def max_generations(settings: Settings) -> int:
+    """Generations that may hold a thread: more than the engine admits, which knows better when to come back."""
+    return settings.slots + settings.max_queue + 16
+
+
+class Capacity:
+    """At most `limit` holders at a time; others are refused and told to come back in `retry_after` seconds."""
+
+    def __init__(self, limit: int, retry_after: float) -> None:
+        self._free = threading.BoundedSemaphore(limit)
+        self._retry_after = retry_after
+
+    @contextmanager
+    def take(self, wait: float = 0.0) -> Iterator[None]:
+        """Hold one place inside, after at most `wait` seconds. Raises Overloaded."""
+        if not self._free.acquire(timeout=wait):
+            raise Overloaded("Too many requests are waiting here already.", retry_after=self._retry_after)
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold, and
-    `contents` what the audit log keeps of prompts and answers.
+    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` encrypts tickets, and `contents` what the
+    audit log keeps of prompts and answers.
 
-    `calls` and `guesses` are the places for generations, running or waiting, and for passwords being checked.
+    running: the generations under way, by GenerateRequest.id. generations, guesses (password checks) and preparing
+    bound the threads that each may hold. sanitise: a text cleaned, and how many elements were removed.
     """
 
     settings: Settings
     model: str
     backend: Backend
-    answers: Answers
-    running: Running
+    cache: ResponseCache
     users: Users
     state: State
     audit: Audit
@@ -53,9 +83,11 @@ class Services:
     streams: StreamLimit
     tokens: TokenQuota
     logins: LoginGuard
-    calls: Places
-    guesses: Places
-    sanitise: Callable[[str], str]
+    generations: Capacity
+    guesses: Capacity
+    sanitise: Callable[[str], tuple[str, int]]
+    preparing: Capacity = field(default_factory=lambda: Capacity(PREPARING, retry_after=5))
+    running: dict[str, Generation] = field(default_factory=dict)
 
 
 def services() -> Services:
@@ -69,7 +101,7 @@ _log = structlog.get_logger("request")
 
 @dataclass(slots=True)
 class RequestLog:
-    """What the summary line says beside method, path and status; filled in as the request goes."""
+    """What the summary line says beside method, path and status; filled in while the request is answered."""
 
     id: str
     method: str

@@ -56,7 +56,7 @@ class Entry:
         """The start is durable when this returns."""
         self._audit.settle(self._start)
 
-    def hear(self, event: Event | None) -> None:
+    def observe(self, event: Event | None) -> None:
         """Take note of what is about to be said."""
         if isinstance(event, Chunk):
             self._output[event.channel].update(event.text.encode())

@@ -1,7 +1,4 @@
-"""The one place where a domain error becomes HTTP, in our shape or in OpenAI's.
-
-Decides nothing: who raises what is decided below.
-"""
+"""The one place where a domain error becomes HTTP, in our shape or in OpenAI's."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from accounts.users import LastOfRole, UnknownUser, UserExists
 from api.context import current
-from audit.journal import AuditUnavailable
-from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError, StoreUnavailable
+from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError
 from quotas.limits import LimitExceeded, QuotaExceeded
 
 log = structlog.get_logger("api")
@@ -30,7 +26,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_WORDS = {
+_MESSAGES = {
     404: "There is nothing at this address.",
     405: "This method is not allowed here.",
     408: "The request took too long to arrive.",
@@ -96,23 +92,19 @@ def invalid(error: ValidationError) -> NoReturn:
 
 
 def translate(error: Exception) -> ServiceError:
-    """Any failure in the words of a ServiceError; a bug becomes a 500."""
+    """Any failure as a ServiceError; a bug becomes a 500."""
     if isinstance(error, ServiceError):
+        if error.detail is not None:
+            log.error("refused", code=error.code, reason=error.detail)
         return error
+    # At the merge these five mappings go: such errors are ServiceErrors then.
     if isinstance(error, LimitExceeded):
-        code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None  # as OpenAI's clients know it
+        code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None
         return RateLimited(_sentence(error), code=code, retry_after=error.retry_after)
     if isinstance(error, UserExists | LastOfRole):
         return Conflict(_sentence(error))
     if isinstance(error, UnknownUser):
         return NotFound(_sentence(error), param="name")
-    if isinstance(error, AuditUnavailable):
-        log.error("audit unavailable", reason=str(error))
-        words = "The service cannot keep its records just now, and answers nothing without them."
-        return ServiceError(words, code="audit_unavailable", retry_after=5)
-    if isinstance(error, StoreUnavailable):
-        log.error("store unavailable", reason=str(error))
-        return ServiceError("The service cannot look up its state just now.", code="store_unavailable", retry_after=5)
     return _bug(error)
 
 
@@ -141,7 +133,7 @@ def _http(error: HTTPException) -> ResponseReturnValue:
     status = error.code or 500
     if status < 400:
         return error
-    plain = ServiceError(_WORDS.get(status, error.name + "."), code=error.name.lower().replace(" ", "_"))
+    plain = ServiceError(_MESSAGES.get(status, error.name + "."), code=error.name.lower().replace(" ", "_"))
     plain.status = status
     response = respond(plain)
     response.headers.extend([pair for pair in error.get_headers() if pair[0] == "Allow"])

@@ -1,13 +1,12 @@
-"""What every request passes before its view: host, size, token, permission, rate. Denied unless said otherwise.
-
-Does not look into bodies; body.py reads them, and only after all this.
-"""
+"""What every request passes before its view: host, size, token, permission, rate; and the strict JSON reader."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,15 +14,15 @@ from urllib.parse import urlsplit
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import DefaultJSONProvider
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
+from werkzeug.exceptions import ClientDisconnected
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from accounts.roles import Permission, allowed
 from accounts.tokens import TokenType
 from accounts.users import User
 from api import bearer, metering
-from api.body import read_json
 from api.context import current, services
-from errors import Forbidden, Malformed, TooLarge, Unauthorized, UnsupportedMedia
+from errors import Forbidden, InvalidRequest, Malformed, ServiceError, TooLarge, Unauthorized, UnsupportedMedia
 
 # What a view returns; flask's own type cannot be looked at while running, and flask-openapi3 looks.
 Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[dict[str, Any], int, dict[str, str]]
@@ -52,15 +51,22 @@ class Principal:
     scopes: tuple[str, ...] | None = None
 
 
+class Stalled(ServiceError):
+    """The body stopped arriving (gunicorn.conf.py bounds the wait)."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class StrictJSON(DefaultJSONProvider):
-    """NaN is not JSON: an answer that holds one is a bug, and ends as a 500 instead of confusing its reader."""
+    """NaN is not JSON: an answer that holds one is a bug, and becomes a 500."""
 
     def dumps(self, obj: Any, **options: Any) -> str:
         return super().dumps(obj, allow_nan=False, **options)
 
 
 class StrictRequest(Request):
-    """A request whose JSON is read strictly, whoever reads it."""
+    """A request whose JSON is always read strictly."""
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
         """The body as an object. Raises Malformed, UnsupportedMedia, TooLarge or InvalidRequest, never returns None."""
@@ -68,11 +74,73 @@ class StrictRequest(Request):
             raise UnsupportedMedia("Send JSON with Content-Type: application/json and no Content-Encoding.")
         try:
             raw = self.get_data(cache=False)
-        except (OSError, ParseException) as error:  # gunicorn's, for chunks that are none
+        except (OSError, ParseException, ClientDisconnected) as error:  # gunicorn's second, for malformed chunks
+            if isinstance(error, BlockingIOError) or isinstance(error.__context__, BlockingIOError):
+                raise Stalled("The request took too long to arrive.") from error
             raise Malformed("The body could not be read.") from error
         if len(raw) >= (self.max_content_length or 0):
             raise TooLarge("The body is too large.")
         return read_json(raw)
+
+
+_DEEPEST = 32  # the deepest body of the contract has four levels
+# Half a UTF-16 pair cannot be written as UTF-8 again, and a NUL ends strings in C: neither is text.
+_UNUSABLE = re.compile(r"[\x00\ud800-\udfff]")
+
+
+def read_json(raw: bytes) -> dict[str, object]:
+    """The object in `raw`. Raises Malformed (400) for what is not JSON, InvalidRequest (422) for unusable text."""
+    if not raw:
+        raise Malformed("The body is empty; send a JSON object.")
+    try:
+        body = _DECODER.decode(raw.decode("utf-8"))
+    except RecursionError:
+        raise Malformed("The JSON is nested too deeply.") from None
+    except ValueError:
+        raise Malformed("The body is not valid JSON in UTF-8.") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    for field, value in body.items():
+        for text in _strings([field, value]):
+            if found := _UNUSABLE.search(text):
+                what = "a NUL character" if found.group() == "\0" else "half a surrogate pair"
+                name = field[:64].encode("ascii", "backslashreplace").decode()
+                raise InvalidRequest(f"Text must not hold {what}.", param=name)
+    return body
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Malformed("A key appears twice in one JSON object.")
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise Malformed(f"{name} is not JSON.")
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > 40:  # Python reads up to 4,300 digits, in quadratic time
+        raise Malformed("A number has too many digits.")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_bounded)
+
+
+def _strings(value: object, depth: int = 0) -> Iterator[str]:
+    if depth > _DEEPEST:
+        raise Malformed("The JSON is nested too deeply.")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, depth + 1)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item, depth + 1)
 
 
 def needs(permission: Permission) -> Callable[[View], View]:

@@ -1,13 +1,9 @@
-"""Events on the wire: how they are framed, and how a client that went away is noticed.
-
-Knows neither the native nor OpenAI's vocabulary; each has its own Frames.
-"""
+"""Events on the wire: how they are framed, and how a client that went away is noticed."""
 
 from __future__ import annotations
 
 import json
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,37 +18,34 @@ from model.types import Done, Event, Stream
 _POLL = 0.1  # seconds between two looks at the client's socket: what a gone client costs at most
 _BEAT = 5.0  # seconds of silence before a comment; proxies give up at 60
 _RECHECK = 1.0  # seconds between two looks at the caller's token: so long a disabled user's streams go on
-_STALLED = 30  # seconds a write may block on a reader that stopped reading
-_UNREAD = 64 << 10  # bytes that may wait for such a reader: where megabytes could, it would hold its slot to the end
 PING = b": ping\n\n"
 # No line breaks in EventSource or JSON, but in many a client that splits text into lines (Python's str.splitlines).
 _BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
 
 Check = Callable[[], None]
 
 
 class ClientGone(ServiceError):
-    """Nobody reads this answer any more; the status (nginx's) is for the log alone."""
+    """The client has closed its connection; the status (nginx's) is for the log alone."""
 
     status = 499
     code = "client_gone"
 
 
-class Frames(Protocol):
-    """One dialect of events."""
+class Dialect(Protocol):
+    """How events are written: one or more frames for each."""
 
-    def event(self, event: Event) -> Iterator[bytes]: ...
+    def event(self, event: Event) -> bytes: ...
 
-    def error(self, error: ServiceError) -> Iterator[bytes]: ...
+    def error(self, error: ServiceError) -> bytes: ...
 
 
-def frame(fields: Mapping[str, Any] | str, *, event: str | None = None, id: int | None = None) -> bytes:
+def frame(fields: Mapping[str, Any], *, event: str | None = None, id: int | None = None) -> bytes:
     """One event; its data is one line, because JSON escapes every line break."""
-    text = fields if isinstance(fields, str) else json.dumps(fields, ensure_ascii=False, allow_nan=False)
-    text = text.translate(_BREAKS)
     head = (f"id: {id}\n" if id is not None else "") + (f"event: {event}\n" if event else "")
-    return f"{head}data: {text}\n\n".encode()
+    return f"{head}data: {_encode(fields).translate(_BREAKS)}\n\n".encode()
 
 
 def client_check(environ: Mapping[str, Any]) -> Check:
@@ -63,8 +56,6 @@ def client_check(environ: Mapping[str, Any]) -> Check:
     client: socket.socket | None = environ.get("gunicorn.socket")
     if client is None:
         return lambda: None
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STALLED, 0))
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
 
     def check() -> None:
         try:
@@ -103,25 +94,25 @@ def watched(
             return
 
 
-def respond(events: Iterator[Event | None], frames: Frames, close: Callable[[], None]) -> Response:
+def respond(events: Iterator[Event | None], dialect: Dialect, close: Callable[[], None]) -> Response:
     """A streamed response. The first event is awaited here, so that an early failure keeps its own status."""
     with ExitStack() as failed:
         failed.callback(close)
         first = next(events)
         failed.pop_all()
-    response = Response(_written(first, events, frames), content_type="text/event-stream; charset=utf-8")
+    response = Response(_written(first, events, dialect), content_type="text/event-stream; charset=utf-8")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"
     response.call_on_close(close)  # also where the server never asks for a byte
     return response
 
 
-def _written(event: Event | None, events: Iterator[Event | None], frames: Frames) -> Iterator[bytes]:
+def _written(event: Event | None, events: Iterator[Event | None], dialect: Dialect) -> Iterator[bytes]:
     try:
         while True:
-            yield from frames.event(event) if event is not None else (PING,)
+            yield dialect.event(event) if event is not None else PING
             event = next(events)
     except (ClientGone, StopIteration):
         return
-    except Exception as error:  # the thread's boundary: the status is sent, only words are left
-        yield from frames.error(translate(error))
+    except Exception as error:  # the thread's boundary: the status is sent, only an error event is left
+        yield dialect.error(translate(error))

@@ -20,6 +20,8 @@ _PATIENCE = 30.0  # seconds for others to make a batch durable; a disk that hang
 class AuditUnavailable(StoreUnavailable):
     """The records are not safe on disk. Whoever waits for them must not be answered as if they were."""
 
+    code = "audit_unavailable"
+
 
 @dataclass(slots=True)
 class Batch:

@@ -149,6 +149,9 @@ class Backend(Protocol):
         the context, UnknownModel when this backend does not serve `request.model`.
         """
 
+    def max_characters(self) -> int:
+        """A prompt with more characters in all its messages cannot fit the context."""
+
     def submit(self, request: GenerateRequest) -> Stream:
         """Queue a prepared request. Raises Overloaded at once when the queue is full, ModelUnavailable when down."""
 

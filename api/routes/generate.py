@@ -1,32 +1,30 @@
-"""Text in our own format: whole, as a stream, by ticket for EventSource, and cancelled.
-
-Makes no text and keeps none.
-"""
+"""Text in our own format: whole, as a stream, by ticket for EventSource; who is on it now, and how to end one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from accounts.roles import Permission
+from accounts.roles import Permission, allowed
 from api import sse, tickets
-from api.calls import Call, open_call, read_all, stream
+from api.acts import record
 from api.context import services
 from api.errors import ErrorBody, payload
+from api.generation import Generation, headers, read_all, respond, start
 from api.middleware import SECURED, Reply, needs, principal, public
-from api.schemas.native import GenerateBody, GenerateOut, IdPath, TicketOut, TicketQuery, UsageOut
+from api.schemas.native import GenerateBody, GenerateOut, IdPath, RequestsOut, TicketOut, TicketQuery
 from errors import NotFound, ServiceError
-from model.types import Chunk, Event, Status
+from model.types import Chunk, Done, Event, Status
 
 blueprint = APIBlueprint(
     "generate",
     __name__,
     abp_tags=[Tag(name="Generate")],
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 413, 415, 422, 429, 503)},
+    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)},
 )
 
 
@@ -34,19 +32,10 @@ blueprint = APIBlueprint(
 @needs(Permission.GENERATE)
 def generate(body: GenerateBody) -> Reply:
     """The whole answer at once."""
-    call = open_call(body)
-    whole = read_all(call)
-    out = GenerateOut(
-        id=call.id,
-        model=call.model,
-        response=whole.text,
-        reasoning=whole.reasoning,
-        finish_reason=whole.done.finish_reason,
-        usage=UsageOut.of(whole.done.usage),
-        cached=call.cache == "hit",
-        served_by=whole.done.served_by,
-    )
-    return out.model_dump(mode="json"), 200, {"X-Cache": call.cache}
+    generation = start(body)
+    whole = read_all(generation)
+    out = {"model": generation.request.model, "response": whole.text, "reasoning": whole.reasoning}
+    return {**out, **_ending(generation, whole.done)}, 200, headers(generation)
 
 
 @blueprint.post("/stream", security=SECURED, responses={200: sse.DOCUMENTED})
@@ -60,7 +49,7 @@ def stream_body(body: GenerateBody) -> Reply:
 @needs(Permission.GENERATE)
 def ticket(body: GenerateBody) -> Reply:
     """A single-use ticket for `GET /stream`, because EventSource cannot send a token."""
-    return TicketOut(ticket=tickets.issue(body), expires_in=tickets.SECONDS).model_dump()
+    return {"ticket": tickets.issue(body), "expires_in": tickets.SECONDS}
 
 
 @blueprint.get("/stream", responses={200: sse.DOCUMENTED, 204: None})
@@ -71,39 +60,67 @@ def stream_ticket(query: TicketQuery) -> Reply:
     return Response(status=204) if body is None else _stream(body)
 
 
+@blueprint.get("/admin/requests", security=SECURED, responses={200: RequestsOut})
+@needs(Permission.MANAGE_USERS)
+def running() -> Reply:
+    """The generations under way, oldest first: whose they are and how far, never what they say."""
+    shown = [
+        {"id": each.id, "user": each.user, "model": each.request.model, "started": each.started, "state": each.state,
+         "tokens": each.tokens}
+        for each in list(services().running.values())
+    ]  # fmt: skip
+    return {"requests": shown}
+
+
 @blueprint.delete("/requests/<id>", security=SECURED, responses={204: None})
 @needs(Permission.GENERATE)
 def cancel(path: IdPath) -> Reply:
-    """Cancel one's own request: its stream ends with `cancelled`."""
-    if not services().running.cancel(principal().owner, path.id.removeprefix("chatcmpl-")):
+    """Cancel one's own request, or as an administrator anyone's: its stream ends with `cancelled`."""
+    caller, id = principal(), path.id.removeprefix("chatcmpl-")
+    found = [each for each in list(services().running.values()) if each.id == id]
+    mine = [each for each in found if each.request.owner == caller.owner]
+    if not mine and allowed(caller.role, Permission.MANAGE_USERS, caller.scopes):
+        mine = found
+        for each in found:
+            record(caller.owner, "request cancelled", of_request=id, account=each.user)
+    if not mine:
         raise NotFound("No request of yours with this id is running.", param="id")
+    for each in mine:
+        each.cancel()
     return Response(status=204)
 
 
 def _stream(body: GenerateBody) -> Response:
-    call = open_call(body)
-    return stream(call, NativeFrames(call))
+    generation = start(body)
+    return respond(generation, NativeDialect(generation))
+
+
+def _ending(generation: Generation, done: Done) -> dict[str, Any]:
+    return {
+        "id": generation.id,
+        "finish_reason": done.finish_reason,
+        "usage": {**asdict(done.usage), "total_tokens": done.usage.total_tokens},
+        "cached": generation.cache == "hit",
+        "served_by": done.served_by,
+        "sanitised": generation.sanitised,
+    }
 
 
 @dataclass(slots=True)
-class NativeFrames:
-    """Events as API.md writes them; only texts are numbered."""
+class NativeDialect:
+    """Events as docs/api.md writes them; only texts are numbered."""
 
-    call: Call
+    generation: Generation
     sent: int = 0
 
-    def event(self, event: Event) -> Iterator[bytes]:
+    def event(self, event: Event) -> bytes:
         if isinstance(event, Chunk):
             self.sent += 1
-            yield sse.frame({"text": event.text, "channel": event.channel}, id=self.sent)
-        elif isinstance(event, Status):
+            return sse.frame({"text": event.text, "channel": event.channel}, id=self.sent)
+        if isinstance(event, Status):
             known = {name: value for name, value in asdict(event).items() if value is not None}
-            yield sse.frame(known, event="status")
-        else:
-            usage = UsageOut.of(event.usage).model_dump()
-            ending = {"id": self.call.id, "finish_reason": event.finish_reason, "usage": usage}
-            hit = self.call.cache == "hit"
-            yield sse.frame({**ending, "cached": hit, "served_by": event.served_by}, event="done")
+            return sse.frame(known, event="status")
+        return sse.frame(_ending(self.generation, event), event="done")
 
-    def error(self, error: ServiceError) -> Iterator[bytes]:
-        yield sse.frame(payload(error, self.call.id), event="error")
+    def error(self, error: ServiceError) -> bytes:
+        return sse.frame(payload(error, self.generation.id), event="error")

@@ -1,12 +1,8 @@
-"""OpenAI's protocol: /v1/chat/completions and /v1/models, for the official client, unmodified.
-
-Adds no ability of its own: a chat is one of our generations in other words.
-"""
+"""OpenAI's protocol for the official client, unmodified: /v1/chat/completions and /v1/models."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,22 +11,21 @@ from flask_openapi3.models.tag import Tag
 
 from accounts.roles import Permission
 from api import sse
-from api.calls import Call, Whole, open_call, read_all, stream
 from api.context import services
 from api.errors import ErrorBody, payload
+from api.generation import Generation, headers, read_all, respond, start
 from api.middleware import SECURED, Reply, needs
-from api.schemas.chat import IGNORED, ChatBody
-from api.schemas.chat_answers import ChatOut, ChatUsageOut, ChoiceOut, MessageOut, ModelOut, ModelsOut
+from api.schemas.chat import IGNORED, ChatBody, ChatOut, ModelOut, ModelsOut
 from api.schemas.native import ModelPath
 from errors import ServiceError, UnknownModel
-from model.types import Chunk, Done, Event
+from model.types import Chunk, Done, Event, Usage
 
 blueprint = APIBlueprint(
     "openai",
     __name__,
     abp_tags=[Tag(name="OpenAI-compatible")],
     abp_security=SECURED,
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 413, 415, 429, 503)},
+    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)},
 )
 
 
@@ -42,10 +37,16 @@ blueprint = APIBlueprint(
 @needs(Permission.GENERATE)
 def chat(body: ChatBody) -> Reply:
     """Chat completion, streamed when `stream` is true."""
-    call = open_call(body.generate())
+    generation = start(body.generate())
     if body.stream:
-        return stream(call, ChatFrames(call.id, call.model, body.include_usage))
-    return _completion(call, read_all(call)).model_dump(), 200, {"X-Cache": call.cache}
+        return respond(generation, ChatDialect(generation, body.include_usage))
+    whole = read_all(generation)
+    reasoning = whole.reasoning or None
+    said = {"role": "assistant", "content": whole.text, "refusal": None}
+    message = {**said, "reasoning_content": reasoning, "reasoning": reasoning}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(whole.done)}
+    head = _head(generation, "chat.completion", int(time.time()))
+    return {**head, "choices": [choice], "usage": _usage(whole.done.usage)}, 200, headers(generation)
 
 
 @blueprint.get("/v1/models", responses={200: ModelsOut})
@@ -64,57 +65,55 @@ def model(path: ModelPath) -> Reply:
     return ModelOut(id=path.id).model_dump()
 
 
-def _completion(call: Call, whole: Whole) -> ChatOut:
-    reasoning = whole.reasoning or None
-    message = MessageOut(content=whole.text, reasoning_content=reasoning, reasoning=reasoning)
-    choice = ChoiceOut(message=message, finish_reason=_reason(whole.done))
-    usage = ChatUsageOut.of(whole.done.usage)
-    return ChatOut(id=_chat_id(call.id), model=call.model, choices=[choice], usage=usage)
-
-
 @dataclass(slots=True)
-class ChatFrames:
+class ChatDialect:
     """A generation as chat.completion.chunk events, ended by [DONE]."""
 
-    id: str
-    model: str
+    generation: Generation
     include_usage: bool
     created: int = field(default_factory=lambda: int(time.time()))
     started: bool = False
 
-    def event(self, event: Event) -> Iterator[bytes]:
+    def event(self, event: Event) -> bytes:
         if isinstance(event, Chunk):
             names = ("content",) if event.channel == "answer" else ("reasoning_content", "reasoning")
-            yield from self._role()
-            yield self._chunk(dict.fromkeys(names, event.text))
-        elif isinstance(event, Done):
-            yield from self._role()
-            yield self._chunk({}, _reason(event))
+            return self._role() + self._chunk(dict.fromkeys(names, event.text))
+        if isinstance(event, Done):
+            frames = self._role() + self._chunk({}, _reason(event))
             if self.include_usage:
-                yield self._frame(choices=[], usage=ChatUsageOut.of(event.usage).model_dump())
-            yield sse.frame("[DONE]")
-        else:
-            yield sse.PING
+                frames += self._frame(choices=[], usage=_usage(event.usage))
+            return frames + b"data: [DONE]\n\n"
+        return sse.PING
 
-    def error(self, error: ServiceError) -> Iterator[bytes]:
-        yield sse.frame(payload(error, None))
+    def error(self, error: ServiceError) -> bytes:
+        return sse.frame(payload(error, None))
 
-    def _role(self) -> Iterator[bytes]:
-        if not self.started:
-            self.started = True
-            yield self._chunk({"role": "assistant", "content": ""})
+    def _role(self) -> bytes:
+        if self.started:
+            return b""
+        self.started = True
+        return self._chunk({"role": "assistant", "content": ""})
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return self._frame(choices=[choice], **({"usage": None} if self.include_usage else {}))
 
     def _frame(self, **rest: Any) -> bytes:
-        head = {"id": _chat_id(self.id), "object": "chat.completion.chunk", "created": self.created}
-        return sse.frame({**head, "model": self.model, **rest})
+        return sse.frame({**_head(self.generation, "chat.completion.chunk", self.created), **rest})
 
 
-def _chat_id(id: str) -> str:
-    return f"chatcmpl-{id}"
+def _head(generation: Generation, kind: str, created: int) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{generation.id}", "object": kind, "created": created, "model": generation.request.model}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
 
 
 def _reason(done: Done) -> Literal["stop", "length"]:

@@ -1,17 +1,16 @@
-"""OpenAI's chat request, as far as this service serves it, and its translation into our own body.
-
-Refuses by name what would change an answer and is not served; drops what cannot (IGNORED).
-"""
+"""OpenAI's dialect as pydantic models, as far as it is served: what would change an answer and isn't is refused."""
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from api.errors import invalid
+from api import sse
 from api.schemas.native import (
     WHOLE,
+    ChatMessage,
     GenerateBody,
     MaxTokens,
     Penalty,
@@ -22,7 +21,6 @@ from api.schemas.native import (
     Temperature,
     TopK,
     TopP,
-    Turn,
 )
 
 # Fields that name the caller or the bill and leave the text as it is.
@@ -73,9 +71,9 @@ class ChatTurn(Strict):
     def _drop(cls, fields: object) -> object:
         return _without(fields, _IGNORED_IN_MESSAGES)
 
-    def turn(self) -> Turn:
+    def message(self) -> ChatMessage:
         role: Role = "system" if self.role == "developer" else self.role
-        return Turn(role=role, content=self.content)
+        return ChatMessage.model_construct(role=role, content=self.content)
 
 
 class StreamOptions(Strict):
@@ -115,9 +113,9 @@ class ChatBody(Strict):
         return _without(fields, IGNORED)
 
     def generate(self) -> GenerateBody:
-        """The same request in our own words; what was not sent keeps our default. Raises InvalidRequest."""
+        """The same request in our dialect; what was not sent keeps our default."""
         wanted: dict[str, Any] = {
-            "messages": [turn.turn() for turn in self.messages],
+            "messages": [turn.message() for turn in self.messages],
             "model": self.model,
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,
             "temperature": self.temperature,
@@ -127,11 +125,66 @@ class ChatBody(Strict):
             "seed": self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
         }
-        try:
-            return GenerateBody(**{name: value for name, value in wanted.items() if value is not None})
-        except ValidationError as error:  # what only the whole tells: a conversation without a word
-            invalid(error)
+        return GenerateBody.model_construct(**{name: value for name, value in wanted.items() if value is not None})
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ModelOut(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "local"
+
+
+class ModelsOut(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelOut]
+
+
+class MessageOut(BaseModel):
+    """Reasoning is there under both names that clients look for, and null where there is none."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    reasoning_content: str | None
+    reasoning: str | None
+
+
+class ChoiceOut(BaseModel):
+    index: Literal[0] = 0
+    message: MessageOut
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class PromptDetailsOut(BaseModel):
+    cached_tokens: int
+
+
+class CompletionDetailsOut(BaseModel):
+    reasoning_tokens: int
+
+
+class ChatUsageOut(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetailsOut
+    completion_tokens_details: CompletionDetailsOut
+
+
+class ChatOut(BaseModel):
+    """The whole answer; with `stream` it comes as chat.completion.chunk events instead."""
+
+    model_config = ConfigDict(openapi_extra=sse.DOCUMENTED)  # type: ignore[typeddict-unknown-key]
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    model: str
+    choices: list[ChoiceOut]
+    usage: ChatUsageOut

@@ -1,7 +1,4 @@
-"""The JSON that clients send and receive, as pydantic models: the one list of fields and bounds.
-
-Checks shapes only: whether a prompt fits a model is the model's to say.
-"""
+"""Our own dialect as pydantic models: the one list of fields and bounds."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-from model.types import FinishReason, Sampling, ServedBy, Usage
+from model.types import FinishReason, Sampling, ServedBy
 
 Role = Literal["system", "user", "assistant"]
 
@@ -42,7 +39,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class Turn(Strict):
+class ChatMessage(Strict):
     role: Role
     content: str
 
@@ -59,7 +56,7 @@ class GenerateBody(Strict):
     model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_SOURCE})
 
     prompt: str | None = Field(None, min_length=1, examples=["Why is the sky blue?"])
-    messages: list[Turn] | None = Field(None, min_length=1, max_length=256)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=256)
     model: str | None = Field(None, min_length=1, max_length=256)
     max_new_tokens: MaxTokens = 256
     temperature: Temperature = 0.6
@@ -74,13 +71,11 @@ class GenerateBody(Strict):
     def _one_source(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("Send one of prompt and messages.")
-        if not any(turn.content.strip() for turn in self.turns()):
-            raise ValueError("The prompt is blank.")
         return self
 
-    def turns(self) -> list[Turn]:
-        """The conversation, whichever way it was sent."""
-        return self.messages or [Turn(role="user", content=self.prompt or "")]
+    def conversation(self) -> list[ChatMessage]:
+        """The messages, or the prompt as one."""
+        return self.messages or [ChatMessage.model_construct(role="user", content=self.prompt or "")]
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
@@ -146,10 +141,6 @@ class UsageOut(BaseModel):
     cached_tokens: int
     reasoning_tokens: int
 
-    @classmethod
-    def of(cls, usage: Usage) -> UsageOut:
-        return cls.model_validate(usage, from_attributes=True)
-
 
 class GenerateOut(BaseModel):
     id: str
@@ -160,6 +151,20 @@ class GenerateOut(BaseModel):
     usage: UsageOut
     cached: bool
     served_by: ServedBy
+    sanitised: int = Field(description="HTML elements removed from the prompt.")
+
+
+class RequestOut(BaseModel):
+    id: str
+    user: str
+    model: str
+    started: float
+    state: str = Field(description="loading, queued or running.")
+    tokens: int
+
+
+class RequestsOut(BaseModel):
+    requests: list[RequestOut]
 
 
 class HealthOut(BaseModel):

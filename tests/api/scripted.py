@@ -112,6 +112,9 @@ class ScriptedBackend:
             raise InvalidRequest("The prompt and max_new_tokens exceed the context.", param="max_new_tokens")
         return replace(request, prompt_ids=ids)
 
+    def max_characters(self) -> int:
+        return CONTEXT * 16
+
     def submit(self, request: GenerateRequest) -> ScriptedStream:
         if self._stopping:
             raise ModelUnavailable("The service is stopping.", retry_after=5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from flask import Flask
 
 import app
-from api import sse
 from model.engine import watchdog
 from tests.api.scripted import ScriptedBackend
 
@@ -18,6 +17,6 @@ def poisoned() -> Flask:
     """The real engine, which prompts can make fail. Its patience is seconds, where that of the service is a minute."""
     from tests.model.poisoned import PoisonedBackend
 
-    watchdog.SILENT_AFTER, sse._STALLED = 1.0, 2
+    watchdog.SILENT_AFTER = 1.0
     app._local = PoisonedBackend
     return app.create_app()

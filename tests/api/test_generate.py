@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
 import pytest
+from flask import Flask
 
+from api.context import NAME, Services
+from tests.api.audited import records
 from tests.api.conftest import Client
 from tests.api.scripted import MODEL, ScriptedBackend
 from tests.api.server import eventually
@@ -42,7 +47,9 @@ def test_generate_answers_in_the_contracts_shape(admin: Client) -> None:
         },
         "cached": False,
         "served_by": "local",
+        "sanitised": 0,
     }
+    assert "X-Sanitised" not in answer.headers
 
 
 def test_the_joined_stream_is_the_whole_answer(admin: Client) -> None:
@@ -88,6 +95,20 @@ def test_html_is_taken_out_and_code_is_not(admin: Client, backend: ScriptedBacke
 def test_sanitising_can_be_switched_off(make_app: Callable[..., Any], backend: ScriptedBackend) -> None:
     Client(make_app(sanitise="off")).login().post("/generate", {"prompt": "<b>hi</b>"})
     assert backend.submitted[0].messages[0].content == "<b>hi</b>"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/stream"])
+def test_what_was_removed_is_told_and_assistant_turns_are_left_as_they_are(
+    app: Flask, admin: Client, backend: ScriptedBackend, path: str
+) -> None:
+    counting = replace(app.extensions[NAME], sanitise=lambda text: (text.replace("!", ""), text.count("!")))
+    app.extensions[NAME] = counting
+    turns = [("system", "a!"), ("user", "b!!"), ("assistant", "c!"), ("user", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer = admin.post(path, {"messages": messages})
+    found = answer.json if path == "/generate" else events(answer.text)[-1][1]
+    assert (answer.headers["X-Sanitised"], found["sanitised"]) == ("3", 3)
+    assert [message.content for message in backend.submitted[0].messages] == ["a", "b", "c!", "d"]
 
 
 def test_a_prompt_of_nothing_but_html_is_refused(admin: Client, backend: ScriptedBackend) -> None:
@@ -179,6 +200,26 @@ def test_nobody_cancels_anothers_request(admin: Client, add_user: Callable[..., 
     assert add_user("eve").ask("DELETE", "/requests/mine-2").status_code == 404
     assert admin.ask("DELETE", "/requests/mine-2").status_code == 204
     stream.close()
+
+
+def test_an_administrator_sees_who_is_on_it_and_may_end_it(
+    admin: Client, add_user: Callable[..., Client], services: Services
+) -> None:
+    bob = add_user("bob")
+    assert bob.get("/admin/requests").status_code == 403
+    with bob.post("/stream", {"prompt": "slow secret " + "word " * 200}, headers={"X-Request-Id": "bobs"}) as stream:
+        frames = iter(stream.response)
+        for _ in range(3):
+            next(frames)
+        (shown,) = admin.get("/admin/requests").json["requests"]
+        assert (shown["id"], shown["user"], shown["model"], shown["state"]) == ("bobs", "bob", MODEL, "running")
+        assert shown["tokens"] >= 2 and abs(time.time() - shown["started"]) < 60
+        assert "secret" not in admin.get("/admin/requests").text
+        assert admin.ask("DELETE", "/requests/bobs").status_code == 204
+        assert b'"finish_reason": "cancelled"' in b"".join(frames)
+    assert admin.get("/admin/requests").json == {"requests": []}
+    (event,) = [each for each in records(services, "act") if each["act"] == "request cancelled"]
+    assert (event["user"], event["account"], event["of_request"]) == ("admin", "bob", "bobs")
 
 
 def test_a_response_that_nobody_reads_still_frees_its_slot(admin: Client, backend: ScriptedBackend) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import sse
-from api.body import read_json
+from api.middleware import read_json
 from errors import InvalidRequest, Malformed
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
 import pytest
-
 from api.arrival import HEAD, Arrival, TooLong
+
 from tests.api.conftest import PASSWORD
 from tests.api.server import SECONDS, Server, eventually
 

@@ -72,11 +72,11 @@ def test_a_token_that_was_revoked_ends_the_stream_within_two_seconds() -> None:
 
 
 class Words:
-    def event(self, event: Event) -> Iterator[bytes]:
-        yield sse.frame({"text": getattr(event, "text", "end")})
+    def event(self, event: Event) -> bytes:
+        return sse.frame({"text": getattr(event, "text", "end")})
 
-    def error(self, error: ServiceError) -> Iterator[bytes]:
-        yield sse.frame({"code": error.code}, event="error")
+    def error(self, error: ServiceError) -> bytes:
+        return sse.frame({"code": error.code}, event="error")
 
 
 def body(events: Iterator[Event | None]) -> tuple[bytes, list[str]]:

@@ -1,7 +1,9 @@
-"""However many wait for a model or a password, a thread is left for everybody else."""
+"""Requests that wait for a model, a password or a tokenizer leave a thread, and the interpreter, to the others."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -11,17 +13,20 @@ from threading import Event
 import pytest
 from flask import Flask
 
-from api.places import LOGINS, Places
+from api.context import LOGINS, PREPARING, Capacity
 from errors import Overloaded
+from model.types import GenerateRequest
 from tests.api.conftest import PASSWORD, Client
-from tests.api.scripted import ScriptedBackend
+from tests.api.scripted import CONTEXT, ScriptedBackend
 from tests.api.server import Server, eventually
 
-TWIN = {"prompt": "silent", "temperature": 0}  # twins share one generation: neither a slot nor the queue counts them
+SILENT = {"prompt": "silent", "temperature": 0}
+LONG = {"prompt": "w" * 20_000, "cache": False}
+ENORMOUS = {"prompt": "<b<b aN=1>>" * 90_000, "cache": False}
 
 
 def test_a_place_is_free_again_whatever_happened_on_it() -> None:
-    places = Places(1, retry_after=3)
+    places = Capacity(1, retry_after=3)
     with pytest.raises(KeyError), places.take():
         raise KeyError
     with places.take(), pytest.raises(Overloaded) as refused, places.take():
@@ -29,19 +34,102 @@ def test_a_place_is_free_again_whatever_happened_on_it() -> None:
     assert refused.value.retry_after == 3
 
 
-def test_more_twins_than_there_are_places_are_503_and_a_closed_one_makes_room(
+def test_more_generations_than_there_are_threads_are_503_and_a_closed_one_makes_room(
     make_app: Callable[..., Flask], backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.places._SHARING", 1)
-    admin = Client(make_app(slots=1, max_queue=1)).login()
-    running = [admin.post("/stream", TWIN) for _ in range(3)]
-    refused = admin.post("/stream", TWIN)
+    monkeypatch.setattr("app.max_generations", lambda settings: 3)
+    admin = Client(make_app()).login()
+    running = [admin.post("/stream", SILENT) for _ in range(3)]
+    refused = admin.post("/stream", SILENT)
     assert (refused.status_code, refused.json["error"]["code"]) == (503, "overloaded")
-    assert (refused.headers["Retry-After"], len(backend.submitted)) == ("5", 1)
+    assert (refused.headers["Retry-After"], len(backend.submitted)) == ("5", 3)
     running.pop().close()
     assert admin.post("/generate", {"prompt": "hi"}).status_code == 200
     for stream in running:
         stream.close()
+
+
+@pytest.mark.promise("P8", injected="a megabyte of words, as HTML", counted="refused before any work on its text")
+def test_a_prompt_that_cannot_fit_is_refused_by_its_length_alone(
+    admin: Client, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked: list[object] = []
+    monkeypatch.setattr(ScriptedBackend, "prepare", lambda _, request: worked.append(request))
+    monkeypatch.setattr("app.sanitise", worked.append)
+    for path, param in (("/generate", "prompt"), ("/stream", "prompt")):
+        refused = admin.post(path, ENORMOUS)
+        error = refused.json["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (422, "context_length_exceeded", param)
+        assert "maximum context length" in error["message"] and str(CONTEXT * 16) in error["message"]
+    assert worked == [] and backend.submitted == []
+
+
+@pytest.mark.promise("P8", injected="8 long prompts at once", counted="two prepared at a time, short ones meanwhile")
+def test_long_prompts_are_prepared_two_at_a_time_and_short_ones_do_not_wait(
+    make_app: Callable[..., Flask], backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin = Client(make_app(user_streams=20)).login()
+    working, most, go, prepare = [], [0], Event(), ScriptedBackend.prepare
+
+    def slow(self: ScriptedBackend, request: GenerateRequest) -> GenerateRequest:
+        if len(request.messages[0].content) == len(LONG["prompt"]):
+            working.append(1)
+            most[0] = max(most[0], len(working))
+            go.wait(10)
+            working.pop()
+        return prepare(self, request)
+
+    monkeypatch.setattr(ScriptedBackend, "prepare", slow)
+    with ThreadPoolExecutor(8) as pool:
+        long = [pool.submit(lambda: admin.post("/generate", LONG).status_code) for _ in range(8)]
+        eventually(lambda: len(working) == PREPARING)
+        assert admin.post("/generate", {"prompt": "hi"}).status_code == 200
+        go.set()
+        assert [each.result() for each in long] == [200] * 8
+    assert most == [PREPARING]
+
+
+def test_a_prompt_that_finds_no_place_in_its_time_is_503(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin, working, go, prepare = Client(make_app(request_timeout=0.2)).login(), [], Event(), ScriptedBackend.prepare
+
+    def slow(self: ScriptedBackend, request: GenerateRequest) -> GenerateRequest:
+        working.append(1)
+        go.wait(10)
+        return prepare(self, request)
+
+    monkeypatch.setattr(ScriptedBackend, "prepare", slow)
+    with ThreadPoolExecutor(PREPARING) as pool:
+        first = [pool.submit(lambda: admin.post("/generate", LONG).status_code) for _ in range(PREPARING)]
+        eventually(lambda: len(working) == PREPARING)
+        assert admin.post("/generate", LONG).status_code == 503
+        go.set()
+        assert [each.result() for each in first] == [200] * PREPARING
+
+
+@pytest.mark.promise("P2", injected="one client posting 1 MB bodies in a loop", counted="a stream's gaps under twice")
+def test_a_client_that_posts_megabytes_does_not_stretch_anothers_stream(admin: Client) -> None:
+    def gaps() -> float:
+        """The time that 40 words take whose script waits 50 ms between two."""
+        started = time.monotonic()
+        assert admin.post("/generate", {"prompt": "slow " + "word " * 39, "cache": False}).status_code == 200
+        return time.monotonic() - started
+
+    stop, posted = threading.Event(), []
+
+    def flood() -> None:
+        while not stop.is_set():
+            posted.append(admin.post("/generate", ENORMOUS).status_code)
+
+    alone, flooding = gaps(), threading.Thread(target=flood)
+    flooding.start()
+    try:
+        beside = gaps()
+    finally:
+        stop.set()
+        flooding.join()
+    assert beside < 2 * alone and len(posted) >= 3 and set(posted) == {422}
 
 
 def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
@@ -68,11 +156,11 @@ def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
     assert login(99) == 200
 
 
-@pytest.mark.promise("P8", injected="60 clients that wait for one answer", counted="health still answers")
+@pytest.mark.promise("P8", injected="60 clients that wait for an answer", counted="health still answers")
 def test_health_answers_while_everybody_else_waits(tmp_path: Path) -> None:
     few = {"SLOTS": "1", "MAX_QUEUE": "1", "USER_STREAMS": "1000"}
     with Server(tmp_path, PASSWORD, **few) as server, ExitStack() as waiting:
         for _ in range(60):
-            waiting.enter_context(closing(server.connect("POST", "/generate", TWIN)))
+            waiting.enter_context(closing(server.connect("POST", "/generate", SILENT)))
+        eventually(lambda: server.open_streams() == 18)
         assert server.ask("GET", "/healthz") == {"status": "ok"}
-        assert server.open_streams() == 1

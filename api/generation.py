@@ -1,0 +1,235 @@
+"""One generation, from a checked body to its last event: cleaned, limited, recorded, and given back in every case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from secrets import token_hex
+from typing import Any, Literal
+
+from flask import Response, request
+
+from api import generation_audit, sse
+from api.context import RequestLog, current, services
+from api.entry import Entry as GenerationAudit
+from api.metering import Meter, allowance
+from api.middleware import Principal, principal, recheck
+from api.schemas.native import GenerateBody
+from errors import InvalidRequest, ServiceError
+from model.types import Chunk, Done, Event, FinishReason, GenerateRequest, Message, Status, Usage
+from quotas.limits import Lease, LimitExceeded
+
+CacheUse = Literal["hit", "miss", "off"]
+_SHORT = 8_000  # characters: cleaning and tokenising fewer takes under 5 ms, and needs no place of its own
+
+
+@dataclass(slots=True)
+class Generation:
+    """A generation under way. `close` gives everything back, any number of times; `cancel` lets its events end soon.
+
+    events: None for each silence of a few seconds; Done comes when the end is in the audit log. state: loading, queued
+    or running. tokens: sent so far.
+    """
+
+    id: str
+    user: str
+    request: GenerateRequest
+    sanitised: int
+    cache: CacheUse
+    events: Iterator[Event | None] = field(init=False)
+    close: Callable[[], None] = field(init=False)
+    cancel: Callable[[], None] = field(init=False)
+    started: float = field(default_factory=time.time)
+    state: str = "queued"
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer in one piece."""
+
+    text: str
+    reasoning: str
+    done: Done
+
+
+def start(body: GenerateBody) -> Generation:
+    """Start what `body` asks for in the name of the caller. Raises ServiceError."""
+    caller, log, sent = principal(), current(), body.conversation()
+    wanted, meter = _wanted(body, caller, log.id), Meter(caller.owner)
+    with ExitStack() as held:
+        held.enter_context(services().generations.take())
+        try:
+            lease = services().streams.take(caller.owner, allowance().streams)
+            held.callback(lease.give_back)
+            prepared, sanitised = _prepare(body, wanted)
+            cache, key, remembered = _look_up(body, prepared)
+            if remembered is None:
+                held.callback(meter.settle)
+                meter.reserve(prepared)
+        except (ServiceError, LimitExceeded):
+            with generation_audit.start(wanted, sent, caller, log, None):
+                raise
+        log.cache = cache
+        generation = Generation(log.id, caller.owner, prepared, sanitised, cache)
+        if remembered is not None:
+            events = [*_replay(remembered)]
+            generation_audit.record_hit(prepared, sent, caller, log, events)
+            log.done = next(event for event in events if isinstance(event, Done))
+            generation.events = iter(events)
+        else:
+            audit = held.push(generation_audit.start(prepared, sent, caller, log, cache))
+            stream = services().backend.submit(prepared)
+            held.callback(stream.close)
+            generation.cancel = stream.close
+            services().running[prepared.id] = generation
+            held.callback(services().running.pop, prepared.id, None)
+            watched = sse.watched(stream, sse.client_check(request.environ), _still_allowed(caller, lease))
+            keep = partial(services().cache.put, key) if key is not None else None
+            generation.events = _observed(watched, generation, keep, meter, audit, log)
+        generation.close = held.pop_all().close
+        return generation
+    raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
+
+
+def read_all(generation: Generation) -> Completion:
+    """Wait for the whole answer. Raises what the generation raises, and ClientGone."""
+    texts: dict[str, list[str]] = {"answer": [], "reasoning": []}
+    with closing(generation):
+        for event in generation.events:
+            if isinstance(event, Chunk):
+                texts[event.channel].append(event.text)
+            elif isinstance(event, Done):
+                return Completion("".join(texts["answer"]), "".join(texts["reasoning"]), event)
+    raise ServiceError("The answer ended early.")
+
+
+def respond(generation: Generation, dialect: sse.Dialect) -> Response:
+    """The answer as server-sent events."""
+    response = sse.respond(generation.events, dialect, generation.close)
+    response.headers.extend(headers(generation))
+    return response
+
+
+def headers(generation: Generation) -> dict[str, str]:
+    """What the answer's headers say in every dialect."""
+    removed = {"X-Sanitised": str(generation.sanitised)} if generation.sanitised else {}
+    return {"X-Cache": generation.cache, **removed}
+
+
+def _wanted(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
+    return GenerateRequest(
+        id=f"{id}.{token_hex(4)}",  # two callers may have chosen the same request id
+        owner=caller.owner,
+        model=body.model or services().model,
+        messages=tuple(Message(message.role, message.content) for message in body.conversation()),
+        sampling=body.sampling(),
+        max_new_tokens=body.max_new_tokens,
+        stop=tuple(body.stop),
+        timeout=services().settings.request_timeout,
+    )
+
+
+def _prepare(body: GenerateBody, wanted: GenerateRequest) -> tuple[GenerateRequest, int]:
+    """The request cleaned and tokenised, and how many elements were removed.
+
+    A megabyte of text holds the interpreter's lock for half a second: what cannot fit is refused by its length alone,
+    and only PREPARING long prompts are worked on at a time.
+    """
+    length, fits = sum(len(message.content) for message in wanted.messages), services().backend.max_characters()
+    param = "prompt" if body.messages is None else "messages"
+    if length > fits:
+        raise InvalidRequest(
+            f"The prompt has {length} characters; the model's maximum context length holds at most {fits}. Shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    with services().preparing.take(wanted.timeout) if length > _SHORT else nullcontext():
+        cleaned = [_clean(message) for message in wanted.messages]
+        if not any(message.content.strip() for message, _ in cleaned):
+            raise InvalidRequest("The prompt is blank, or nothing is left of it once HTML is removed.", param=param)
+        messages = tuple(message for message, _ in cleaned)
+        return services().backend.prepare(replace(wanted, messages=messages)), sum(removed for _, removed in cleaned)
+
+
+def _clean(message: Message) -> tuple[Message, int]:
+    if message.role == "assistant":
+        return message, 0
+    text, removed = services().sanitise(message.content)
+    return Message(message.role, text), removed
+
+
+def _look_up(body: GenerateBody, prepared: GenerateRequest) -> tuple[CacheUse, str | None, dict[str, Any] | None]:
+    """What the cache is to the request, the key under which its answer is kept, and the answer kept there."""
+    if not (body.cache and prepared.sampling.deterministic) or request.cache_control.no_store:
+        return "off", None, None
+    cache, backend = services().cache, services().backend
+    owner = None if services().settings.cache_shared else prepared.owner
+    chosen = (astuple(prepared.sampling), prepared.max_new_tokens, prepared.stop)
+    key = cache.key("answer-1", backend.fingerprint(), owner, prepared.prompt_ids, *chosen)
+    found = cache.get(key)
+    return ("miss" if found is None else "hit"), key, found
+
+
+def _still_allowed(caller: Principal, lease: Lease) -> sse.Check:
+    still_stands = recheck(caller)
+
+    def check() -> None:
+        still_stands()
+        lease.keep()
+
+    return check
+
+
+def _observed(
+    watched: Iterator[Event | None],
+    generation: Generation,
+    keep: Callable[[dict[str, Any]], None] | None,
+    meter: Meter,
+    audit: GenerationAudit,
+    log: RequestLog,
+) -> Iterator[Event | None]:
+    """The events, counted, recorded, and kept in the cache once they have ended well."""
+    chunks: list[Chunk] = []
+    meter.begin()
+    try:
+        with audit:
+            for event in watched:
+                meter.saw(event)
+                audit.observe(event)
+                if isinstance(event, Chunk):
+                    generation.state, generation.tokens = "running", generation.tokens + 1
+                    chunks.append(event)
+                elif isinstance(event, Status):
+                    generation.state = event.stage
+                elif isinstance(event, Done):
+                    log.done = event
+                    if keep is not None and event.finish_reason is not FinishReason.CANCELLED:
+                        keep(_remember(chunks, event))
+                yield event
+    except ServiceError as error:
+        log.error = error.code
+        if not isinstance(error, sse.ClientGone):
+            meter.failed()
+        raise
+
+
+def _remember(chunks: list[Chunk], done: Done) -> dict[str, Any]:
+    runs = groupby(chunks, key=lambda chunk: chunk.channel)
+    texts = [[channel, "".join(chunk.text for chunk in run)] for channel, run in runs]
+    return {
+        "texts": texts,
+        "served_by": done.served_by,
+        "finish_reason": done.finish_reason,
+        "usage": asdict(done.usage),
+    }
+
+
+def _replay(kept: dict[str, Any]) -> Iterator[Chunk | Done]:
+    for channel, text in kept["texts"]:
+        yield Chunk(text, channel)
+    yield Done(FinishReason(kept["finish_reason"]), Usage(**kept["usage"]), kept["served_by"])
