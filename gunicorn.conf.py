@@ -31,8 +31,8 @@ except SettingsError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
 
-STALLED_READ, STALLED_WRITE = 10, 32  # seconds; nginx gives up earlier: 10 for its whole body, 30 for a write
-UNREAD = 64 << 10  # bytes that may wait for a reader that has stopped: with megabytes it would hold its slot
+STALLED_READ, STALLED_WRITE = 10, 20  # seconds without a byte; nginx gives a whole body 10, too
+UNREAD = 16 << 10  # bytes that may wait for a reader that has stopped: with megabytes it would hold its slot
 HANG_UP = 2.0  # seconds in which a client may read our last bytes and close
 SHUTDOWN_DELAY = 2.0  # seconds in which clients may read why, before a process whose model hangs is replaced
 

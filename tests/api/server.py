@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
+
+from ops import stack
+from tests.conftest import lacking
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 20.0
@@ -27,6 +31,54 @@ def eventually(holds: Callable[[], Any], seconds: float = SECONDS) -> Any:
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
     return value
+
+
+class FrontDoor:
+    """The repository's nginx in front of `server`, for as long as it is entered: TLS on `port` of loopback."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.port = stack.free_port()
+        self._server, self._folder = server, folder.resolve()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._trusted = ssl.create_default_context()
+
+    def __enter__(self) -> Self:
+        try:
+            stack.make_secrets(self._folder / "secrets")
+            conf = stack.nginx_conf(self._folder / "secrets", self.port, stack.free_port(), self._server.port)
+            (self._folder / "nginx.conf").write_text(conf)
+            command = stack.nginx_command(self._folder)
+        except stack.StackError as missing:
+            lacking(str(missing))
+        self._trusted.load_verify_locations(self._folder / "secrets" / "tls.crt")
+        with (self._folder / "nginx.log").open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        eventually(lambda: stack.listening(self.port))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process:
+            self._process.terminate()
+            self._process.wait(SECONDS)
+
+    def dial(self, address: str) -> ssl.SSLSocket:
+        """A connection from this address of loopback, its handshake done and nothing sent; it holds little unread."""
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(SECONDS)
+        plain.bind((address, 0))
+        plain.connect(("127.0.0.1", self.port))
+        return self._trusted.wrap_socket(plain, server_hostname="localhost")
+
+    def connect(
+        self, method: str, path: str, body: object = None, address: str = "127.0.0.1"
+    ) -> http.client.HTTPConnection:
+        """A connection with a request of the server's user on it, the answer not yet read."""
+        connection = http.client.HTTPConnection("localhost", self.port, timeout=SECONDS)
+        connection.sock = self.dial(address)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._server.token}"}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        return connection
 
 
 class Server:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -106,25 +105,17 @@ def test_failed_and_cancelled_answers_are_not_remembered(admin: Client, backend:
     assert len(backend.submitted) == 4
 
 
-def test_equal_requests_at_once_are_one_generation(admin: Client, backend: ScriptedBackend) -> None:
-    body = {"prompt": "slow one two three four five six", "temperature": 0}
-    with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: admin.post("/generate", body).json["response"], range(6)))
-    assert set(answers) == {body["prompt"]}
-    assert len(backend.submitted) == 1
-
-
-def test_the_one_who_asked_first_may_leave_without_ending_the_others(admin: Client, backend: ScriptedBackend) -> None:
+def test_equal_requests_at_once_are_two_generations_and_one_may_end_without_the_other(
+    admin: Client, backend: ScriptedBackend
+) -> None:
     body = {"prompt": "slow one two three", "temperature": 0}
     first, second = admin.post("/stream", body), admin.post("/stream", body)
     first.close()
     assert events(second.text)[-1][1]["finish_reason"] == "stop"
-    assert len(backend.submitted) == 1
+    assert len(backend.submitted) == 2
 
 
-def test_a_cancelled_answer_tells_what_it_used_also_where_it_could_have_been_shared(
-    admin: Client, backend: ScriptedBackend
-) -> None:
+def test_a_cancelled_answer_tells_what_it_used(admin: Client) -> None:
     body = {"prompt": "slow " + "word " * 100, "temperature": 0}
     stream = admin.post("/stream", body, headers={"X-Request-Id": "mine"})
     text = iter(stream.response)
@@ -135,12 +126,3 @@ def test_a_cancelled_answer_tells_what_it_used_also_where_it_could_have_been_sha
     assert (name, done["finish_reason"]) == ("done", "cancelled")
     assert done["usage"]["completion_tokens"] >= 2 and done["usage"]["prompt_tokens"] > 100
     stream.close()
-
-
-def test_whoever_leaves_others_to_read_on_is_told_what_was_given(admin: Client) -> None:
-    body = {"prompt": "slow one two three", "temperature": 0}
-    leaves, stays = (admin.post("/stream", body, headers={"X-Request-Id": id}) for id in ("leaves", "stays"))
-    admin.ask("DELETE", "/requests/leaves")
-    given, whole = (events(stream.text)[-1][1]["usage"] for stream in (leaves, stays))
-    assert (given["completion_tokens"], whole["completion_tokens"]) == (1, 4)
-    assert given["prompt_tokens"] == whole["prompt_tokens"] > 0
