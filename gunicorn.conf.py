@@ -91,7 +91,7 @@ class _Log(Logger):  # type: ignore[misc]
         self.error_log.propagate = True
 
     def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(sys.exc_info()[1], BlockingIOError):
+        if isinstance(sys.exc_info()[1], BlockingIOError | TimeoutError):
             self.info("a client was too slow")
         else:
             super().exception(msg, *args, **kwargs)
@@ -148,8 +148,8 @@ def post_worker_init(worker: Any) -> None:
     backend = services.backend
     for listener in worker.sockets:  # connections inherit these
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED_READ, 0))
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALLED_WRITE, 0))
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
+        listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_WRITE * 1000)
     try:
         services.audit.open()  # closes what a process that died left open
     except StoreUnavailable as error:

@@ -10,7 +10,7 @@ import re
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from uuid import uuid4
+from secrets import token_hex
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -107,7 +107,7 @@ def configure_logging(level: str = "info", file: Path | None = None) -> None:
 
 def request_id(offered: str | None) -> str:
     """The caller's id for a request where it is plain and short, else a fresh one."""
-    return offered if offered and _REQUEST_ID.fullmatch(offered) else uuid4().hex
+    return offered if offered and _REQUEST_ID.fullmatch(offered) else token_hex(16)
 
 
 def _mask(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:

@@ -148,7 +148,6 @@ def _begin() -> None:
     id = request_id(request.headers.get("X-Request-Id"))
     route = request.url_rule.rule if request.url_rule else None
     g.request_log = RequestLog(id, request.method[:16], route, request.path[:256])
-    structlog.contextvars.clear_contextvars()  # the thread served another request before
     structlog.contextvars.bind_contextvars(request_id=id)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from secrets import token_hex
@@ -167,11 +167,12 @@ def _look_up(body: GenerateBody, prepared: GenerateRequest) -> tuple[CacheUse, s
     """What the cache is to the request, the key under which its answer is kept, and the answer kept there."""
     if not (body.cache and prepared.sampling.deterministic) or request.cache_control.no_store:
         return "off", None, None
-    cache, backend = services().cache, services().backend
-    owner = None if services().settings.cache_shared else prepared.owner
-    chosen = (astuple(prepared.sampling), prepared.max_new_tokens, prepared.stop)
-    key = cache.key("answer-1", backend.fingerprint(), owner, prepared.prompt_ids, *chosen)
-    found = cache.get(key)
+    built, sampling = services(), prepared.sampling
+    owner = None if built.settings.cache_shared else prepared.owner
+    chosen = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty, sampling.seed)
+    ending = (chosen, prepared.max_new_tokens, prepared.stop)
+    key = built.cache.key("answer-1", built.backend.fingerprint(), owner, prepared.prompt_ids, *ending)
+    found = built.cache.get(key)
     return ("miss" if found is None else "hit"), key, found
 
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -36,6 +37,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; manifest-src 'self'; "
     "worker-src 'self'; require-trusted-types-for 'script'; trusted-types page dompurify; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -213,10 +215,8 @@ def _check_host() -> None:
     An address or localhost cannot be rebound, and behind a proxy the names are the proxy's to know.
     """
     settings = services().settings
-    if not settings.allowed_hosts and (settings.trusted_proxies or not _is_loopback(settings.host)):
-        return
-    name = _host_name()
-    if name not in {"localhost", settings.host, *settings.allowed_hosts} and not _is_address(name):
+    guarded = bool(settings.allowed_hosts) or (not settings.trusted_proxies and _is_loopback(settings.host))
+    if guarded and not _is_served(request.host, (settings.host, *settings.allowed_hosts)):
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
 
@@ -251,13 +251,16 @@ def _principal() -> Principal:
     return Principal(name, key.role, jti, None, expires, key.scopes)
 
 
-def _host_name() -> str:
+@lru_cache(256)
+def _is_served(host: str, names: tuple[str, ...]) -> bool:
     try:
-        return urlsplit(f"//{request.host}").hostname or ""
+        name = urlsplit(f"//{host}").hostname or ""
     except ValueError:  # brackets around what is no address
-        return ""
+        return False
+    return name == "localhost" or name in names or _is_address(name)
 
 
+@lru_cache(256)
 def _is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
@@ -275,5 +278,5 @@ def _harden(response: Response) -> Response:
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "no-referrer"
-    headers["Content-Security-Policy"] = _POLICY + "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers["Content-Security-Policy"] = _POLICY
     return response

@@ -99,7 +99,13 @@ def _ending(generation: Generation, done: Done) -> dict[str, Any]:
     return {
         "id": generation.id,
         "finish_reason": done.finish_reason,
-        "usage": {**asdict(done.usage), "total_tokens": done.usage.total_tokens},
+        "usage": {
+            "prompt_tokens": done.usage.prompt_tokens,
+            "completion_tokens": done.usage.completion_tokens,
+            "total_tokens": done.usage.total_tokens,
+            "cached_tokens": done.usage.cached_tokens,
+            "reasoning_tokens": done.usage.reasoning_tokens,
+        },
         "cached": generation.cache == "hit",
         "served_by": done.served_by,
         "sanitised": generation.sanitised,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import random
 import signal
 import socket
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from tests.api.conftest import PASSWORD
+from tests.api.scripted import MODEL
 from tests.api.server import SECONDS, Server, eventually
 from tests.api.test_engine_faults import POISONED, details
 from tests.api.test_generate import events
@@ -73,10 +75,16 @@ def test_overload_is_shed_and_leaves_nothing(serve: Callable[..., Server]) -> No
 
 
 def deaf_reader(server: Server) -> socket.socket:
-    """A client that asks for an endless stream and never reads it."""
-    with closing(server.connect("POST", "/stream", ENDLESS)) as connection:
-        assert connection.sock is not None
-        return connection.sock.dup()
+    """A client that asks for an endless stream, in long frames, and never reads it."""
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "for ever"}], "max_tokens": 1_000_000}
+    body = json.dumps({**chat, "stream": True})
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", server.port))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {server.token}\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall((head + body).encode())
+    return client
 
 
 @pytest.mark.promise("P9", injected="10 readers that stop reading", counted="others served, all slots free within 35 s")
@@ -84,8 +92,7 @@ def test_readers_that_stop_reading_lose_their_slots(serve: Callable[..., Server]
     server = serve(SLOTS="12", PACE="0")
     with ExitStack() as held:
         for _ in range(10):
-            deaf = held.enter_context(closing(deaf_reader(server)))
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            held.enter_context(closing(deaf_reader(server)))
         eventually(lambda: details(server).get("running") == 10)
         assert status_of(server, {"prompt": "hi"})[0] == 200
         eventually(lambda: details(server)["running"] == 0, 35)
