@@ -15,7 +15,7 @@ from flask import Response, request
 
 from api import generation_audit, sse
 from api.context import RequestLog, current, services
-from api.entry import Entry as GenerationAudit
+from api.generation_audit import GenerationAudit
 from api.metering import Meter, allowance
 from api.middleware import Principal, principal, recheck
 from api.schemas.native import GenerateBody
@@ -68,8 +68,8 @@ def start(body: GenerateBody) -> Generation:
             held.callback(lease.give_back)
             prepared, sanitised = _prepare(body, wanted)
             cache, key, remembered = _look_up(body, prepared)
+            held.callback(meter.settle)
             if remembered is None:
-                held.callback(meter.settle)
                 meter.reserve(prepared)
         except (ServiceError, LimitExceeded):
             with generation_audit.start(wanted, sent, caller, log, None):
@@ -91,6 +91,7 @@ def start(body: GenerateBody) -> Generation:
             watched = sse.watched(stream, sse.client_check(request.environ), _still_allowed(caller, lease))
             keep = partial(services().cache.put, key) if key is not None else None
             generation.events = _observed(watched, generation, keep, meter, audit, log)
+        meter.begin()
         generation.close = held.pop_all().close
         return generation
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
@@ -196,11 +197,10 @@ def _observed(
 ) -> Iterator[Event | None]:
     """The events, counted, recorded, and kept in the cache once they have ended well."""
     chunks: list[Chunk] = []
-    meter.begin()
     try:
         with audit:
             for event in watched:
-                meter.saw(event)
+                meter.observe(event)
                 audit.observe(event)
                 if isinstance(event, Chunk):
                     generation.state, generation.tokens = "running", generation.tokens + 1
@@ -215,7 +215,7 @@ def _observed(
     except ServiceError as error:
         log.error = error.code
         if not isinstance(error, sse.ClientGone):
-            meter.failed()
+            meter.fail()
         raise
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from api.context import RequestLog
-from api.entry import Entry as GenerationAudit
-from api.entry import Turn, begin
+from api.entry import Entry, Turn, begin
 from api.middleware import Principal
 from model.types import Event, GenerateRequest
+
+GenerationAudit = Entry
 
 
 def start(

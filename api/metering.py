@@ -60,14 +60,14 @@ class Meter:
         """The prompt is being read, and costs its tokens from here on."""
         self._used = self._prompt
 
-    def saw(self, event: Event | None) -> None:
+    def observe(self, event: Event | None) -> None:
         """Count what the caller is given. The end has the exact figure; whoever leaves before it pays what came."""
         if isinstance(event, Done):
             self._used = event.usage.total_tokens
         elif isinstance(event, Chunk):
             self._used += 1
 
-    def failed(self) -> None:
+    def fail(self) -> None:
         """By no doing of the caller's: it costs nothing where nothing came of it."""
         if self._used == self._prompt:
             self._used = 0

@@ -124,3 +124,16 @@ def test_two_apps_in_one_process_do_not_share_anything(tmp_path: Path) -> None:
     )
     assert one.extensions[NAME] is not two.extensions[NAME]
     assert Client(two, Client(one).login().token).get("/keys").status_code == 401
+
+
+def test_under_a_path_every_address_is_served_with_and_without_it(make_app: MakeApp) -> None:
+    nobody = Client(make_app(url_prefix="/llm"))
+    for prefix in ("/llm", ""):
+        assert nobody.get(f"{prefix}/healthz").status_code == 200
+        answer = nobody.post(f"{prefix}/login", {"username": "admin", "password": PASSWORD})
+        admin = Client(nobody.app, answer.json["access_token"])
+        assert admin.post(f"{prefix}/v1/chat/completions", {}).json["error"].keys() == {
+            *("message", "type", "param", "code")
+        }
+        assert admin.post(f"{prefix}/generate", {"prompt": "hi"}).json["response"] == "hi"
+    assert nobody.get("/llmx/healthz").status_code == 404
