@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -21,7 +22,8 @@ from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseExc
 from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
 from api.context import LOGINS, NAME, Services, max_generations
-from errors import StoreUnavailable
+from api.errors import payload
+from errors import Malformed, StoreUnavailable
 from settings import Settings, SettingsError
 from telemetry import configure_logging
 
@@ -38,12 +40,13 @@ SHUTDOWN_DELAY = 2.0  # seconds in which clients may read why, before a process 
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gthread, with errors in our shape and without quoting what was sent."""
+    """gthread, with errors in our shape that do not quote what was sent, and whose main loop waits for no client."""
 
     def handle(self, conn: Any) -> Any:
         kept = super().handle(conn)
         if not kept:
-            _hang_up(conn.sock)
+            with suppress(OSError):
+                _hang_up(conn.sock, time.monotonic() + HANG_UP)
         return kept
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, error: Exception) -> None:
@@ -51,34 +54,24 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             super().handle_error(req, client, addr, error)
             return
         self.log.warning("not a request: %s", type(error).__name__)
-        refused: dict[type[Exception], tuple[int, str]] = {
-            LimitRequestHeaders: (431, "headers_too_large"),
-            LimitRequestLine: (414, "uri_too_long"),
-        }
-        status, code = refused.get(type(error), (400, "malformed"))
-        message = f"{HTTPStatus(status).phrase}: the request cannot be read as HTTP."
-        detail = {"message": message, "type": "invalid_request_error", "code": code, "param": None, "request_id": None}
-        body = json.dumps({"error": detail})
-        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
-        try:
-            client.sendall((head + body).encode())
-        except OSError:
-            return  # it is gone, or does not read
+        known = {LimitRequestHeaders: (431, "headers_too_large"), LimitRequestLine: (414, "uri_too_long")}
+        status, code = known.get(type(error), (400, "malformed"))
+        phrase = HTTPStatus(status).phrase
+        body = json.dumps(payload(Malformed(f"This cannot be read as HTTP: {phrase}.", code=code), None))
+        head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        with suppress(OSError):  # it is gone, or does not read
+            client.sendall(f"{head}Cache-Control: no-store\r\nConnection: close\r\n\r\n{body}".encode())
 
 
-def _hang_up(client: socket.socket) -> None:
-    """Wait for the client to close in this thread: gunicorn would wait on its main loop, which accepts for all."""
-    end = time.monotonic() + HANG_UP
-    try:
-        client.shutdown(socket.SHUT_WR)
+def _hang_up(client: socket.socket, end: float) -> None:
+    """Let the client read our last bytes and close, until `end`: gunicorn does this on the loop that accepts."""
+    client.shutdown(socket.SHUT_WR)
+    with suppress(TimeoutError):
         while (left := end - time.monotonic()) > 0:
             client.settimeout(left)
             if not client.recv(UNREAD):
                 break
-        client.shutdown(socket.SHUT_RD)
-    except OSError:
-        return
+    client.shutdown(socket.SHUT_RD)
 
 
 class _Log(Logger):  # type: ignore[misc]
@@ -97,21 +90,12 @@ class _Log(Logger):  # type: ignore[misc]
             super().exception(msg, *args, **kwargs)
 
 
-def _connections(wanted: int) -> int:
-    """At most `wanted`, with 512 files left for databases, models and the compiler: gunicorn dies of one too many."""
-    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < wanted + 512:
-        files = wanted + 512 if hard == resource.RLIM_INFINITY else min(wanted + 512, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    return wanted if files == resource.RLIM_INFINITY else min(wanted, files - 512)
-
-
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 worker_class = Worker
 workers = 1
 # Generations and logins hold a thread while they run or wait; the rest is short, and finds one of 16.
 threads = max_generations(settings) + LOGINS + 16
-worker_connections = _connections(threads + 1000)
+worker_connections = threads + 1000
 preload_app = False  # never fork after torch's threads have started
 control_socket_disable = True
 timeout = 120  # the main loop only accepts; importing and loading may hold it up
@@ -120,32 +104,29 @@ limit_request_field_size = 16_384  # an absurd token is a 401 and not a dropped 
 forwarded_allow_ips = ""  # the app's TRUSTED_PROXIES decides
 logger_class = _Log
 
+# gunicorn dies when it accepts one connection too many; 512 files are for databases, models and the compiler.
+_files, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+if 0 <= _files < worker_connections + 512:
+    _files = worker_connections + 512 if _most_files < 0 else min(worker_connections + 512, _most_files)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_files, _most_files))
+    worker_connections = _files - 512
+
 
 def on_starting(server: Any) -> None:
-    """A busy port is one line, not five retries."""
+    """An address that cannot be listened on is one line, not five retries."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except (OSError, UnicodeError) as error:
-            print(_unusable(error), file=sys.stderr)
-            sys.exit(1)
-
-
-def _unusable(error: OSError | UnicodeError) -> str:
-    number, reason = getattr(error, "errno", None), getattr(error, "strerror", "not a name")
-    if number == errno.EADDRINUSE:
-        reason = "is in use: stop what listens there, or choose another"
-    elif number != errno.EACCES:
-        return f"HOST: {settings.host} is no address of this machine: {reason} (for example HOST=127.0.0.1)"
-    return f"PORT: {settings.host}:{settings.port} {reason} (for example PORT=5001)"
+    reasons = {errno.EADDRINUSE: "is in use: stop what listens there, or choose another", errno.EACCES: "needs root"}
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except (OSError, UnicodeError) as error:
+        if reason := reasons.get(getattr(error, "errno", None) or 0):
+            sys.exit(f"PORT: {bind} {reason} (for example PORT=5001)")
+        sys.exit(f"HOST: {settings.host} is no address of this machine (for example HOST=127.0.0.1)")
 
 
 def post_worker_init(worker: Any) -> None:
     """On SIGTERM readiness fails first and new requests get 503, while running streams end; then gunicorn stops."""
     services = _services(worker)
-    backend = services.backend
     for listener in worker.sockets:  # connections inherit these
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED_READ, 0))
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
@@ -156,7 +137,7 @@ def post_worker_init(worker: Any) -> None:
         print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
     def drain() -> None:
-        backend.close(settings.grace_period)
+        services.backend.close(settings.grace_period)
         worker.handle_exit(signal.SIGTERM, None)
 
     def stop(*_: object) -> None:
@@ -173,9 +154,9 @@ def post_worker_init(worker: Any) -> None:
         threading.Timer(SHUTDOWN_DELAY, os._exit, (1,)).start()
 
     signal.signal(signal.SIGTERM, stop)
-    backend.watch(start_again)
+    services.backend.watch(start_again)
     if settings.preload:
-        backend.preload(give_up)
+        services.backend.preload(give_up)
 
 
 def worker_exit(server: Any, worker: Any) -> None:
