@@ -195,7 +195,7 @@ def test_two_hundred_mixed_requests_leave_nothing_behind(backend: LocalBackend) 
     eventually(lambda: threading.active_count() <= threads)
     assert len(os.listdir("/proc/self/fd")) <= files
     assert read(ask(backend, "story 3", 23))[0] == alone[3]
-    assert not any(slot.busy for slot in backend._engine._batch._table.slots)  # type: ignore[union-attr]
+    assert not any(slot.busy for slot in backend._engine._scheduler._table.slots)  # type: ignore[union-attr]
 
 
 def test_only_the_model_thread_ever_imports_torch(checkpoint: Path, tmp_path: Path) -> None:
