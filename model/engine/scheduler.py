@@ -57,8 +57,8 @@ class Scheduler:
     def admit(self, sequence: Sequence) -> None:
         """Give a sequence a free slot and the KV it can reuse; end it where it does not fit, or cannot begin."""
         if len(sequence.prompt) + sequence.request.max_new_tokens > self.runner.context:
-            sequence.finish(too_long(self.runner.context, len(sequence.prompt), "prompt"), self._clock())
-            return
+            refusal = too_long(self.runner.context, len(sequence.prompt), sequence.request.max_new_tokens)
+            return sequence.finish(refusal, self._clock())
         sequence.slot = slot = self._table.allocate(sequence.request.owner, sequence.prompt)
         sequence.admitted = self._clock()
         sequence.computed = sequence.cached = len(slot.tokens)
@@ -252,10 +252,11 @@ def bounded_seconds(seconds: float) -> float:
     return round(min(600.0, max(1.0, seconds)), 1)
 
 
-def too_long(context: int, prompt: int, param: str) -> InvalidRequest:
-    """The refusal of a prompt that does not fit the context, in the words that OpenAI's clients look for."""
+def too_long(context: int, prompt: int, wanted: int | None = None) -> InvalidRequest:
+    """The refusal of a prompt that does not fit, or not with `wanted` new tokens; OpenAI's clients know its words."""
+    more = "" if wanted is None else f" and max_new_tokens is {wanted}, but may be {context - prompt} at most"
     return InvalidRequest(
-        f"This model's maximum context length is {context} tokens; the prompt has {prompt} tokens. Shorten it.",
-        param=param,
+        f"This model's maximum context length is {context} tokens; the prompt has {prompt} tokens{more}.",
+        param="prompt" if wanted is None else "max_new_tokens",
         code="context_length_exceeded",
     )
