@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 # What a template may raise: its own refusal of some roles, and what its expressions run into.
 ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-_CPU_SECONDS, _MEMORY = 5, 1 << 30  # beside what importing takes; a plain template needs milliseconds
+_CPU_SECONDS, _MEMORY = 3, 1 << 30  # beside what importing takes; a plain template needs milliseconds
 _MAX_CHARACTERS = 100_000  # of output beside the messages' own text; system prompts for tools take 10,000
 
 

@@ -24,6 +24,8 @@ class ScriptedRunner:
         self.threads: set[int] = set()
         self.steps: list[tuple[int, ...]] = []
         self.prefilled: list[tuple[int, int, int]] = []  # slot, start, count
+        self.chunks: list[dict[int, int]] = []  # a chunk each: first token -> count
+        self.before_prefill: Callable[[], None] = lambda: None
         self.before_step: Callable[[tuple[int, ...]], None] = lambda active: None
         self.spoil: Callable[[int], bool] = lambda slot: False
         self.compiled = (0, 0)
@@ -36,8 +38,10 @@ class ScriptedRunner:
 
     def prefill(self, chunks: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
         self._here()
+        self.before_prefill()
         if any(UNFIT in ids for _, ids, _ in chunks):
             raise IndexError("injected: no such token")
+        self.chunks.append({ids[0]: len(ids) for _, ids, _ in chunks})
         for slot, ids, start in chunks:
             self.prefilled.append((slot, start, len(ids)))
             self.written[slot].update(enumerate(ids, start))

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from telemetry import Metrics
 from tests.model.driving import eventually
 from tests.model.tiny import ARCHITECTURES, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-WAIT = 30.0
+WAIT = 100.0  # seconds until a test gives up; the CPU kernels are built in the first of them
 GREEDY = Sampling(temperature=0)
 
 
@@ -34,7 +34,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_for(checkpoint: Path, data: Path, **changes: object) -> Settings:
-    name = str(checkpoint)
+    """Settings over a DATA_DIR of its own that shares the CPU kernels, which take half a minute to build."""
+    name, kernels = str(checkpoint), Path(__file__).parents[2] / "data/compiled"
+    kernels.mkdir(parents=True, exist_ok=True)
+    data.mkdir(exist_ok=True)
+    if not (data / "compiled").exists():
+        (data / "compiled").symlink_to(kernels)
     return Settings(**({"model": name, "models_allowed": (name,), "data_dir": data, "quantization": "none",
                         "compile": False, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
 
@@ -98,10 +103,12 @@ def test_a_stop_string_ends_the_text_and_frees_the_slot(backend: LocalBackend) -
 def test_what_cannot_fit_is_refused_before_it_is_queued(backend: LocalBackend) -> None:
     with pytest.raises(InvalidRequest) as refused:
         ask(backend, "word " * 600)
-    assert refused.value.code == "context_length_exceeded"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
+    assert "maximum context length is 512 tokens" in refused.value.message
     with pytest.raises(InvalidRequest) as refused:
         ask(backend, "hi", 512)
-    assert refused.value.param == "max_new_tokens"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "max_new_tokens")
+    assert "maximum context length is 512 tokens" in refused.value.message
     with pytest.raises(UnknownModel):
         ask(backend, "hi", model="../../etc/passwd")
 
@@ -113,6 +120,70 @@ def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) ->
     request = GenerateRequest("r", "ann", backend._spec.name, (Message("user", "hi"),))
     assert backend.prepare(request).prompt_ids
     assert backend.status().stage == "cold" and backend.fingerprint()
+    backend.close(0)
+
+
+def test_no_text_that_fits_the_context_has_more_characters_than_the_bound(backend: LocalBackend) -> None:
+    vocabulary = tiny_tokenizer().get_vocab()
+    ask(backend, "hi").close()  # the tokenizer is there
+    assert backend.max_characters() == 512 * max(len(token) for token in vocabulary if not token.startswith("<|"))
+
+
+@pytest.mark.promise(
+    "P30",
+    injected="ten long prompts of one user",
+    counted="tokens computed before another's first one, on a real model",
+)
+def test_a_short_prompt_is_not_delayed_by_another_users_long_ones(checkpoint: Path, tmp_path: Path) -> None:
+    backend = LocalBackend(settings_for(checkpoint, tmp_path, slots=16, max_context=1024), Metrics())
+    read(ask(backend, "warm", 1))
+    runner = backend._engine._scheduler.runner  # type: ignore[union-attr]
+    chunks: list[dict[int, int]] = []
+    plain = runner.prefill
+
+    def logged(parts: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
+        chunks.append({slot: len(ids) for slot, ids, _ in parts})
+        return plain(parts)
+
+    runner.prefill = logged  # type: ignore[method-assign]
+    long = [ask(backend, f"{n} {'why is the sky so blue ' * 60}", 20, owner="ann") for n in range(10)]
+    eventually(lambda: bool(chunks))
+    began, short = len(chunks), ask(backend, "why is the sky blue?", 4, owner="bob")
+    text, done = read(short)
+    for stream in long:
+        stream.close()
+    own = done.usage.prompt_tokens - done.usage.cached_tokens - 1
+    # The chunks that hold a part of its length beside equal ones; one more was being computed when it came.
+    beside = [chunk for chunk in chunks[began : began + 4] if own in chunk.values()]
+    backend.close(0)
+    assert text and beside and sum(beside[0].values()) <= 3 * own
+    assert sum(sum(chunk.values()) for chunk in chunks[began + 1 : chunks.index(beside[0])]) == 0
+
+
+def test_a_model_without_a_chat_template_is_not_ready_and_says_why(tmp_path: Path) -> None:
+    bare = tiny_checkpoint(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    backend = LocalBackend(settings_for(bare, tmp_path / "data"), Metrics())
+    told: list[str] = []
+    backend.preload(told.append)
+    eventually(lambda: backend.status().stage == "failed")
+    assert not backend.status().ready and backend.status().reason == told[0]
+    assert told[0] == "bare has no chat template: use an instruct or chat model"
+    with pytest.raises(ModelUnavailable, match="no chat template"):
+        ask(backend, "hello")
+    backend.close(0)
+
+
+def test_a_request_that_finds_no_chat_template_makes_the_status_say_so(tmp_path: Path) -> None:
+    bare = tiny_checkpoint(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    settings = settings_for(bare, tmp_path / "data")
+    prepare_tokenizer(find(settings), settings)
+    backend = LocalBackend(settings, Metrics())
+    with pytest.raises(ModelUnavailable, match="no chat template"):
+        ask(backend, "hello")
+    eventually(lambda: backend.status().stage == "failed")
+    assert "no chat template" in (backend.status().reason or "")
     backend.close(0)
 
 
