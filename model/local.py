@@ -93,7 +93,7 @@ class LocalBackend:
         self._engine.start(on_failure)
 
     def watch(self, on_hang: Callable[[str], None]) -> None:
-        self._engine.watch(on_hang)
+        self._engine.on_hang = on_hang
 
     def close(self, grace: float) -> None:
         self._engine.stop(grace)

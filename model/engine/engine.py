@@ -35,12 +35,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        load: Load,
-        max_queue: int,
-        metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
-        slots: int = 0,
+        self, load: Load, max_queue: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic, slots: int = 0
     ) -> None:
         self._load, self._max_queue, self._slots = load, max_queue, slots
         self._metrics, self._clock = metrics, clock
@@ -52,7 +47,7 @@ class Engine:
         self._failed_at = clock() - RETRY_LOAD_AFTER
         self._stop_at: float | None = None
         self._on_failure: Callable[[str], None] | None = None
-        self._on_hang: Callable[[str], None] | None = None
+        self.on_hang: Callable[[str], None] | None = None  # called with one line when only a new process surely heals
         self._watchdog = Watchdog(self._busy, self._hangs, clock)
 
     def start(self, on_failure: Callable[[str], None] | None = None) -> None:
@@ -66,11 +61,7 @@ class Engine:
                 self._stage, self._percent, self._reason = "loading", 0, ""
                 self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
                 thread.start()
-                self._watchdog.guard(thread, lambda: self._gone(thread))
-
-    def watch(self, on_hang: Callable[[str], None]) -> None:
-        """on_hang: called with one line when the model thread hangs, which only a new process surely heals."""
-        self._on_hang = on_hang
+                self._watchdog.guard(thread, lambda: self._ended(thread))
 
     def submit(self, request: GenerateRequest) -> Sequence:
         """Queue a request whose `prompt_ids` are set. Raises Overloaded or ModelUnavailable at once."""
@@ -163,7 +154,11 @@ class Engine:
             while self._wait_for_work(scheduler):
                 self._turn(scheduler)
         except BaseException as error:
-            self._crashed(scheduler, error)
+            _log.error("engine crashed, loading again", exc_info=error)
+            self._metrics.engine_failures.inc()
+            with self._changed:
+                self._scheduler, self._stage, self._reason = None, "loading", "recovering from a crash"
+            scheduler.fail_all(ModelUnavailable("the engine failed, ask again", code="engine_failed", retry_after=5))
         finally:
             scheduler.runner.close()
         return scheduler.steps > 0
@@ -183,9 +178,12 @@ class Engine:
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
         """Sleep until there is something to do; False once the engine is stopped and has nothing left to end."""
         self._watchdog.beat()
-        while self._stop_at is None and not self._busy():
+        while self._idle():
             if not scheduler.load_compiled(idle=True):
-                self._sleep()
+                with self._changed:
+                    if self._idle():
+                        self._metrics.tokens_per_second.set(0)
+                        self._changed.wait(timeout=1.0)  # a step may have been compiled meanwhile
             self._watchdog.beat()
         if self._stop_at is None:
             return True
@@ -195,12 +193,8 @@ class Engine:
             scheduler.fail_all(_stopping())
         return bool(scheduler.running)
 
-    def _sleep(self) -> None:
-        """Until something changes, or for a second: a step may have been compiled meanwhile."""
-        with self._changed:
-            if self._stop_at is None and not self._busy():
-                self._metrics.tokens_per_second.set(0)
-                self._changed.wait(timeout=1.0)
+    def _idle(self) -> bool:
+        return self._stop_at is None and not self._busy()
 
     def _report(self, stage: str, percent: int) -> None:
         with self._changed:
@@ -208,17 +202,10 @@ class Engine:
             self._queue.sweep(self._clock())
             self._queue.announce_loading(percent)
 
-    def _crashed(self, scheduler: Scheduler, error: BaseException) -> None:
-        _log.error("engine crashed, loading again", exc_info=error)
-        self._metrics.engine_failures.inc()
-        with self._changed:
-            self._scheduler, self._stage, self._reason = None, "loading", "recovering from a crash"
-        scheduler.fail_all(ModelUnavailable("the engine failed and starts again", code="engine_failed", retry_after=5))
-
     def _down(self, error: BaseException | None) -> None:
         """The thread ends here; a later request may start another one (see `start`)."""
-        expected = isinstance(error, ModelError | ServiceError)
         if error is not None:
+            expected = isinstance(error, ModelError | ServiceError)
             _log.error("the model is down: %s", error, exc_info=None if expected else error)
         with self._changed:
             self._failed_at = self._clock()
@@ -228,12 +215,11 @@ class Engine:
                 self._reason = error.message
             self._abandon(_stopping() if error is None else self._unavailable())
             self._thread = self._scheduler = None
-            on_failure = self._on_failure
-        if error is not None and on_failure is not None:
-            on_failure(str(error))
+        if error is not None and self._on_failure is not None:
+            self._on_failure(str(error))
 
-    def _gone(self, thread: threading.Thread) -> None:
-        """The model thread has ended; this says so if it was killed and could not."""
+    def _ended(self, thread: threading.Thread) -> None:
+        """Say that the model thread is gone, if it was killed and could not."""
         if self._thread is thread:
             self._down(RuntimeError("the model thread was killed"))
 
@@ -241,8 +227,8 @@ class Engine:
         _log.error("the model hangs (%s): all its requests fail", trouble)
         self._metrics.engine_failures.inc()
         self._abandon(_stalled())
-        if self._on_hang is not None:
-            self._on_hang(trouble)
+        if self.on_hang is not None:
+            self.on_hang(trouble)
 
     def _abandon(self, error: ModelUnavailable) -> None:
         """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""

@@ -80,13 +80,15 @@ class Scheduler:
         now = self._clock()
         for sequence in list(self.running):
             if ending := sequence.ending(now):
-                self._leave(sequence, ending, keep=True)
+                self._leave(sequence, ending)
 
     def prefill(self) -> None:
         """Compute one chunk: the next tokens of the prompts that are not complete."""
         if chunk := self._next_chunk():
             before = self._clock()
-            done = self._compute(chunk, self._run_chunk, self._keep_chunk)
+            done = self._compute(
+                chunk, lambda part: self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in part]), self._keep
+            )
             if done >= CHUNK_MIN:  # a few tokens take as long as many
                 speed = done / max(self._clock() - before, 1e-6)
                 self._prefill_speed += _SMOOTHING * (speed - self._prefill_speed)
@@ -118,10 +120,7 @@ class Scheduler:
             room = min(room, len(self._turns) * max(prompts[0].rest, CHUNK_MIN))
         return room
 
-    def _run_chunk(self, chunk: List[Sequence]) -> List[bool]:
-        return self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in chunk])
-
-    def _keep_chunk(self, sequence: Sequence, finite: bool) -> int:
+    def _keep(self, sequence: Sequence, finite: bool) -> int:
         """Note that a prompt's chunk is computed; how many tokens it had."""
         if not finite:
             self._spoiled(sequence)
@@ -173,10 +172,10 @@ class Scheduler:
     def _compute(
         self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]], take: Callable[[Sequence, T], int]
     ) -> int:
-        """Run these sequences together; where that raises, in halves, down to the one that fails alone.
+        """Run these sequences together; where that raises, in halves, down to the one that fails alone: tokens made.
 
-        Returns tokens made. A run that raised has changed nothing, so it may be repeated (which also serves a batch too
-        large for the memory). Raises when one sequence after another fails: then it is the engine that is broken.
+        A run that raised has changed nothing and may be repeated, which also serves a batch too large for the memory.
+        Raises when one sequence after another fails: then the engine is broken.
         """
         try:
             results = run(sequences)
@@ -204,17 +203,17 @@ class Scheduler:
             return 0
         sequence.slot.tokens.append(sequence.next)
         sequence.next = token
-        self._observe_token(sequence)
+        self._observe(sequence)
         if token in self.runner.eos:
-            self._leave(sequence, Finished(FinishReason.STOP), keep=True)
+            self._leave(sequence, Finished(FinishReason.STOP))
             return 0
         sequence.generated += 1
         sequence.emit(token)
         if sequence.generated >= sequence.request.max_new_tokens:
-            self._leave(sequence, Finished(FinishReason.LENGTH), keep=True)
+            self._leave(sequence, Finished(FinishReason.LENGTH))
         return 1
 
-    def _observe_token(self, sequence: Sequence) -> None:
+    def _observe(self, sequence: Sequence) -> None:
         now = self._clock()
         if sequence.generated == 0:
             sequence.first = now
@@ -239,7 +238,7 @@ class Scheduler:
         failed = GenerationFailed("the model could not compute this request", retry_after=1)
         self._leave(sequence, failed, keep=False)
 
-    def _leave(self, sequence: Sequence, ending: Finished | ServiceError, *, keep: bool) -> None:
+    def _leave(self, sequence: Sequence, ending: Finished | ServiceError, keep: bool = True) -> None:
         sequence.finish(ending, self._clock())
         self.running.remove(sequence)
         self._metrics.running.set(len(self.running))

@@ -21,8 +21,8 @@ _ROLES = ("system", "user", "assistant")
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 _SLICE = 8192  # characters that one call may work on under the interpreter's lock: 0.8 ms
-_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece's vocabularies spell a byte
-_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # and how GPT-2's do
+_BYTES = {ord(letter): byte for byte, letter in bytes_to_unicode().items()}  # how GPT-2's vocabularies spell bytes
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # and how SentencePiece's do, with a mark for each in broken text
 
 
 class TemplateUnusable(ModelError):
@@ -36,8 +36,7 @@ class Prompt:
     Control tokens found in its output are therefore its own. What lies between them is put back into plain text
     and encoded by a second tokenizer that knows no control token at all.
 
-    think, think_open: as in ModelSpec; where that names none, what tokenizer and template say.
-    longest: characters of the longest token.
+    think, think_open: as in ModelSpec, or what tokenizer and template say. longest: characters of the longest token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> None:
@@ -90,15 +89,13 @@ class Prompt:
     def unfinished(self, ids: Sequence[int]) -> int:
         """How many replacement marks at the end of `decode(ids)` stand for a character whose last bytes are missing."""
         tokens = [self._decoder.id_to_token(id) or "" for id in ids[-4:]]  # a character is 4 bytes at most
-        spelled = [_BYTE_TOKEN.fullmatch(token) for token in tokens]
-        data = [
-            bytes([int(byte[1], 16)]) if byte else bytes(_BYTES.get(letter, 0) for letter in token)
-            for byte, token in zip(spelled, tokens, strict=True)
-        ]
+        spelled = "".join(
+            chr(int(byte[1], 16)) if (byte := _BYTE.fullmatch(t)) else t.translate(_BYTES) for t in tokens
+        )
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(b"".join(data))
+        decoder.decode(spelled.encode("latin-1", "replace"))
         missing = len(decoder.getstate()[0])
-        return missing if any(spelled) else min(missing, 1)
+        return missing if any(map(_BYTE.fullmatch, tokens)) else min(missing, 1)
 
     def _encode(self, text: str, unmask: Mapping[int, int]) -> list[int]:
         if text in self._known or not text:
@@ -127,9 +124,11 @@ class Prompt:
 
         None when the template leaves a tag in: then it would be a control token that a user typed.
         """
-        tags = [(tag.translate(mask), tag) for tag in self.think or ()]
-        shown = [_unmasked(message, tags) if message.role == "assistant" else message for message in masked]
-        if not tags or shown == masked:
+        shown = list(masked)
+        for tag in self.think or ():
+            hidden = tag.translate(mask)
+            shown = [Message(m.role, m.content.replace(hidden, tag)) if m.role == "assistant" else m for m in shown]
+        if shown == masked:
             return None
         cut = self._apply(shown)
         return cut if self._scanner.findall(cut) == self._scanner.findall(text) else None
@@ -152,13 +151,6 @@ class Prompt:
             )
         except ERRORS:
             raise InvalidRequest("the model's chat template refuses these roles", param="messages") from None
-
-
-def _unmasked(message: Message, tags: Iterable[tuple[str, str]]) -> Message:
-    content = message.content
-    for hidden, tag in tags:
-        content = content.replace(hidden, tag)
-    return Message(message.role, content)
 
 
 def _translated(text: str, table: Mapping[int, int]) -> str:
