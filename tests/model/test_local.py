@@ -41,7 +41,7 @@ def settings_for(checkpoint: Path, data: Path, **changes: object) -> Settings:
     if not (data / "compiled").exists():
         (data / "compiled").symlink_to(kernels)
     return Settings(**({"model": name, "models_allowed": (name,), "data_dir": data, "quantization": "none",
-                        "compile": False, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
+                        "compile": False, "threads": 1, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,12 @@ def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_no_text_that_fits_the_context_has_more_characters_than_the_bound(backend: LocalBackend) -> None:
-    vocabulary = tiny_tokenizer().get_vocab()
-    ask(backend, "hi").close()  # the tokenizer is there
-    assert backend.max_characters() == 512 * max(len(token) for token in vocabulary if not token.startswith("<|"))
+    for text in ("blue " * 60, "why is the sky blue", "天空为什么是蓝色的", " " * 50 + "x"):
+        prompt = backend.prepare(
+            GenerateRequest("r", "ann", backend._spec.name, (Message("user", text),), max_new_tokens=1)
+        )
+        assert len(text) <= len(prompt.prompt_ids) * backend.max_characters() // 512
+    assert backend.max_characters() == 512 * 5  # "Ġblue" and the like are its longest tokens
 
 
 @pytest.mark.promise(
@@ -138,26 +141,30 @@ def test_a_short_prompt_is_not_delayed_by_another_users_long_ones(checkpoint: Pa
     backend = LocalBackend(settings_for(checkpoint, tmp_path, slots=16, max_context=1024), Metrics())
     read(ask(backend, "warm", 1))
     runner = backend._engine._scheduler.runner  # type: ignore[union-attr]
-    chunks: list[dict[int, int]] = []
-    plain = runner.prefill
+    init_row, prefill = runner.init_row, runner.prefill
+    admitted: list[tuple[int, list[int]]] = []  # chunks before it, its prompt
+    chunks: list[list[list[int]]] = []
 
-    def logged(parts: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
-        chunks.append({slot: len(ids) for slot, ids, _ in parts})
-        return plain(parts)
+    def logged_init_row(slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
+        admitted.append((len(chunks), list(prompt)))
+        init_row(slot, sampling, seed, prompt)
 
-    runner.prefill = logged  # type: ignore[method-assign]
+    def logged_prefill(parts: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
+        chunks.append([list(ids) for _, ids, _ in parts])
+        return prefill(parts)
+
+    runner.init_row, runner.prefill = logged_init_row, logged_prefill  # type: ignore[method-assign]
     long = [ask(backend, f"{n} {'why is the sky so blue ' * 60}", 20, owner="ann") for n in range(10)]
     eventually(lambda: bool(chunks))
-    began, short = len(chunks), ask(backend, "why is the sky blue?", 4, owner="bob")
-    text, done = read(short)
+    short = ask(backend, "why is the sky blue?", 4, owner="bob")
+    prompt = list(short._sequence.prompt)  # type: ignore[attr-defined]
+    assert read(short)[1].usage.completion_tokens == 4
     for stream in long:
         stream.close()
-    own = done.usage.prompt_tokens - done.usage.cached_tokens - 1
-    # The chunks that hold a part of its length beside equal ones; one more was being computed when it came.
-    beside = [chunk for chunk in chunks[began : began + 4] if own in chunk.values()]
     backend.close(0)
-    assert text and beside and sum(beside[0].values()) <= 3 * own
-    assert sum(sum(chunk.values()) for chunk in chunks[began + 1 : chunks.index(beside[0])]) == 0
+    since = next(before for before, ids in admitted if ids == prompt)
+    until = next(n for n, parts in enumerate(chunks) if any(ids == prompt[-1 - len(ids) : -1] for ids in parts))
+    assert sum(len(ids) for parts in chunks[since : until + 1] for ids in parts) <= 3 * len(prompt)
 
 
 def test_a_model_without_a_chat_template_is_not_ready_and_says_why(tmp_path: Path) -> None:
