@@ -18,13 +18,13 @@ from telemetry import Metrics
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Seconds that a chunk of prompts may take, at the speed measured so far: it pauses those who stream, and delays who
-# comes next. Chunks of 128 tokens cost 3 % of the speed of 512, of 64 tokens 8 % (SmolLM2, one thread).
+# Seconds that a chunk of prompts may take, at the speed measured so far: it pauses running streams and delays the next
+# prompt. Chunks of 128 tokens cost 3 % of the speed of 512, of 64 tokens 8 % (SmolLM2, one thread).
 PAUSE, PAUSE_ALONE = 0.08, 0.15
 CHUNK_MIN, CHUNK_MAX = 32, 512  # tokens
 _POLL_COMPILED = 1.0  # seconds between two looks for a step that was compiled meanwhile
 _MAX_FAILURES = 8  # failures in a row, of one sequence after another: then the engine is broken, not the sequences
-_SMOOTHING = 0.1  # of the tokens/s estimates, per step or chunk
+_SMOOTHING, _CHUNK_SMOOTHING = 0.1, 0.3  # of the tokens/s estimates, per step and per chunk
 
 
 class Scheduler:
@@ -91,7 +91,7 @@ class Scheduler:
             )
             if done >= CHUNK_MIN:  # a few tokens take as long as many
                 speed = done / max(self._clock() - before, 1e-6)
-                self._prefill_speed += _SMOOTHING * (speed - self._prefill_speed)
+                self._prefill_speed += _CHUNK_SMOOTHING * (speed - self._prefill_speed)
             self._metrics.prompt_tokens.inc(done)
 
     def _next_chunk(self) -> list[Sequence]:

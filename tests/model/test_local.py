@@ -211,7 +211,7 @@ def test_fifty_first_requests_load_once(checkpoint: Path, tmp_path: Path, monkey
     assert loads == ["model"] and len(texts) == 1
 
 
-def test_a_model_that_cannot_be_fetched_is_told_to_whoever_waits_for_its_tokenizer(
+def test_a_model_that_cannot_be_fetched_is_told_to_requests_that_wait_for_its_tokenizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tiny_checkpoint(tmp_path / "tiny")
