@@ -1,7 +1,4 @@
-"""The model on this machine as a Backend: tokenises on the caller's thread, computes on the engine's.
-
-Imports torch only on the model thread. Speaks no HTTP and stores nothing.
-"""
+"""The model on this machine as a Backend: tokenises on the caller's thread, computes on the engine's."""
 
 from __future__ import annotations
 
@@ -15,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from errors import InvalidRequest, ModelUnavailable, UnknownModel
+from errors import ModelUnavailable, UnknownModel
 from model.engine.engine import Engine, Progress
 from model.engine.protocol import Runner
+from model.engine.scheduler import too_long
 from model.engine.sequence import Finished, Sequence
 from model.runtime import gpu
 from model.text.detokenizer import TextAssembler
-from model.text.prompt import Prompt
+from model.text.prompt import Prompt, TemplateUnusable
 from model.types import BackendStatus, Done, Event, FinishReason, GenerateRequest, Status, Usage
 from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, completed, find
 from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, tokenizer_is_ready
@@ -30,7 +28,10 @@ from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
 
-_GLANCE = 0.2  # seconds between two looks whether a fetch has failed
+_POLL = 0.2  # seconds between two looks whether a fetch has failed
+# Characters a token, over a whole prompt. Vocabularies hold longer ones, of blanks and rules, but no text is made of
+# these alone; English has 4 to 5.
+_MAX_TOKEN_CHARACTERS = 32
 
 
 @contextmanager
@@ -60,23 +61,20 @@ class LocalBackend:
         self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
         self._tokenizer_ready = threading.Event()
-        self._engine = Engine(self._load, settings.max_queue, metrics)
+        self._engine = Engine(self._load, settings.max_queue, metrics, slots=settings.slots)
+
+    def max_characters(self) -> int:
+        longest = self._prompt.longest if self._prompt else _MAX_TOKEN_CHARACTERS
+        return self._context() * min(longest, _MAX_TOKEN_CHARACTERS)
 
     def prepare(self, request: GenerateRequest) -> GenerateRequest:
         if request.model != self._spec.name:
             raise UnknownModel("there is no such model here", param="model")
         ids = self._rendered(request.timeout).render(request.messages)
-        room = self._context() - len(ids)
-        if room <= 0:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens, the context {self._context()}", param="prompt",
-                code="context_length_exceeded",
-            )  # fmt: skip
-        if request.max_new_tokens > room:
-            raise InvalidRequest(
-                f"max_new_tokens may be {room} at most beside a prompt of {len(ids)} tokens", param="max_new_tokens",
-                code="context_length_exceeded",
-            )  # fmt: skip
+        if len(ids) >= self._context():
+            raise too_long(self._context(), len(ids))
+        if len(ids) + request.max_new_tokens > self._context():
+            raise too_long(self._context(), len(ids), request.max_new_tokens)
         return replace(request, prompt_ids=ids)
 
     def max_characters(self) -> int:
@@ -84,7 +82,7 @@ class LocalBackend:
 
     def submit(self, request: GenerateRequest) -> TextStream:
         prompt = self._rendered(request.timeout)
-        assembler = TextAssembler(prompt.decode, request.stop, prompt.think, prompt.think_open)
+        assembler = TextAssembler(prompt.decode, request.stop, prompt.think, prompt.think_open, prompt.unfinished)
         return TextStream(self._engine.submit(request), assembler)
 
     def fingerprint(self) -> str:
@@ -98,7 +96,7 @@ class LocalBackend:
         self._engine.start(on_failure)
 
     def watch(self, on_hang: Callable[[str], None]) -> None:
-        self._engine.watch(on_hang)
+        self._engine.on_hang = on_hang
 
     def close(self, grace: float) -> None:
         self._engine.stop(grace)
@@ -108,28 +106,32 @@ class LocalBackend:
 
         What is not on disk yet is fetched by the model thread, and waited for here. Raises ModelUnavailable.
         """
-        if self._prompt is None:
-            self._await_tokenizer(time.monotonic() + timeout)
-            with self._lock:
-                self._prompt = self._prompt or self._load_prompt()
-        return self._prompt
-
-    def _await_tokenizer(self, deadline: float) -> None:
-        while not tokenizer_is_ready(self._spec, self._settings):
-            self._engine.start()
+        deadline = time.monotonic() + timeout
+        while self._prompt is None:
+            ready = tokenizer_is_ready(self._spec, self._settings)
+            if not ready or self._engine.status().stage == "failed":
+                self._engine.start()
             status = self._engine.status()
             if status.stage in ("failed", "stopping", "stopped") or time.monotonic() > deadline:
                 raise ModelUnavailable(status.reason or "the model is still being fetched", retry_after=30)
-            self._tokenizer_ready.wait(_GLANCE)
+            if ready:
+                self._load_prompt()
+            else:
+                self._tokenizer_ready.wait(_POLL)
+        return self._prompt
 
-    def _load_prompt(self) -> Prompt:
-        try:
-            folder = prepare_tokenizer(self._spec, self._settings)
-            self._files, self._spec = folder.name, completed(self._spec, folder)
-            return Prompt(load_tokenizer(folder), self._spec)
-        except ModelError as error:
-            _log.error("the tokenizer cannot be used: %s", error)
-            raise ModelUnavailable("the model cannot be used, see the log", retry_after=30) from error
+    def _load_prompt(self) -> None:
+        """Raises ModelUnavailable, and has the model thread fail for the same reason, so that the status tells it."""
+        with self._lock:
+            try:
+                if self._prompt is None:
+                    folder = prepare_tokenizer(self._spec, self._settings)
+                    self._files, self._spec = folder.name, completed(self._spec, folder)
+                    self._prompt = Prompt(load_tokenizer(folder), self._spec)
+            except ModelError as error:
+                self._engine.start()
+                reason = str(error) if isinstance(error, TemplateUnusable) else "the model cannot be used, see the log"
+                raise ModelUnavailable(reason, retry_after=30, detail=str(error)) from error
 
     def _context(self) -> int:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
@@ -143,6 +145,7 @@ class LocalBackend:
         for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             os.environ.setdefault(variable, str(caches / variable.split("_")[0].lower()))
         prepare_tokenizer(self._spec, self._settings, progress)
+        self._load_prompt()
         self._tokenizer_ready.set()
         folder = prepare(self._spec, self._settings, progress)
         from model.runtime.build import build
@@ -189,10 +192,5 @@ class TextStream:
                 self._done(FinishReason.STOP)
 
     def _done(self, reason: FinishReason) -> None:
-        usage = Usage(
-            prompt_tokens=len(self._sequence.prompt),
-            completion_tokens=self._tokens,
-            cached_tokens=self._sequence.cached,
-            reasoning_tokens=self._assembler.reasoning_tokens,
-        )
-        self._pending.append(Done(reason, usage))
+        prompt, cached, reasoning = len(self._sequence.prompt), self._sequence.cached, self._assembler.reasoning_tokens
+        self._pending.append(Done(reason, Usage(prompt, self._tokens, cached, reasoning)))

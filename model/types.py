@@ -1,7 +1,4 @@
-"""The words shared by everyone who asks for text and everyone who makes it.
-
-Imports no torch, no Flask and no storage, so that the HTTP side can use it without loading a model.
-"""
+"""What is said between those who ask for text and those who make it: requests, events, and the Backend protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ ServedBy = str  # "local", "upstream:NAME" or "offline"
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended well. Endings that are not well are exceptions."""
+    """Why a generation ended well. Other endings are exceptions."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -32,10 +29,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 switch these filters off; seed None draws a fresh one.
-    """
+    """How the next token is chosen: temperature 0 is greedy, top_k 0 and top_p 1 are off, seed None is a fresh one."""
 
     temperature: float = 0.6
     top_p: float = 0.95
@@ -45,16 +39,16 @@ class Sampling:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the same request gives the same text again, and may therefore be cached."""
+        """Whether the same request gives the same text again, so that it may be cached."""
         return self.temperature == 0 or self.seed is not None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One generation, checked at the edge. `Backend.prepare` fills in `prompt_ids` and the token limit.
+    """One generation. `Backend.prepare` fills in `prompt_ids`.
 
-    owner: the user it is for; nothing that is derived from a prompt is ever shared between owners.
-    timeout: seconds from submission until the request is given up, wherever it is by then.
+    owner: the user it is for; nothing derived from a prompt is ever shared between owners.
+    timeout: seconds from submission until the request fails, wherever it is by then.
     """
 
     id: str
@@ -70,7 +64,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens counted for one request. `cached_tokens` are prompt tokens whose KV was reused."""
+    """Tokens of one request. `cached_tokens`: prompt tokens whose KV was reused."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -116,20 +110,20 @@ class Stream(Protocol):
     """The events of one submitted request. One reader; `close` may come from any thread, any number of times."""
 
     def get(self, timeout: float) -> Event | None:
-        """The next event, or None when `timeout` seconds passed without one.
+        """The next event, or None after `timeout` seconds without one. Raises the ServiceError that ended it.
 
-        Raises a ServiceError when the generation failed. After Done or an error it must not be called again.
+        Not to be called again after Done or an error.
         """
 
     def close(self) -> None:
-        """Give up: the slot is free again at the next step, and `get` ends with Done(cancelled)."""
+        """Give up: the slot is freed before the next step, and `get` ends with Done(cancelled)."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
     """What /readyz tells. stage: cold, fetching, loading, ready, stalled, failed, stopping or stopped.
 
-    details: plain figures for operators (compiled buckets, slots, KV bytes, the 4-bit product in use).
+    reason: one line that holds no path. details: figures for operators (slots, KV bytes, compiled steps).
     """
 
     ready: bool
@@ -142,11 +136,13 @@ class BackendStatus:
 class Backend(Protocol):
     """Something that makes text: the local engine, or another server."""
 
-    def prepare(self, request: GenerateRequest) -> GenerateRequest:
-        """Render and tokenise the messages, without loading weights.
+    def max_characters(self) -> int:
+        """The most characters that the messages of a prompt which fits the context can have."""
 
-        Returns the request with `prompt_ids` set. Raises InvalidRequest when prompt and limit cannot fit
-        the context, UnknownModel when this backend does not serve `request.model`.
+    def prepare(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with `prompt_ids` set, without loading weights.
+
+        Raises InvalidRequest when prompt and limit do not fit the context, UnknownModel for another model's name.
         """
 
     def max_characters(self) -> int:
@@ -161,13 +157,10 @@ class Backend(Protocol):
     def status(self) -> BackendStatus: ...
 
     def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
-        """Start loading the weights now, in the background; later calls do nothing.
-
-        on_failure: called once, from another thread and with one line, if the model cannot be served after all.
-        """
+        """Start loading the weights in the background. on_failure: called from there, with one line, if that fails."""
 
     def watch(self, on_hang: Callable[[str], None]) -> None:
-        """on_hang: called from another thread, with one line, when only a new process heals what makes the text."""
+        """on_hang: called from another thread, with one line, when only a new process can help."""
 
     def close(self, grace: float) -> None:
         """Admit nothing more, let running streams finish for `grace` seconds, then end the rest with an error."""

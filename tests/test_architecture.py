@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "app": ROOMS,
 }
 TORCH = {"torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "gguf", "tokenizers"}
-USES_TORCH = ("model/runtime/", "model/kernels/", "model/weights/", "model/text/prompt.py")
+USES_TORCH = ("model/runtime/", "model/kernels/", "model/weights/", "model/text/")
 FILES = [path for room in ROOMS for path in (*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py"))]
 
 

@@ -1,7 +1,4 @@
-"""The running batch: who is in it, what is computed next, and how each one leaves.
-
-Belongs to the model thread. Imports no torch and knows neither the queue before it nor the text after it.
-"""
+"""The running batch: which sequences hold a slot, what is computed next, and how each one leaves."""
 
 from __future__ import annotations
 
@@ -14,23 +11,23 @@ from typing import TypeVar
 from errors import GenerationFailed, InvalidRequest, ServiceError
 from model.engine.protocol import Runner
 from model.engine.sequence import Finished, Sequence
-from model.engine.slots import Slot, SlotTable
+from model.engine.slots import SlotTable
 from model.types import FinishReason
 from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Prompt tokens computed between two steps. While others stream a chunk is a pause for them, of so many seconds by the
-# speed seen so far; alone, larger is faster.
-PAUSE = 0.08
-CHUNK_LEAST, CHUNK_ALONE = 32, 512
-_LOOK_EVERY = 1.0  # seconds between two looks for a step that was compiled meanwhile
-_BARREN = 8  # steps that fail in a row for one sequence after another: then it is the engine that is broken
-_SMOOTHING = 0.1  # of the tokens/s estimates, per step or chunk
+# Seconds that a chunk of prompts may take, at the speed measured so far: it pauses running streams and delays the next
+# prompt. Chunks of 128 tokens cost 3 % of the speed of 512, of 64 tokens 8 % (SmolLM2, one thread).
+PAUSE, PAUSE_ALONE = 0.08, 0.15
+CHUNK_MIN, CHUNK_MAX = 32, 512  # tokens
+_POLL_COMPILED = 1.0  # seconds between two looks for a step that was compiled meanwhile
+_MAX_FAILURES = 8  # failures in a row, of one sequence after another: then the engine is broken, not the sequences
+_SMOOTHING, _CHUNK_SMOOTHING = 0.1, 0.3  # of the tokens/s estimates, per step and per chunk
 
 
-class Batch:
+class Scheduler:
     """The sequences that hold a slot. `speed` is tokens a second over all of them; `steps` counts the good ones."""
 
     def __init__(self, runner: Runner, metrics: Metrics, clock: Callable[[], float]) -> None:
@@ -40,24 +37,28 @@ class Batch:
         self.steps = 0
         self._prefill_speed = 800.0  # tokens a second, likewise
         self._table = SlotTable(runner.slots)
-        self._looked = clock()
-        self._compile_failures = self._barren = 0
+        self._turns: dict[str, int] = {}  # owner -> chunk in which its prompts were last computed, or first seen
+        self._chunks = 0
+        self._polled = clock()
+        self._compile_failures = self._failures = 0
         metrics.slots.set(runner.slots)
         metrics.kv_bytes.set(float(runner.details().get("kv_bytes", 0)))
 
     @property
-    def full(self) -> bool:
-        """Whether all slots are taken."""
-        return len(self.running) >= self.runner.slots
+    def free(self) -> int:
+        """How many slots are free."""
+        return self.runner.slots - len(self.running)
+
+    def seconds_until_free(self, tokens: int) -> float:
+        """Time until `tokens` more are computed and a slot is free, at the speed measured so far."""
+        left = [sequence.left for sequence in list(self.running)]
+        return bounded_seconds((tokens + min(left, default=0) * max(1, len(left))) / self.speed)
 
     def admit(self, sequence: Sequence) -> None:
-        """Give a sequence a slot and the KV it can reuse; one that cannot fit, or cannot begin, is ended.
-
-        Not to be called when the batch is full.
-        """
+        """Give a sequence a free slot and the KV it can reuse; end it where it does not fit, or cannot begin."""
         if len(sequence.prompt) + sequence.request.max_new_tokens > self.runner.context:
-            too_long = InvalidRequest("prompt and max_new_tokens exceed the context", param="prompt")
-            return sequence.finish(too_long, self._clock())
+            refusal = too_long(self.runner.context, len(sequence.prompt), sequence.request.max_new_tokens)
+            return sequence.finish(refusal, self._clock())
         sequence.slot = slot = self._table.allocate(sequence.request.owner, sequence.prompt)
         sequence.admitted = self._clock()
         sequence.computed = sequence.cached = len(slot.tokens)
@@ -65,90 +66,105 @@ class Batch:
         self._metrics.queue_wait.observe(sequence.admitted - sequence.submitted)
         self._metrics.cached_tokens.inc(sequence.cached)
         self._metrics.running.set(len(self.running))
+        sampling = sequence.request.sampling
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         try:
-            self._begin(sequence, slot)
+            self.runner.init_row(slot.index, sampling, seed, sequence.prompt)
+            self.runner.deactivate(slot.index, sequence.computed)
+            self._activate_if_computed(sequence)
         except Exception as error:
             self._fail(sequence, error)
-
-    def _begin(self, sequence: Sequence, slot: Slot) -> None:
-        seed = sequence.request.sampling.seed
-        seed = secrets.randbits(63) if seed is None else seed
-        self.runner.begin(slot.index, sequence.request.sampling, seed, sequence.prompt)
-        self.runner.idle(slot.index, sequence.computed)
-        if sequence.prefilled:
-            self._arm(sequence)
 
     def reap(self) -> None:
         """Let go of those that were closed or ran out of time."""
         now = self._clock()
         for sequence in list(self.running):
             if ending := sequence.ending(now):
-                sequence.finish(ending, now)
-                self._leave(sequence, keep=True)
+                self._leave(sequence, ending)
 
     def prefill(self) -> None:
-        """Compute one chunk: the next tokens of the oldest prompts that are not complete, of several if they fit."""
-        waiting = [s for s in self.running if not s.prefilled]
-        room = CHUNK_ALONE
-        if len(waiting) < len(self.running):
-            room = int(min(max(self._prefill_speed * PAUSE, CHUNK_LEAST), CHUNK_ALONE))
-        chunk: list[Sequence] = []
-        for sequence in waiting:
-            if room > 0:
-                end = min(sequence.computed + room, len(sequence.prompt) - 1)
-                sequence.chunk = sequence.prompt[sequence.computed : end]
-                room -= len(sequence.chunk)
-                chunk.append(sequence)
-        if chunk:
+        """Compute one chunk: the next tokens of the prompts that are not complete."""
+        if chunk := self._next_chunk():
             before = self._clock()
-            done = self._compute(chunk, self._run_chunk, self._keep)
-            speed = done / max(self._clock() - before, 1e-6)
-            self._prefill_speed += _SMOOTHING * (speed - self._prefill_speed)
+            done = self._compute(
+                chunk, lambda part: self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in part]), self._keep
+            )
+            if done >= CHUNK_MIN:  # a few tokens take as long as many
+                speed = done / max(self._clock() - before, 1e-6)
+                self._prefill_speed += _CHUNK_SMOOTHING * (speed - self._prefill_speed)
             self._metrics.prompt_tokens.inc(done)
 
-    def _run_chunk(self, chunk: List[Sequence]) -> List[bool]:
-        return self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in chunk if s.slot])
+    def _next_chunk(self) -> list[Sequence]:
+        """Share a chunk between users in turns; of one user's prompts, the one with the shortest rest goes first."""
+        prompts = sorted((s for s in self.running if s.rest), key=lambda s: s.rest)
+        self._turns = {s.request.owner: self._turns.get(s.request.owner, self._chunks) for s in prompts}
+        self._chunks += 1
+        room = self._room(prompts)
+        share = max(room // max(1, len(self._turns)), CHUNK_MIN)
+        chunk: list[Sequence] = []
+        for owner in sorted(self._turns, key=lambda owner: self._turns[owner]):
+            left = min(share, room)
+            for sequence in (s for s in prompts if s.request.owner == owner):
+                sequence.chunk = sequence.prompt[sequence.computed :][: min(left, sequence.rest)]
+                if sequence.chunk:
+                    chunk.append(sequence)
+                    self._turns[owner] = self._chunks
+                    left, room = left - len(sequence.chunk), room - len(sequence.chunk)
+        return chunk
+
+    def _room(self, prompts: List[Sequence]) -> int:
+        """Tokens of the next chunk: beside each other, every user's part is at most what the shortest rest needs."""
+        pause = PAUSE if len(prompts) < len(self.running) else PAUSE_ALONE
+        room = int(min(max(self._prefill_speed * pause, CHUNK_MIN), CHUNK_MAX))
+        if len(self._turns) > 1:
+            room = min(room, len(self._turns) * max(prompts[0].rest, CHUNK_MIN))
+        return room
 
     def _keep(self, sequence: Sequence, finite: bool) -> int:
-        """Take note of a prompt's chunk; how many tokens it had."""
-        if not finite or not sequence.slot:
+        """Note that a prompt's chunk is computed; how many tokens it had."""
+        if not finite:
             self._spoiled(sequence)
             return 0
         sequence.slot.tokens += sequence.chunk
         sequence.computed += len(sequence.chunk)
-        if sequence.prefilled:
-            self._arm(sequence)
+        self._activate_if_computed(sequence)
         return len(sequence.chunk)
 
-    def adopt(self, idle: bool) -> bool:
+    def load_compiled(self, idle: bool) -> bool:
         """Take over a compiled step that has become available; whether there was one."""
-        self._looked = self._clock()
-        adopted = self.runner.adopt(idle)
+        self._polled = self._clock()
+        loaded = self.runner.load_compiled(idle)
         steps, failures = self.runner.compile_state()
         self._metrics.compiled.set(steps)
         self._metrics.compile_fallbacks.inc(failures - self._compile_failures)
         self._compile_failures = failures
-        return adopted
+        return loaded
 
     def step(self) -> None:
-        """One token for everyone whose prompt is computed."""
-        decoding = [s for s in self.running if s.prefilled]
+        """One token for each sequence whose prompt is computed."""
+        decoding = [s for s in self.running if not s.rest]
         if not decoding:
             return
         self._compact()
         before = self._clock()
-        if before - self._looked >= _LOOK_EVERY:
-            self.adopt(idle=False)
+        if before - self._polled >= _POLL_COMPILED:
+            self.load_compiled(idle=False)
         done = self._compute(decoding, self._run_step, self._take)
-        now = self._clock()
         if done:
             self.steps += 1
-            self.speed += _SMOOTHING * (done / max(now - before, 1e-6) - self.speed)
+            self.speed += _SMOOTHING * (done / max(self._clock() - before, 1e-6) - self.speed)
             self._metrics.tokens_per_second.set(self.speed)
             self._metrics.generated_tokens.inc(done)
 
+    def _compact(self) -> None:
+        """Move running slots to the front, so that the step computes no more rows than it must."""
+        while hole := self._table.hole():
+            last, free = hole
+            self.runner.swap(last.index, free.index, max(len(last.tokens), len(free.tokens)) + 1)
+            self._table.swap(last, free)
+
     def fail_all(self, error: ServiceError) -> None:
-        """End every sequence, without a word to the runner: it may be what failed."""
+        """End every sequence without calling the runner, which may be what failed."""
         while self.running:
             self.running.pop().finish(error, self._clock())
         self._metrics.running.set(0)
@@ -156,49 +172,48 @@ class Batch:
     def _compute(
         self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]], take: Callable[[Sequence, T], int]
     ) -> int:
-        """Run these sequences together; when that raises, find out whose fault it is by halving. Returns tokens made.
+        """Run these sequences together; where that raises, in halves, down to the one that fails alone: tokens made.
 
-        What failed has changed nothing, so it may be repeated in parts (which also serves a batch too large for the
-        memory), until one sequence fails alone. When one after another does, the error is raised: heal the engine.
+        A run that raised has changed nothing and may be repeated, which also serves a batch too large for the memory.
+        Raises when one sequence after another fails: then the engine is broken.
         """
         try:
             results = run(sequences)
         except Exception as error:
             self._metrics.engine_failures.inc()
-            if len(sequences) > 1:
-                half = len(sequences) // 2
+            if half := len(sequences) // 2:
                 return self._compute(sequences[:half], run, take) + self._compute(sequences[half:], run, take)
-            self._barren += 1
-            if self._barren >= _BARREN:
+            self._failures += 1
+            if self._failures >= _MAX_FAILURES:
                 raise
             self._fail(sequences[0], error)
             return 0
-        self._barren = 0
+        self._failures = 0
         return sum(take(sequence, result) for sequence, result in zip(sequences, results, strict=True))
 
     def _run_step(self, decoding: List[Sequence]) -> List[int | None]:
-        slots = [s.slot.index for s in decoding if s.slot]
+        slots = [s.slot.index for s in decoding]
         tokens = self.runner.step(slots)
         return [tokens[slot] for slot in slots]
 
     def _take(self, sequence: Sequence, token: int | None) -> int:
         """Hand a step's token to its sequence; how many tokens that were (the end token is none)."""
-        if token is None or not sequence.slot:
+        if token is None:
             self._spoiled(sequence)
             return 0
         sequence.slot.tokens.append(sequence.next)
         sequence.next = token
-        self._time(sequence)
+        self._observe(sequence)
         if token in self.runner.eos:
-            self._end(sequence, FinishReason.STOP)
+            self._leave(sequence, Finished(FinishReason.STOP))
             return 0
         sequence.generated += 1
         sequence.emit(token)
         if sequence.generated >= sequence.request.max_new_tokens:
-            self._end(sequence, FinishReason.LENGTH)
+            self._leave(sequence, Finished(FinishReason.LENGTH))
         return 1
 
-    def _time(self, sequence: Sequence) -> None:
+    def _observe(self, sequence: Sequence) -> None:
         now = self._clock()
         if sequence.generated == 0:
             sequence.first = now
@@ -208,36 +223,39 @@ class Batch:
             self._metrics.itl.observe(now - sequence.latest)
         sequence.latest = now
 
-    def _arm(self, sequence: Sequence) -> None:
-        if sequence.slot:
-            self.runner.arm(sequence.slot.index, sequence.next, len(sequence.prompt) - 1)
-
-    def _compact(self) -> None:
-        """Move running slots to the front, so that the step computes no more rows than it must."""
-        while hole := self._table.hole():
-            last, free = hole
-            self.runner.swap(last.index, free.index, max(len(last.tokens), len(free.tokens)) + 1)
-            self._table.swap(last, free)
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish(Finished(reason), self._clock())
-        self._leave(sequence, keep=True)
+    def _activate_if_computed(self, sequence: Sequence) -> None:
+        if not sequence.rest:
+            self.runner.activate(sequence.slot.index, sequence.next, len(sequence.prompt) - 1)
 
     def _spoiled(self, sequence: Sequence) -> None:
         """Its numbers are not finite: wipe its KV, or the slot's next owner would read them too."""
         self._metrics.engine_failures.inc()
-        if sequence.slot:
-            self.runner.clear(sequence.slot.index)
+        self.runner.clear(sequence.slot.index)
         self._fail(sequence, ArithmeticError("numbers were not finite"))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         _log.error("request %s failed in the model", sequence.request.id, exc_info=error)
-        sequence.finish(GenerationFailed("the model could not compute this request", retry_after=1), self._clock())
-        self._leave(sequence, keep=False)
+        failed = GenerationFailed("the model could not compute this request", retry_after=1)
+        self._leave(sequence, failed, keep=False)
 
-    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+    def _leave(self, sequence: Sequence, ending: Finished | ServiceError, keep: bool = True) -> None:
+        sequence.finish(ending, self._clock())
         self.running.remove(sequence)
         self._metrics.running.set(len(self.running))
-        if sequence.slot:
-            self._table.free(sequence.slot, keep=keep)
-            self.runner.idle(sequence.slot.index, len(sequence.slot.tokens))
+        self._table.free(sequence.slot, keep=keep)
+        self.runner.deactivate(sequence.slot.index, len(sequence.slot.tokens))
+
+
+def bounded_seconds(seconds: float) -> float:
+    """What a client is told to wait: between one second and ten minutes."""
+    return round(min(600.0, max(1.0, seconds)), 1)
+
+
+def too_long(context: int, prompt: int, wanted: int | None = None) -> InvalidRequest:
+    """The refusal of a prompt that does not fit, or not with `wanted` new tokens; OpenAI's clients know its words."""
+    more = "" if wanted is None else f" and max_new_tokens is {wanted}, but may be {context - prompt} at most"
+    return InvalidRequest(
+        f"This model's maximum context length is {context} tokens; the prompt has {prompt} tokens{more}.",
+        param="prompt" if wanted is None else "max_new_tokens",
+        code="context_length_exceeded",
+    )

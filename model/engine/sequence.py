@@ -1,7 +1,4 @@
-"""One request on its way through the engine: what the model thread writes and what its reader gets.
-
-Knows tokens, not text, and no torch.
-"""
+"""One request inside the engine: what the model thread writes and its reader gets."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ from model.engine.slots import Slot
 from model.types import FinishReason, GenerateRequest, Status
 from telemetry import Metrics
 
-# How long past its deadline a reader waits for the engine's own word before it gives up by itself: only a model
-# thread that hangs is ever this late.
+# Seconds past its deadline that a reader waits for the engine to say so: only a model thread that hangs is later.
 _PATIENCE = 5.0
 
 
@@ -28,38 +24,37 @@ class Finished:
 
 
 class Sequence:
-    """The model thread owns everything but `get` and `close`, which belong to the reader."""
+    """The model thread owns all of it except `get` and `close`, which are the reader's."""
 
     def __init__(self, request: GenerateRequest, wake: Callable[[], None], now: float, metrics: Metrics) -> None:
         self.request = request
         self.prompt = list(request.prompt_ids)
-        self.submitted = now
+        self.submitted = self.admitted = self.first = self.latest = now
         self.deadline = now + request.timeout
         self.closed: FinishReason | None = None  # set by the reader: how it left
-        self.slot: Slot | None = None
+        self.slot: Slot  # from its admission on
         self.computed = 0  # prompt tokens whose KV is written
-        self.chunk: list[int] = []  # of the prompt, those computed next
         self.cached = 0  # of these, how many were reused
+        self.chunk: list[int] = []  # the prompt tokens that are computed next
         self.next = self.prompt[-1]  # the token that the next step reads
         self.generated = 0
-        self.admitted = self.first = self.latest = now
         self._items: queue.SimpleQueue[Status | int | Finished | ServiceError] = queue.SimpleQueue()
         self._ended = False
         self._announced: tuple[str, int | None, int | None] | None = None
         self._wake, self._metrics = wake, metrics
 
     @property
-    def prefilled(self) -> bool:
-        """All but the last prompt token are computed: the next step may include this sequence."""
-        return self.computed >= len(self.prompt) - 1
+    def rest(self) -> int:
+        """Prompt tokens still to be computed before a step may include this sequence: all but the last one."""
+        return len(self.prompt) - 1 - self.computed
 
     @property
     def left(self) -> int:
         """Tokens that may still be computed for it: its part of the backlog."""
-        return len(self.prompt) - self.computed + self.request.max_new_tokens - self.generated
+        return self.rest + 1 + self.request.max_new_tokens - self.generated
 
     def announce(self, status: Status) -> None:
-        """Tell the reader what it waits for, once for each stage, percent and position: the eta alone is no news."""
+        """Tell the reader what it waits for, unless only the eta has changed."""
         news = (status.stage, status.percent, status.position)
         if news != self._announced:
             self._announced = news
@@ -69,13 +64,13 @@ class Sequence:
         self._items.put(token)
 
     def ending(self, now: float) -> Finished | ServiceError | None:
-        """How it ends by its reader's will or for want of time; None while it goes on."""
+        """How it ends because its reader left or its time is over; None while it goes on."""
         if self.closed:
             return Finished(self.closed)
-        return DeadlineExceeded("the request took longer than it may") if now >= self.deadline else None
+        return DeadlineExceeded("the request took longer than its timeout") if now >= self.deadline else None
 
     def finish(self, ending: Finished | ServiceError, now: float) -> None:
-        """Tell the reader that nothing follows, and count it. Only the first ending is one."""
+        """Tell the reader that nothing follows, and count it. Only the first call has an effect."""
         if self._ended:
             return
         self._ended = True

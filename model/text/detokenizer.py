@@ -1,7 +1,4 @@
-"""Token ids -> pieces of text: whole characters only, stop strings cut off, reasoning told from the answer.
-
-Knows nothing about models: all it needs of a tokenizer is `decode`.
-"""
+"""Token ids -> pieces of text: whole characters only, stop strings cut off, reasoning told from the answer."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ _BROKEN = "\ufffd"
 _CONTEXT, _WINDOW = 8, 16
 
 Decode = Callable[[Sequence[int]], str]
+Unfinished = Callable[[Sequence[int]], int]
 
 
 class TextAssembler:
@@ -21,18 +19,22 @@ class TextAssembler:
 
     decode: ids -> text without special tokens. stop: ends the answer, and is never part of it.
     think: the tags around the reasoning, or None; think_open: the prompt ended inside them.
-    Chunks do not depend on how the tokens happen to cut the text: joined, they are always the same.
+    unfinished: how many replacement marks at the end of a decoding stand for a character that was cut.
+    Joined, the chunks are the same however the tokens cut the text.
     """
 
-    def __init__(self, decode: Decode, stop: tuple[str, ...], think: tuple[str, str] | None, think_open: bool) -> None:
+    def __init__(
+        self, decode: Decode, stop: tuple[str, ...], think: tuple[str, str] | None, think_open: bool,
+        unfinished: Unfinished = lambda ids: 0,
+    ) -> None:  # fmt: skip
         self.stopped = False
         self.reasoning_tokens = 0
-        self._detokenizer = _Detokenizer(decode)
+        self._detokenizer = _Detokenizer(decode, unfinished)
         self._stop = stop
         self._open, self._close = think or ("", "")
         self._undecided = think is not None  # whether the text starts with the opening tag
         self._channel: Channel = "reasoning" if think and think_open else "answer"
-        self._trim = self._channel == "reasoning"  # newlines right after a tag belong to nobody
+        self._trim = self._channel == "reasoning"  # newlines right after a tag are not text
         self._held = ""  # text that may still turn out to be part of a tag or a stop string
 
     def push(self, token_id: int) -> list[Chunk]:
@@ -46,9 +48,7 @@ class TextAssembler:
 
     def finish(self) -> list[Chunk]:
         """What was held back, now that nothing follows."""
-        if self.stopped:
-            return []
-        return self._feed(self._detokenizer.finish(), last=True)
+        return [] if self.stopped else self._feed(self._detokenizer.finish(), last=True)
 
     def _feed(self, text: str, last: bool = False) -> list[Chunk]:
         self._held += text
@@ -101,29 +101,29 @@ class TextAssembler:
 
 
 class _Detokenizer:
-    """Joined, its pieces are exactly the decoding of all ids, and no piece ends within a character."""
+    """Joined, its pieces are the decoding of all ids without a cut last character; no piece ends within a character."""
 
-    def __init__(self, decode: Decode) -> None:
-        self._decode = decode
+    def __init__(self, decode: Decode, unfinished: Unfinished) -> None:
+        self._decode, self._unfinished = decode, unfinished
         self._window: list[int] = []
         self._done = ""  # the part of the window's text that was given out
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
-        piece = self._advance(text, text.rstrip(_BROKEN))
+        piece = self._advance(text.rstrip(_BROKEN))
         if len(self._window) >= _WINDOW:
             # Nonsense that lasts that long is no unfinished character; only its last mark still can be.
-            piece += self._advance(text, text.removesuffix(_BROKEN))
+            piece += self._advance(text.removesuffix(_BROKEN))
             del self._window[:-_CONTEXT]
             self._done = self._decode(self._window).removesuffix(_BROKEN)
         return piece
 
     def finish(self) -> str:
         text = self._decode(self._window)
-        return self._advance(text, text)
+        return self._advance(text[: len(text) - self._unfinished(self._window)])
 
-    def _advance(self, text: str, certain: str) -> str:
+    def _advance(self, certain: str) -> str:
         if len(certain) <= len(self._done) or not certain.startswith(self._done):
             return ""
         piece, self._done = certain[len(self._done) :], certain

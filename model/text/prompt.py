@@ -1,47 +1,68 @@
-"""Messages -> token ids, by the model's own chat template; text that a user typed never becomes a control token.
-
-Knows no limits: whether the prompt fits the context is the backend's question.
-"""
+"""Messages -> token ids by the model's own chat template, and ids -> text; typed text never becomes a control token."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from errors import InvalidRequest
+from model.text.template import ERRORS, compile_template, is_harmless
 from model.types import Message
-from model.weights.catalogue import THINK, ModelError, ModelSpec
+from model.weights.catalogue import CATALOGUE, THINK, ModelError, ModelSpec
 
 _ROLES = ("system", "user", "assistant")
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
+_PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
+_SLICE = 8192  # characters that one call may work on under the interpreter's lock: 0.8 ms
+_BYTES = {ord(letter): byte for byte, letter in bytes_to_unicode().items()}  # how GPT-2's vocabularies spell bytes
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # and how SentencePiece's do, with a mark for each in broken text
+
+
+class TemplateUnusable(ModelError):
+    """The model's chat template cannot serve. The message holds no path: clients may see it."""
 
 
 class Prompt:
-    """Renders prompts for one tokenizer. Holds nothing that changes, so that any thread may use it at any time.
+    """Renders prompts for one tokenizer, from any thread.
 
     The template sees every message with the letters that control tokens are made of replaced by private ones.
     Control tokens found in its output are therefore its own. What lies between them is put back into plain text
     and encoded by a second tokenizer that knows no control token at all.
 
-    think, think_open: as in ModelSpec; where that names none, what tokenizer and template tell.
+    think, think_open: as in ModelSpec, or what tokenizer and template say. longest: characters of the longest token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> None:
         if not tokenizer.chat_template:
-            raise ModelError(f"{spec.name} has no chat template")
-        self._tokenizer = tokenizer
+            raise TemplateUnusable(f"{spec.name} has no chat template: use an instruct or chat model")
+        source, self._constants = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
+        if spec not in CATALOGUE.values() and not is_harmless(source, self._constants):
+            raise TemplateUnusable(f"the chat template of {spec.name} takes too much time, memory or text")
         self._decoder: Tokenizer = tokenizer.backend_tokenizer
         self._controls = {token.strip(): id for token, id in tokenizer.get_added_vocab().items() if token.strip()}
         self._scanner = _scanner(tokenizer)
-        self._letters = sorted({letter for token in self._controls for letter in token if not letter.isspace()})
         self._plain = _without_added_tokens(self._decoder, self._controls)
+        self.longest = max(map(len, self._plain.get_vocab()))
+        letters = {letter for token in self._controls for letter in token if not letter.isspace()}
+        self._letters, self._reserved = sorted(map(ord, letters)), set(_PRIVATE.findall(source))
+        self._known: dict[str, list[int]] = {}  # the template's own texts, encoded
+        try:
+            self._template = compile_template(source)
+            sample = self._apply([Message("user", "\U000f0000")])
+        except (*ERRORS, InvalidRequest) as error:
+            raise TemplateUnusable(f"the chat template of {spec.name} cannot render a question") from error
+        self._known = {
+            text: self._encode(text, {}) for text in self._scanner.split(sample) if not _PRIVATE.search(text)
+        }
         self.think = spec.think or (THINK if all(tag in self._controls for tag in THINK) else None)
-        self.think_open = spec.think_open or self._starts_thinking()
+        self.think_open = spec.think_open or (self.think is not None and sample.rstrip().endswith(self.think[0]))
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The prompt's ids, up to where the assistant's answer starts. Raises InvalidRequest."""
@@ -50,10 +71,10 @@ class Prompt:
         position = 0
         try:
             for control in self._scanner.finditer(text):
-                ids += self._encode(text[position : control.start()].translate(unmask))
+                ids += self._encode(text[position : control.start()], unmask)
                 ids.append(self._controls[control.group().strip()])
                 position = control.end()
-            ids += self._encode(text[position:].translate(unmask))
+            ids += self._encode(text[position:], unmask)
         except (UnicodeError, TypeError):
             raise InvalidRequest("the text is not valid Unicode", param="messages") from None
         if not ids:
@@ -61,43 +82,63 @@ class Prompt:
         return tuple(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens: what `TextAssembler` wants."""
+        """The text of generated ids, without special tokens."""
         text: str = self._decoder.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids if text else []
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """How many replacement marks at the end of `decode(ids)` stand for a character whose last bytes are missing."""
+        tokens = [self._decoder.id_to_token(id) or "" for id in ids[-4:]]  # a character is 4 bytes at most
+        spelled = "".join(
+            chr(int(byte[1], 16)) if (byte := _BYTE.fullmatch(t)) else t.translate(_BYTES) for t in tokens
+        )
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(spelled.encode("latin-1", "replace"))
+        missing = len(decoder.getstate()[0])
+        return missing if any(map(_BYTE.fullmatch, tokens)) else min(missing, 1)
+
+    def _encode(self, text: str, unmask: Mapping[int, int]) -> list[int]:
+        if text in self._known or not text:
+            return self._known.get(text, [])
+        plain = _translated(text, unmask)
+        if len(plain) < _SLICE:
+            ids: list[int] = self._plain.encode(plain, add_special_tokens=False).ids
+        else:  # a batch, for which the library gives the interpreter's lock up: 1 MB takes 0.5 to 1 s
+            ids = self._plain.encode_batch_fast([plain], add_special_tokens=False)[0].ids
         return ids
 
     def _rendered(self, messages: Sequence[Message]) -> tuple[str, dict[int, int]]:
         """The template's text with masked contents, and the table that unmasks them."""
-        if not messages or not any(message.content.strip() for message in messages):
+        if not any(message.content.strip() for message in messages):
             raise InvalidRequest("there is no text to answer", param="messages")
         if any(message.role not in _ROLES for message in messages):  # a template writes roles out as they come
             raise InvalidRequest("a role is system, user or assistant", param="messages")
         mask = self._mask(messages)
-        unmask = {private: letter for letter, private in mask.items()}
-        masked = [Message(message.role, message.content.translate(mask)) for message in messages]
+        masked = [Message(message.role, _translated(message.content, mask)) for message in messages]
         text = self._apply(masked)
-        return self._without_reasoning(masked, text, mask) or text, unmask
+        text = self._without_reasoning(masked, text, mask) or text
+        return text, {private: letter for letter, private in mask.items()}
 
     def _without_reasoning(self, masked: Sequence[Message], text: str, mask: dict[int, int]) -> str | None:
         """R1's and Qwen3's templates cut the reasoning out of earlier answers; for that they must see its tags.
 
         None when the template leaves a tag in: then it would be a control token that a user typed.
         """
-        tags = [(tag.translate(mask), tag) for tag in self.think or ()]
-        shown = [_unmasked(message, tags) if message.role == "assistant" else message for message in masked]
-        if not tags or shown == masked:
+        shown = list(masked)
+        for tag in self.think or ():
+            hidden = tag.translate(mask)
+            shown = [Message(m.role, m.content.replace(hidden, tag)) if m.role == "assistant" else m for m in shown]
+        if shown == masked:
             return None
         cut = self._apply(shown)
         return cut if self._scanner.findall(cut) == self._scanner.findall(text) else None
 
     def _mask(self, messages: Iterable[Message]) -> dict[int, int]:
         """Control letters -> private characters that no message uses, or a user could type them ready-made."""
-        used = set(str(self._tokenizer.chat_template)).union(*(message.content for message in messages))
+        texts = (message.content for message in messages if not message.content.isascii())
+        used = self._reserved.union(*map(_PRIVATE.findall, texts))
         free = (private for private in _PRIVATE_USE if chr(private) not in used)
-        mask = dict(zip(map(ord, self._letters), free, strict=False))
+        mask = dict(zip(self._letters, free, strict=False))
         if len(mask) < len(self._letters):
             raise InvalidRequest("the text uses too many private characters", param="messages")
         return mask
@@ -105,20 +146,22 @@ class Prompt:
     def _apply(self, messages: Iterable[Message]) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError:
+            return self._template.render(
+                messages=turns, tools=None, documents=None, add_generation_prompt=True, **self._constants
+            )
+        except ERRORS:
             raise InvalidRequest("the model's chat template refuses these roles", param="messages") from None
-        return str(text)
-
-    def _starts_thinking(self) -> bool:
-        return self.think is not None and self._apply([Message("user", "x")]).rstrip().endswith(self.think[0])
 
 
-def _unmasked(message: Message, tags: Iterable[tuple[str, str]]) -> Message:
-    content = message.content
-    for hidden, tag in tags:
-        content = content.replace(hidden, tag)
-    return Message(message.role, content)
+def _translated(text: str, table: Mapping[int, int]) -> str:
+    """`text.translate(table)`; the interpreter's lock is given up between slices of a long text."""
+    if len(text) <= _SLICE:
+        return text.translate(table)
+    parts = []
+    for start in range(0, len(text), _SLICE):
+        parts.append(text[start : start + _SLICE].translate(table))
+        time.sleep(0)
+    return "".join(parts)
 
 
 def _scanner(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:

@@ -68,7 +68,8 @@ def test_overload_is_shed_and_leaves_nothing(serve: Callable[..., Server]) -> No
     counted = Counter(status for status, _ in statuses)
     assert set(counted) == {200, 503} and counted[200] >= 20, counted
     assert all(int(after or 0) >= 1 for status, after in statuses if status == 503)
-    assert max(each["running"] for each in seen) <= 4 and max(each["waiting"] for each in seen) <= 16
+    # Four of those who wait may be on their way to a slot.
+    assert max(each["running"] for each in seen) <= 4 and max(each["waiting"] for each in seen) <= 16 + 4
     assert worker.memory_info().rss - memory < 100 << 20
     assert status_of(server, {"prompt": "after"})[0] == 200
     eventually(lambda: (details(server)["running"], details(server)["waiting"]) == (0, 0), 10)

@@ -54,13 +54,13 @@ def serving(runner: ScriptedRunner, max_queue: int = 64) -> Iterator[Engine]:
 
 
 class Gate:
-    """Holds the model thread before a step until it is opened."""
+    """Holds the model thread before a step, or a chunk, until it is opened."""
 
-    def __init__(self, runner: ScriptedRunner) -> None:
+    def __init__(self, runner: ScriptedRunner, before: str = "step") -> None:
         self.reached, self._open = threading.Event(), threading.Event()
-        runner.before_step = self._pass
+        setattr(runner, f"before_{before}", self._pass)
 
-    def _pass(self, active: tuple[int, ...]) -> None:
+    def _pass(self, *_: object) -> None:
         self.reached.set()
         assert self._open.wait(WAIT)
 

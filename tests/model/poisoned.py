@@ -45,7 +45,7 @@ class PoisonedRunner(ScriptedRunner):
 
     def _holds(self, slot: int, word: str) -> bool:
         """Among the first tokens of what the slot has read: further on may be what an earlier owner left."""
-        token, position = self.armed[slot]
+        token, position = self.active[slot]
         read = [self.written[slot].get(place) for place in range(min(position, 64))]
         found = POISON[word] in [*read, token]
         self.injected += found

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from telemetry import Metrics
 from tests.model.driving import eventually
 from tests.model.tiny import ARCHITECTURES, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-WAIT = 30.0
+WAIT = 100.0  # seconds until a test gives up; the CPU kernels are built in the first of them
 GREEDY = Sampling(temperature=0)
 
 
@@ -34,9 +34,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_for(checkpoint: Path, data: Path, **changes: object) -> Settings:
-    name = str(checkpoint)
+    """Settings over a DATA_DIR of its own that shares the CPU kernels, which take half a minute to build."""
+    name, kernels = str(checkpoint), Path(__file__).parents[2] / "data/compiled"
+    kernels.mkdir(parents=True, exist_ok=True)
+    data.mkdir(exist_ok=True)
+    if not (data / "compiled").exists():
+        (data / "compiled").symlink_to(kernels)
     return Settings(**({"model": name, "models_allowed": (name,), "data_dir": data, "quantization": "none",
-                        "compile": False, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
+                        "compile": False, "threads": 1, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +103,12 @@ def test_a_stop_string_ends_the_text_and_frees_the_slot(backend: LocalBackend) -
 def test_what_cannot_fit_is_refused_before_it_is_queued(backend: LocalBackend) -> None:
     with pytest.raises(InvalidRequest) as refused:
         ask(backend, "word " * 600)
-    assert refused.value.code == "context_length_exceeded"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
+    assert "maximum context length is 512 tokens" in refused.value.message
     with pytest.raises(InvalidRequest) as refused:
         ask(backend, "hi", 512)
-    assert refused.value.param == "max_new_tokens"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "max_new_tokens")
+    assert "maximum context length is 512 tokens" in refused.value.message
     with pytest.raises(UnknownModel):
         ask(backend, "hi", model="../../etc/passwd")
 
@@ -113,6 +120,77 @@ def test_weights_are_not_loaded_to_tokenise(checkpoint: Path, tmp_path: Path) ->
     request = GenerateRequest("r", "ann", backend._spec.name, (Message("user", "hi"),))
     assert backend.prepare(request).prompt_ids
     assert backend.status().stage == "cold" and backend.fingerprint()
+    backend.close(0)
+
+
+def test_no_text_that_fits_the_context_has_more_characters_than_the_bound(backend: LocalBackend) -> None:
+    for text in ("blue " * 60, "why is the sky blue", "天空为什么是蓝色的", " " * 50 + "x"):
+        prompt = backend.prepare(
+            GenerateRequest("r", "ann", backend._spec.name, (Message("user", text),), max_new_tokens=1)
+        )
+        assert len(text) <= len(prompt.prompt_ids) * backend.max_characters() // 512
+    assert backend.max_characters() == 512 * 5  # "Ġblue" and the like are its longest tokens
+
+
+@pytest.mark.promise(
+    "P30",
+    injected="ten long prompts of one user",
+    counted="tokens computed before another's first one, on a real model",
+)
+def test_a_short_prompt_is_not_delayed_by_another_users_long_ones(checkpoint: Path, tmp_path: Path) -> None:
+    backend = LocalBackend(settings_for(checkpoint, tmp_path, slots=16, max_context=1024), Metrics())
+    read(ask(backend, "warm", 1))
+    runner = backend._engine._scheduler.runner  # type: ignore[union-attr]
+    init_row, prefill = runner.init_row, runner.prefill
+    admitted: list[tuple[int, list[int]]] = []  # chunks before it, its prompt
+    chunks: list[list[list[int]]] = []
+
+    def logged_init_row(slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
+        admitted.append((len(chunks), list(prompt)))
+        init_row(slot, sampling, seed, prompt)
+
+    def logged_prefill(parts: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
+        chunks.append([list(ids) for _, ids, _ in parts])
+        return prefill(parts)
+
+    runner.init_row, runner.prefill = logged_init_row, logged_prefill  # type: ignore[method-assign]
+    long = [ask(backend, f"{n} {'why is the sky so blue ' * 60}", 20, owner="ann") for n in range(10)]
+    eventually(lambda: bool(chunks))
+    short = ask(backend, "why is the sky blue?", 4, owner="bob")
+    prompt = list(short._sequence.prompt)  # type: ignore[attr-defined]
+    assert read(short)[1].usage.completion_tokens == 4
+    for stream in long:
+        stream.close()
+    backend.close(0)
+    since = next(before for before, ids in admitted if ids == prompt)
+    until = next(n for n, parts in enumerate(chunks) if any(ids == prompt[-1 - len(ids) : -1] for ids in parts))
+    assert sum(len(ids) for parts in chunks[since : until + 1] for ids in parts) <= 3 * len(prompt)
+
+
+def test_a_model_without_a_chat_template_is_not_ready_and_says_why(tmp_path: Path) -> None:
+    bare = tiny_checkpoint(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    backend = LocalBackend(settings_for(bare, tmp_path / "data"), Metrics())
+    told: list[str] = []
+    backend.preload(told.append)
+    eventually(lambda: backend.status().stage == "failed")
+    assert not backend.status().ready and backend.status().reason == told[0]
+    assert told[0] == "bare has no chat template: use an instruct or chat model"
+    with pytest.raises(ModelUnavailable, match="no chat template"):
+        ask(backend, "hello")
+    backend.close(0)
+
+
+def test_a_request_that_finds_no_chat_template_makes_the_status_say_so(tmp_path: Path) -> None:
+    bare = tiny_checkpoint(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    settings = settings_for(bare, tmp_path / "data")
+    prepare_tokenizer(find(settings), settings)
+    backend = LocalBackend(settings, Metrics())
+    with pytest.raises(ModelUnavailable, match="no chat template"):
+        ask(backend, "hello")
+    eventually(lambda: backend.status().stage == "failed")
+    assert "no chat template" in (backend.status().reason or "")
     backend.close(0)
 
 
@@ -133,7 +211,7 @@ def test_fifty_first_requests_load_once(checkpoint: Path, tmp_path: Path, monkey
     assert loads == ["model"] and len(texts) == 1
 
 
-def test_a_model_that_cannot_be_fetched_is_told_to_whoever_waits_for_its_tokenizer(
+def test_a_model_that_cannot_be_fetched_is_told_to_requests_that_wait_for_its_tokenizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tiny_checkpoint(tmp_path / "tiny")
@@ -195,7 +273,7 @@ def test_two_hundred_mixed_requests_leave_nothing_behind(backend: LocalBackend) 
     eventually(lambda: threading.active_count() <= threads)
     assert len(os.listdir("/proc/self/fd")) <= files
     assert read(ask(backend, "story 3", 23))[0] == alone[3]
-    assert not any(slot.busy for slot in backend._engine._batch._table.slots)  # type: ignore[union-attr]
+    assert not any(slot.busy for slot in backend._engine._scheduler._table.slots)  # type: ignore[union-attr]
 
 
 def test_only_the_model_thread_ever_imports_torch(checkpoint: Path, tmp_path: Path) -> None:

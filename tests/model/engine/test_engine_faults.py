@@ -9,7 +9,7 @@ import pytest
 
 from errors import GenerationFailed, ModelUnavailable, ServiceError
 from model.engine.engine import Engine
-from model.engine.scheduler import _BARREN, Batch
+from model.engine.scheduler import _MAX_FAILURES, Scheduler
 from telemetry import Metrics
 from tests.model.driving import eventually, read, request, serving
 from tests.model.scripted import NOT_FINITE, UNFIT, ScriptedRunner, continuation
@@ -24,7 +24,7 @@ def test_a_poisonous_row_fails_alone() -> None:
     runner = ScriptedRunner(slots=4)
 
     def poison(active: tuple[int, ...]) -> None:
-        if any(runner.written[slot].get(0, runner.armed[slot][0]) == 66 for slot in active):
+        if any(runner.written[slot].get(0, runner.active[slot][0]) == 66 for slot in active):
             raise RuntimeError("injected")
 
     runner.before_step = poison
@@ -95,7 +95,7 @@ def test_a_step_that_fails_for_everyone_makes_the_engine_load_again() -> None:
         return runners[-1]
 
     engine = Engine(load, 64, Metrics())
-    for _ in range(_BARREN):
+    for _ in range(_MAX_FAILURES):
         with pytest.raises(ServiceError):
             read(engine.submit(request([1])))
     assert read(engine.submit(request([2], count=3)))[0] == continuation([2], 3)
@@ -111,9 +111,9 @@ def _break(active: tuple[int, ...]) -> None:
 def test_metrics_follow_what_is_compiled_and_what_could_not_be() -> None:
     runner = ScriptedRunner()
     metrics = Metrics()
-    batch = Batch(runner, metrics, time.monotonic)
+    scheduler = Scheduler(runner, metrics, time.monotonic)
     for runner.compiled in ((1, 0), (1, 2), (3, 2)):
-        batch.adopt(idle=True)
+        scheduler.load_compiled(idle=True)
     assert metrics.registry.get_sample_value("llm_compiled_buckets") == 3
     assert metrics.registry.get_sample_value("llm_compile_fallbacks_total") == 2
 

@@ -17,7 +17,7 @@ from tests.model.driving import WAIT, Gate, eventually, read, request
 from tests.model.scripted import ScriptedRunner, continuation
 
 
-def test_whoever_leaves_during_the_load_makes_room_at_once() -> None:
+def test_a_reader_that_leaves_during_the_load_makes_room_at_once() -> None:
     go_on = threading.Event()
 
     def load(progress: Callable[[str, int], None]) -> ScriptedRunner:

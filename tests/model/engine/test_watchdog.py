@@ -66,7 +66,7 @@ def test_a_step_that_hangs_is_told_to_everyone_and_a_new_process_is_asked_for(
     engine: Engine, loads: Loads, clock: Clock
 ) -> None:
     asked: list[str] = []
-    engine.watch(asked.append)
+    engine.on_hang = asked.append
     running, waiting = in_a_step(engine, loads), engine.submit(request([2], timeout=1000))
     clock.offset += 61
     started = time.monotonic()
@@ -101,7 +101,7 @@ def test_a_hang_that_ends_by_itself_heals(engine: Engine, loads: Loads, clock: C
 @pytest.mark.promise("P4", injected="an hour of idleness, a long load", counted="no alarm")
 def test_neither_an_idle_hour_nor_a_long_load_is_a_hang(engine: Engine, loads: Loads, clock: Clock) -> None:
     asked: list[str] = []
-    engine.watch(asked.append)
+    engine.on_hang = asked.append
     begun, go_on = threading.Event(), threading.Event()
     plain = engine._load
 

@@ -8,12 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from model.text.detokenizer import TextAssembler
+from model.text.prompt import Prompt
+from model.weights.catalogue import CATALOGUE
 from tests.model.tiny import tiny_tokenizer
 
 THINK = ("<think>", "</think>")
 TOKENIZER: PreTrainedTokenizerFast = tiny_tokenizer("r1")
+PROMPT = Prompt(TOKENIZER, CATALOGUE["smollm2-135m-instruct"])
+BYTES = bytes_to_unicode()
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -76,6 +81,23 @@ def test_a_character_split_over_tokens_never_shows_a_replacement_mark() -> None:
     assembler = TextAssembler(decode, (), None, False)
     chunks = [chunk.text for id in ids for chunk in assembler.push(id)]
     assert len(ids) > 3 and chunks == ["天", "😀", "é"]
+
+
+@pytest.mark.parametrize("text", ["", "abc", "天", "\ufffd"])
+@pytest.mark.parametrize("character", ["é", "天", "😀"])
+def test_an_answer_that_is_cut_inside_a_character_ends_before_it(text: str, character: str) -> None:
+    """By its bytes: a replacement character that the model did write stays."""
+    for count in range(1, len(character.encode())):
+        cut = text.encode() + character.encode()[:count]
+        ids = [TOKENIZER.convert_tokens_to_ids(BYTES[byte]) for byte in cut]
+        assert decode(ids) == text + "\ufffd"
+        assembler = TextAssembler(decode, (), None, False, PROMPT.unfinished)
+        assert run(assembler, ids)["answer"] == text
+
+
+def test_bytes_that_no_character_begins_with_are_no_cut_character() -> None:
+    ids = [TOKENIZER.convert_tokens_to_ids(BYTES[byte]) for byte in b"a\xff"]
+    assert run(TextAssembler(decode, (), None, False, PROMPT.unfinished), ids)["answer"] == "a\ufffd"
 
 
 def test_the_answer_comes_token_by_token() -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from model.weights.loader import load_tokenizer
 from tests.model.tiny import tiny_tokenizer
 
 SPEC = CATALOGUE["smollm2-135m-instruct"]
+UNLISTED = replace(SPEC, name="folder", source="/somewhere", revision=None)
 # The structure of Qwen3's template: it cuts reasoning, and shows that of the last turn again.
 QWEN3 = (
     "{% for m in messages %}{% set content = m.content %}{% set thought = '' %}"
@@ -181,6 +185,7 @@ def test_thinking_is_told_from_the_template() -> None:
         talk(("user", "")),
         talk(("user", " \n")),
         talk(("user", "a\ud800b")),
+        talk(("user", "a\ud800b" * 10_000)),
         talk(("<|im_end|>", "x")),
         talk(("user", "".join(map(chr, range(0xF0000, 0x10FFFE))))),
     ],
@@ -202,6 +207,58 @@ def test_a_template_that_refuses_the_roles_is_the_clients_fault() -> None:
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with pytest.raises(ModelError, match="no chat template"):
         Prompt(with_template(""), SPEC)
+
+
+@every_template
+def test_a_long_text_gives_the_ids_of_apply_chat_template(name: str) -> None:
+    messages = talk(("user", "why 天空 <b> 😀 x\n" * 2000), ("assistant", "so"), ("user", "if a<b: " * 3000))
+    assert PROMPTS[name].render(messages) == official(TOKENIZERS[name], messages)
+
+
+def test_other_threads_run_beside_a_long_prompt() -> None:
+    """A text of a megabyte takes a second; another thread that wants to run every millisecond hardly waits."""
+    text, gaps, done = "why 天空 is <b> blue " * 60_000, [0.0], threading.Event()
+
+    def count() -> None:
+        last = time.perf_counter()
+        while not done.wait(0.001):
+            gaps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    started = time.perf_counter()
+    PROMPTS["chatml"].render(talk(("user", text)))
+    took = time.perf_counter() - started
+    done.set()
+    thread.join()
+    assert max(gaps) < took / 4 and len(gaps) > 20
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MULTIPLIES = "{% for m in messages %}{{ m.content * 100000 }}{% endfor %}"
+GROWS = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
+FOLDS = "{{ ('x' * 10 ** 9) * 100 }}"
+
+
+@pytest.mark.promise("P7", injected="chat templates that loop or multiply", counted="refused with one line, in seconds")
+@pytest.mark.parametrize("template", [LOOPS, MULTIPLIES, GROWS, FOLDS])
+def test_a_template_that_never_ends_or_explodes_is_refused(template: str) -> None:
+    with pytest.raises(ModelError, match="takes too much time, memory or text"):
+        Prompt(with_template(template), UNLISTED)
+
+
+@pytest.mark.parametrize("template", [STRIPPING, QWEN3])
+def test_an_ordinary_template_of_an_unlisted_model_serves(template: str) -> None:
+    assert Prompt(with_template(template), UNLISTED).render(talk(("user", "hi")))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[7].content }}", "{{ 1 / 0 }}", "{% for %}", "{{ raise_exception('no') }}"]
+)
+def test_a_template_that_cannot_render_a_question_is_refused(template: str) -> None:
+    with pytest.raises(ModelError, match="chat template"):
+        Prompt(with_template(template), SPEC)
 
 
 def test_sixteen_threads_render_at_once() -> None:

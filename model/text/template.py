@@ -1,0 +1,63 @@
+"""Tries a chat template in a child process with bounds, before the service renders it: it is a stranger's program.
+
+    python -m model.text.template
+
+As a program it is that child, with the template on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import Template, TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+# What a template may raise: its own refusal of some roles, and what its expressions run into.
+ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+_CPU_SECONDS, _MEMORY = 3, 1 << 30  # beside what importing takes; a plain template needs milliseconds
+_MAX_CHARACTERS = 100_000  # of output beside the messages' own text; system prompts for tools take 10,000
+
+
+def compile_template(source: str) -> Template:
+    """As transformers compiles it: sandboxed, with its filters and functions. Raises TemplateError."""
+    template: Template = _compile_jinja_template(source)
+    return template
+
+
+def is_harmless(source: str, constants: Mapping[str, str]) -> bool:
+    """Whether the template ends soon and in a text of sensible length for a few ordinary conversations."""
+    job = json.dumps([source, dict(constants)])
+    command = [sys.executable, "-m", "model.text.template"]
+    try:
+        child = subprocess.run(
+            command, input=job, text=True, capture_output=True, timeout=60, cwd=Path(__file__).parents[2], check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return child.returncode == 0
+
+
+def _try_out(source: str, constants: Mapping[str, str]) -> None:
+    template = compile_template(source)
+    for contents in (["x"], ["x", "y", "z"], ["word " * 4000], ["word " * 20] * 101):
+        roles = ["system"] * (len(contents) == 3) + ["user", "assistant"] * len(contents)
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        try:
+            text = template.render(messages=turns, tools=None, documents=None, add_generation_prompt=True, **constants)
+        except ERRORS:
+            continue  # it refuses such a conversation, and the request will be told
+        if len(text) > _MAX_CHARACTERS + 2 * len("".join(contents)):
+            sys.exit("too much text")
+
+
+if __name__ == "__main__":
+    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    resource.setrlimit(resource.RLIMIT_CPU, (used + _CPU_SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    _try_out(*json.load(sys.stdin))
