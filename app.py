@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from flask import Flask
 from flask_openapi3.models.info import Info
@@ -49,12 +48,9 @@ from olddb import Database
 from quotas.allowances import Allowance, Allowances
 from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
 from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
-from quotas.shared_counts import SharedCounts
-from secret_files import admin_password, key_ring, read_text, signing_secret
+from secret_files import key_ring, signing_secret
 from settings import Settings, SettingsError
 from telemetry import Metrics, configure_logging
-
-Made = TypeVar("Made")
 
 _YEAR = 366 * 86_400
 _APP_LOAD_ERROR = 4  # gunicorn's word for "do not try again"
@@ -106,7 +102,6 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret, ring = signing_secret(settings), key_ring(settings)
     db = Database(settings.data_dir / "state.sqlite3")
-    shared = _shared_counts(settings, metrics)
     cache = ResponseCache(
         _cache(settings, metrics),
         ring.box("cache"),
@@ -129,19 +124,19 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         jwt_key=derive(secret, "jwt"),
         box=Box(derive(secret, "tickets")),
         allowances=_allowances(settings),
-        rate=RequestRate(shared or MemoryWindows()),
-        streams=StreamLimit(shared or MemoryLeases()),
-        tokens=TokenQuota(shared or SqliteQuotas(db)),
-        logins=LoginGuard(shared or MemoryWindows()),
+        rate=RequestRate(MemoryWindows()),
+        streams=StreamLimit(MemoryLeases()),
+        tokens=TokenQuota(SqliteQuotas(db)),
+        logins=LoginGuard(MemoryWindows()),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
-        sanitise=sanitise if settings.sanitise == "strip" else str,
+        sanitise=str if settings.sanitise == "off" else sanitise,
     )
 
 
 def _place(settings: Settings, ring: KeyRing) -> Place:
     """Where the audit log is; its head lies beside the folder of its files, unless it is kept further apart."""
-    folder, head = settings.audit_dir or settings.data_dir / "audit", settings.audit_head
+    folder, head = settings.data_dir / "audit", settings.audit_head
     return Place(folder, head or settings.data_dir / "audit-head", ring.codes("audit"), settings.audit_days)
 
 
@@ -159,29 +154,9 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
 
 
 def _cache(settings: Settings, metrics: Metrics) -> Cache:
-    def build(url: str) -> Cache:
-        return RedisCache(url, Breaker(on_change=metrics.breaker_open.set))
-
-    found = _at_redis("REDIS_URL", settings.redis_url, settings.redis_url_file, build)
-    return found or SqliteCache(settings.data_dir / "cache.sqlite3")
-
-
-def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
-    def build(url: str) -> SharedCounts:
-        return SharedCounts(url, Breaker(on_change=metrics.counts_breaker_open.set))
-
-    return _at_redis("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file, build)
-
-
-def _at_redis(setting: str, url: str | None, file: Path | None, build: Callable[[str], Made]) -> Made | None:
-    """What `build` makes of the address that the setting, or its file, holds; None where there is none."""
-    if file is not None:
-        setting += "_FILE"
-        url = read_text(setting, file)
-    try:
-        return build(url) if url else None
-    except ValueError:  # its words may hold the password
-        raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
+    if settings.redis_url:
+        return RedisCache(settings.redis_url, Breaker(on_change=metrics.breaker_open.set))
+    return SqliteCache(settings.data_dir / "cache.sqlite3")
 
 
 def _allowances(settings: Settings) -> Allowances:
@@ -192,7 +167,7 @@ def _allowances(settings: Settings) -> Allowances:
 def _first_user(settings: Settings, rooms: Services) -> None:
     if rooms.users.count():
         return
-    password = admin_password(settings)
+    password = settings.admin_password
     made = password or random_password()
     try:
         rooms.users.add("admin", Role.ADMIN, rooms.passwords.hash(made))

@@ -5,11 +5,9 @@ Reads no environment of its own; settings.py does.
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 from typing import Any
@@ -22,7 +20,7 @@ from api.context import NAME, Services
 from api.places import LOGINS, generations
 from api.worker import CONNECTIONS, LEAVING, PatientWorker
 from errors import StoreUnavailable
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, check
 from telemetry import configure_logging
 
 try:
@@ -74,24 +72,12 @@ logger_class = _Log
 
 
 def on_starting(server: Any) -> None:
-    """A busy port is one line, not five retries."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except (OSError, UnicodeError) as error:
-            print(_unusable(error), file=sys.stderr)
-            sys.exit(1)
-
-
-def _unusable(error: OSError | UnicodeError) -> str:
-    number, reason = getattr(error, "errno", None), getattr(error, "strerror", "not a name")
-    if number == errno.EADDRINUSE:
-        reason = "is in use: stop what listens there, or choose another"
-    elif number != errno.EACCES:
-        return f"HOST: {settings.host} is no address of this machine: {reason} (for example HOST=127.0.0.1)"
-    return f"PORT: {settings.host}:{settings.port} {reason} (for example PORT=5001)"
+    """What this machine does not allow ends the start in one line."""
+    try:
+        check(settings)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -124,6 +110,14 @@ def post_worker_init(worker: Any) -> None:
     worker.most = settings.max_body
     if settings.preload:
         backend.preload(give_up)
+    if not settings.trusted_proxies:  # else people come by the proxy's address, which is not known here
+        print(_welcome(settings), file=sys.stderr)
+
+
+def _welcome(settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host.replace("0.0.0.0", "127.0.0.1")
+    loads = "is loading" if settings.preload else "loads with the first question"
+    return f"Open http://{host}:{settings.port}, sign in as admin; the model {loads}."
 
 
 def _open_audit(rooms: Services) -> None:
@@ -131,7 +125,7 @@ def _open_audit(rooms: Services) -> None:
     try:
         rooms.audit.open()
     except StoreUnavailable as error:
-        print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
+        print(f"DATA_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
 
 def worker_exit(server: Any, worker: Any) -> None:
