@@ -122,6 +122,17 @@ def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     assert "process_resident_memory_bytes" in names and names - labelled <= known
 
 
+def test_the_unit_reads_what_make_secrets_makes(tmp_path: Path) -> None:
+    unit = (ROOT / "ops/systemd/flask-llm.service").read_text()
+    made = subprocess.run(
+        [ROOT / "ops/make-secrets", tmp_path / "s"], check=True, capture_output=True, text=True
+    ).stdout
+    read = dict(re.findall(r"^LoadCredential=(\w+):/etc/flask-llm/(\w+)$", unit, re.MULTILINE))
+    assert "admin_password" in read and f"{tmp_path}/s/admin_password" in made
+    for name, file in read.items():
+        assert (tmp_path / "s" / file).is_file() and re.search(rf"[A-Z_]+_FILE=%d/{name}\b", unit)
+
+
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit = tmp_path / "flask-llm.service"
     text = (ROOT / "ops/systemd/flask-llm.service").read_text()
