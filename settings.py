@@ -17,7 +17,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-VERSION = "1.0.0"
 PASSWORD_SHORTEST, PASSWORD_LONGEST = 8, 1024  # characters
 
 _SECRETS = ("database_url", "redis_url", "admin_password")  # NAME_FILE may name a file that holds the value
@@ -197,8 +196,8 @@ def _usable(variable: str, problem: str) -> Iterator[None]:
     except UnicodeDecodeError:
         raise SettingsError(f"{variable}: the file is not text in UTF-8 (for example {variable}={example})") from None
     except OSError as error:
-        line = f"{variable}: {error.filename}: {problem}: {error.strerror} (for example {variable}={example})"
-        raise SettingsError(line) from None
+        line = f"{variable}: {error.filename or ''}: {problem}: {error.strerror} (for example {variable}={example})"
+        raise SettingsError(line.replace(": : ", ": ")) from None
 
 
 def _secret(variable: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from model.weights.catalogue import ModelError
-from model.weights.loader import fetch
+from model.weights.catalogue import ModelError, find
 from settings import Settings, SettingsError, check
 from telemetry import configure_logging
 
@@ -18,6 +17,9 @@ try:
     settings = Settings.from_environment()
     configure_logging(settings.log_level)
     check(settings, listening=arguments.serving)
+    find(settings)
+    from model.weights.loader import fetch  # after the checks, which need no second for its libraries
+
     fetch(settings, arguments.verify)
 except (SettingsError, ModelError, OSError) as error:
     sys.exit(str(error))

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
@@ -40,22 +39,22 @@ def free_port() -> int:
 def make_secrets(folder: Path) -> None:
     """Fills the folder as docker compose's `secrets/`, unless it is there. Raises StackError."""
     if not folder.exists():
-        made = subprocess.run([ROOT / "ops/make-secrets", folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if made.returncode:
-            raise StackError(made.stderr.decode().strip())
+        _script("make-secrets", folder)
 
 
 def nginx_conf(secrets: Path, https: int, http: int, app: int) -> str:
     """nginx.conf for these places; its rates come from the environment. Raises StackError."""
-    places = {
-        "HTTPS_LISTEN": f"127.0.0.1:{https}", "HTTP_LISTEN": f"127.0.0.1:{http}",
-        "APP": f"127.0.0.1:{app}", "SECRETS": str(secrets.resolve()),
-    }  # fmt: skip
-    command = ["sh", ROOT / "ops/nginx-conf", ROOT / "nginx.conf"]
-    made = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
-    if made.returncode:
-        raise StackError(made.stderr.strip())
-    return made.stdout
+    places = {"HTTPS_LISTEN": f"127.0.0.1:{https}", "HTTP_LISTEN": f"127.0.0.1:{http}", "APP": f"127.0.0.1:{app}"}
+    return _script("nginx-conf", ROOT / "nginx.conf", **places, SECRETS=str(secrets.resolve()))
+
+
+def _script(name: str, argument: Path, **environment: str) -> str:
+    """What a script of this folder prints. Raises StackError."""
+    command = [str(ROOT / "ops" / name), str(argument)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise StackError(done.stderr.strip())
+    return done.stdout
 
 
 def nginx_command(folder: Path) -> list[str]:
@@ -106,7 +105,7 @@ class Stack:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def wait(self) -> None:
@@ -172,19 +171,15 @@ def check_nginx() -> None:
             raise StackError("nginx.conf is wrong; nginx says above where")
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     https = int(os.environ.get("HTTPS_PORT", "8443"))
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     if listening(https):
         raise StackError(f"port {https} is taken; name another: make stack HTTPS_PORT=9443")
     with Stack(Path(os.environ.get("DATA_DIR") or "data") / "stack", {}, https) as stack:
-        print(f"Open https://localhost:{https} (a certificate of its own: curl -k). The first start of a DATA_DIR gives "
-              f"admin the password in {stack.secrets}/admin_password. Ctrl-C ends it.", flush=True)  # fmt: skip
+        print(f"Open https://localhost:{https} (a certificate of its own: curl -k). Ctrl-C ends it.")
+        print(f"A first start gave admin the password in {stack.secrets}/admin_password.", flush=True)
         stack.wait()
 
 

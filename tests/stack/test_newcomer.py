@@ -76,8 +76,8 @@ def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_service_in_one_line
     bad.mkdir()
     (bad / "config.json").write_text("{")
     place = {"DATA_DIR": str(tmp_path / "data"), "PORT": str(free_port()), "ADMIN_PASSWORD": PASSWORD}
-    (line,) = start(MODEL=str(bad), MODELS_ALLOWED=str(bad), PRELOAD="true", **place)
-    assert line.startswith(f"MODEL={bad} ") and "config.json" in line
+    welcome, line = start(MODEL=str(bad), PRELOAD="true", **place)
+    assert welcome.startswith("Open http") and line.startswith(f"MODEL={bad} ") and "config.json" in line
 
 
 def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_path: Path) -> None:
@@ -94,6 +94,8 @@ def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_p
         question = {"prompt": "Why is the sky blue?", "max_new_tokens": 4}
         status, answer = ask(stack, "POST", "/generate", question, token)
     assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+    said = (tmp_path / "log").read_text()
+    assert f"Open http://127.0.0.1:{stack.app}, sign in as admin; the model is loading.\n" in said
 
 
 def ask(stack: Stack, method: str, path: str, body: object = None, token: str = "") -> tuple[int, dict]:
