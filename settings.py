@@ -6,7 +6,6 @@ import difflib
 import errno
 import logging
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PASSWORD_SHORTEST, PASSWORD_LONGEST = 8, 1024  # characters
 
 _SECRETS = ("database_url", "redis_url", "admin_password")  # NAME_FILE may name a file that holds the value
-_KEY = re.compile(rb"[0-9a-fA-F]{64}")
 _log = logging.getLogger(__name__)
 
 
@@ -143,12 +141,6 @@ def check(settings: Settings, listening: bool = True) -> None:
     with _usable("LOG_FILE", "cannot write"):
         if settings.log_file:
             settings.log_file.open("a").close()
-    with _usable("KEY_FILE", "cannot read"):
-        if settings.key_file and not _holds_keys(settings.key_file.read_bytes()):
-            raise SettingsError("KEY_FILE: needs 64 hex digits a line (for example from: openssl rand -hex 32)")
-    with _usable("JWT_SECRET_FILE", "cannot read"):
-        if settings.jwt_secret_file and len(settings.jwt_secret_file.read_bytes().strip()) < 32:
-            raise SettingsError("JWT_SECRET_FILE: needs 32 characters or more (for example from: openssl rand -hex 32)")
     if settings.device == "cuda" and not _has_gpu():
         raise SettingsError("DEVICE: there is no NVIDIA GPU here, or no driver for it (for example DEVICE=cpu)")
     if listening:
@@ -168,12 +160,6 @@ def _check_port(host: str, port: int) -> None:
             if number == errno.EADDRINUSE:
                 reason = "is in use: stop what listens there, or choose another"
             raise SettingsError(f"PORT: {host}:{port} {reason} (for example PORT=5001)") from None
-
-
-def _holds_keys(text: bytes) -> bool:
-    lines = [line.strip() for line in text.splitlines()]
-    keys = [line for line in lines if line and not line.startswith(b"#")]
-    return bool(keys) and all(_KEY.fullmatch(key) for key in keys)
 
 
 def _has_gpu() -> bool:

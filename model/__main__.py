@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from crypto import KeyFileError
 from model.weights.catalogue import ModelError, find
+from secret_files import key_ring, signing_secret
 from settings import Settings, SettingsError, check
 from telemetry import configure_logging
 
@@ -17,11 +19,14 @@ try:
     settings = Settings.from_environment()
     configure_logging(settings.log_level)
     check(settings, listening=arguments.serving)
+    for given, load in ((settings.key_file, key_ring), (settings.jwt_secret_file, signing_secret)):
+        if given:
+            load(settings)
     find(settings)
     from model.weights.loader import fetch  # after the checks, which need no second for its libraries
 
     fetch(settings, arguments.verify)
-except (SettingsError, ModelError, OSError) as error:
+except (SettingsError, KeyFileError, ModelError, OSError) as error:
     sys.exit(str(error))
 except KeyboardInterrupt:
     sys.exit("Interrupted; run it again to go on.")

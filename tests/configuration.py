@@ -17,8 +17,8 @@ _INTRODUCTION = """# Configuration
 <!-- Written by `make docs` from settings.py and .env.example. -->
 
 Settings are environment variables, or lines in `.env` (copy `.env.example`); `make` and `docker compose` read it, and a
-variable of the environment wins over it. Lists are comma-separated. `DATABASE_URL`, `REDIS_URL` and `ADMIN_PASSWORD` may
-come from files instead, as Docker and systemd hand secrets over: `ADMIN_PASSWORD_FILE=/run/secrets/admin_password`.
+variable of the environment wins over it. Lists are comma-separated. `DATABASE_URL`, `REDIS_URL` and `ADMIN_PASSWORD`
+may come from files instead, as Docker and systemd hand secrets over: `ADMIN_PASSWORD_FILE=/run/secrets/admin_password`.
 
 All of them are checked in the first second. A wrong one stops the start with one line that names the variable, the
 problem and an example, and never the value of a secret; a name that nearly matches a setting (`MODLE`) is a warning.
