@@ -34,6 +34,7 @@ _WORDS = {
     "architectures", "model_type", "hidden_act", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
     "_model_name_or_path", "rope_scaling", "rope_parameters", "layer_types", "quantization_config", "eos_token_id",
     "bos_token_id", "pad_token_id", "id2label", "label2id", "pruned_heads", "unsloth_version", "model_name",
+    "transformers.js_config",
 }  # fmt: skip
 _CODE = {"auto_map", "custom_pipelines", "custom_generate", "attn_implementation", "_attn_implementation", "gguf_file"}
 # Four times the largest model of these families; transformers allocates for whatever config.json says.

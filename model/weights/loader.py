@@ -95,7 +95,7 @@ def fetch(settings: Settings, full: bool = False) -> None:
 @contextmanager
 def progress_log(model: str, onward: Progress = _silent) -> Iterator[Progress]:
     """A Progress whose stages and tenths are logged as they change, and at least every 5 s."""
-    state, started, ended = ("starting", 0), time.monotonic(), threading.Event()
+    state, started, ended = ("loading", 0), time.monotonic(), threading.Event()
 
     def progress(stage: str, percent: int) -> None:
         nonlocal state
@@ -103,7 +103,7 @@ def progress_log(model: str, onward: Progress = _silent) -> Iterator[Progress]:
         onward(stage, percent)
 
     def tell() -> None:
-        told, at = ("starting", 0), started
+        told, at = ("", 0), started
         while not ended.wait(_GLANCE):
             (stage, percent), now = state, time.monotonic()
             if (stage, percent // 10) != told or now - at >= _HEARTBEAT:

@@ -18,7 +18,7 @@ import pytest
 from ops.stack import ROOT, Stack, free_port
 from tests.conftest import lacking
 from tests.stack.client import until
-from tests.stack.conftest import LOADING, PASSWORD, SMALL
+from tests.stack.conftest import LOADING, PASSWORD, SMALL, with_model
 
 
 def start(**settings: str) -> list[str]:
@@ -80,7 +80,8 @@ def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_service_in_one_line
     assert welcome.startswith("Open http") and line.startswith(f"MODEL={bad} ") and "config.json" in line
 
 
-def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_and_from_the_lan_it_just_works(models: Path, tmp_path: Path) -> None:
+    data_dir = with_model(models, tmp_path / "data")
     (tmp_path / "empty").mkdir()
     bare = {"PATH": str(tmp_path / "empty"), "CXX": "", "CC": "", "COMPILE": "on"}
     lan = {"HOST": "0.0.0.0", "REDIS_URL": "", "TRUSTED_PROXIES": ""}

@@ -161,6 +161,14 @@ def test_one_changed_byte_is_found_at_the_next_start(source: Path, name: str) ->
         prepare(source)
 
 
+def test_a_folder_in_nf4_is_served_as_it_is_or_says_which_setting(source: Path) -> None:
+    folder = prepare(source)
+    again = prepare(folder)
+    assert again != folder and (again / "model.safetensors").samefile(folder / "model.safetensors")
+    with pytest.raises(ModelError, match="set QUANTIZATION=nf4, or name the original weights"):
+        prepare(folder, quantization="none")
+
+
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are hashed from here on."""
     names: list[str] = []
