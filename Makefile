@@ -1,17 +1,20 @@
 # make run    set up what is missing and serve on http://127.0.0.1:5000
-# make test   all tests (as root on Debian, installs g++, redis-server, nginx, prometheus and chromium for them)
-# make screenshots  pictures of the page in each state, into ./screenshots
-# make check  linters, types, and the configuration files
-# make model  fetch and quantise MODEL now, with progress
+# make model  fetch and quantise MODEL now, with progress (VERIFY=1: hash every file of it again)
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
 # make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
-# make promises  docs/promises.md, from the tests' markers
-# make audit-verify  whether the audit log is whole;  make rotate-key  a new key to encrypt and sign with
+# make audit-verify  whether the audit log is whole
+# make rotate-key  a new key to encrypt and sign with
+# make test   all tests (as root on Debian, installs g++, redis-server, nginx, postgresql, prometheus and chromium)
+# make check  linters, types, and the configuration files
 # make bench  the numbers in README, hours (PEERS=all for every peer, FRESH=1 to begin anew, ROWS="decode http" for some)
+# make docs   docs/configuration.md from the settings, docs/promises.md from the tests' markers (make promises)
+# make screenshots  pictures of the page in each state, into ./screenshots
 # make clean  remove .venv and caches (DATA_DIR stays)
 #
 # Settings come from the environment and from .env (see .env.example). Another Python: make run PYTHON=python3.12
+# PyTorch from a wheel, such as its CPU build: make run TORCH=/path/to/torch-….whl (docs/operations.md)
 
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV ?= .venv
 DOMAIN ?= localhost
@@ -22,19 +25,26 @@ export PATH := $(PATH):/usr/sbin:/sbin
 with_env = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: run test check screenshots model stack secrets promises audit-verify rotate-key bench clean services
+.PHONY: help run test check screenshots model stack secrets docs promises audit-verify rotate-key bench clean services
 
-run: model
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+run: $(VENV)/installed
+	@$(with_env) $(BIN)/python -m model --serving
 	@exec $(with_env) $(BIN)/gunicorn 'app:create_app()'
 
 model: $(VENV)/installed
-	@exec $(with_env) $(BIN)/python -m model
+	@exec $(with_env) $(BIN)/python -m model $(if $(VERIFY),--verify)
 
 stack: model
 	@exec $(with_env) $(BIN)/python -m ops.stack
 
 bench: $(VENV)/installed
 	@exec $(BIN)/python -m benchmarks $(if $(FRESH),--fresh) $(ROWS)
+
+docs: promises
+	@$(BIN)/python -m tests.configuration
 
 promises: $(VENV)/installed
 	@$(BIN)/python -m tests.promises
@@ -76,6 +86,8 @@ services:
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+cpu_hint = No NVIDIA GPU here: PyTorch's CPU build would do, and saves 4 GB of disk (docs/operations.md, Disk).
+
 # An installation that was interrupted is started afresh (.unfinished tells); pip's own cache makes that quick.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -84,8 +96,10 @@ define install
 		|| $(call fail,$(PYTHON) cannot make virtual environments; install its venv package (apt install python3-venv))
 	@if [ -e $(VENV)/.unfinished ]; then rm -rf $(VENV); fi
 	@{ mkdir -p $(VENV) && touch $(VENV)/.unfinished; } || $(call fail,cannot write to $(VENV))
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r $(1) \
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing the packages of $(1) into $(VENV), which takes minutes."
+	@$(if $(TORCH)$(PIP_EXTRA_INDEX_URL)$(PIP_FIND_LINKS),,command -v nvidia-smi >/dev/null || echo "$(cpu_hint)")
+	@$(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH),"$(TORCH)") -r $(1) \
 		|| $(call fail,the packages could not be installed (the reason is above); run make again to go on)
 	@rm $(VENV)/.unfinished
 	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
@@ -24,7 +23,7 @@ from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped
 from api.context import LOGINS, NAME, Services, max_generations
 from api.errors import payload
 from errors import Malformed, StoreUnavailable
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, check
 from telemetry import configure_logging
 
 try:
@@ -113,15 +112,12 @@ if 0 <= _files < worker_connections + 512:
 
 
 def on_starting(server: Any) -> None:
-    """An address that cannot be listened on is one line, not five retries."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    reasons = {errno.EADDRINUSE: "is in use: stop what listens there, or choose another", errno.EACCES: "needs root"}
+    """What this machine does not allow ends the start in one line."""
     try:
-        socket.create_server((settings.host, settings.port), family=family).close()
-    except (OSError, UnicodeError) as error:
-        if reason := reasons.get(getattr(error, "errno", None) or 0):
-            sys.exit(f"PORT: {bind} {reason} (for example PORT=5001)")
-        sys.exit(f"HOST: {settings.host} is no address of this machine (for example HOST=127.0.0.1)")
+        check(settings)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -157,6 +153,14 @@ def post_worker_init(worker: Any) -> None:
     services.backend.watch(start_again)
     if settings.preload:
         services.backend.preload(give_up)
+    if not settings.trusted_proxies:  # else people come by the proxy's address, which is not known here
+        print(_welcome(settings), file=sys.stderr)
+
+
+def _welcome(settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host.replace("0.0.0.0", "127.0.0.1")
+    loads = "is loading" if settings.preload else "loads with the first question"
+    return f"Open http://{host}:{settings.port}{settings.url_prefix}, sign in as admin; the model {loads}."
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import keys
 from crypto import load_or_create_key
 from keys import KeyRing
-from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST, Settings, SettingsError
+from settings import Settings, SettingsError
 
 
 def signing_secret(settings: Settings) -> bytes:
@@ -28,25 +28,6 @@ def key_ring(settings: Settings) -> KeyRing:
     if settings.key_file is None:
         return KeyRing.load_or_create(settings.data_dir / keys.NAME)
     return KeyRing.parse(_read("KEY_FILE", settings.key_file), settings.key_file)
-
-
-def admin_password(settings: Settings) -> str | None:
-    """The first administrator's; None where one is to be made up. Raises SettingsError."""
-    if settings.admin_password_file is None:
-        return settings.admin_password
-    password = read_text("ADMIN_PASSWORD_FILE", settings.admin_password_file)
-    if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
-        bounds = f"{PASSWORD_SHORTEST} to {PASSWORD_LONGEST}"
-        raise SettingsError(f"ADMIN_PASSWORD_FILE: needs {bounds} characters (for example from: openssl rand -hex 12)")
-    return password
-
-
-def read_text(setting: str, file: Path) -> str:
-    """The file's text without the space around it. Raises SettingsError."""
-    try:
-        return _read(setting, file).decode()
-    except UnicodeDecodeError:
-        raise SettingsError(f"{setting}: {file} is not text in UTF-8") from None
 
 
 def _read(setting: str, file: Path) -> bytes:

@@ -1,26 +1,58 @@
-"""Every knob of the service, read from the environment once and refused early when wrong.
-
-Does not act on any of them: no folder is made and no file is opened here.
-"""
+"""Every setting, read from the environment once and refused at the start when it is wrong."""
 
 from __future__ import annotations
 
+import difflib
+import errno
+import logging
 import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, IPvAnyNetwork, StringConstraints, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-Names = Annotated[tuple[str, ...], NoDecode]
-Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode]
-_RULE = r"^(admin|user|auditor)\.((streams|rpm)=[1-9]\d{0,5}|tokens_per_day=\d{1,15})$"
-RoleLimits = Annotated[tuple[Annotated[str, StringConstraints(pattern=_RULE)], ...], NoDecode]
 PASSWORD_SHORTEST, PASSWORD_LONGEST = 8, 1024  # characters
+
+_SECRETS = ("database_url", "redis_url", "admin_password")  # NAME_FILE may name a file that holds the value
+_log = logging.getLogger(__name__)
 
 
 class SettingsError(Exception):
     """A setting is wrong. The message is one line: the variable, what is wrong with it, and an example."""
+
+
+def _split(value: object) -> object:
+    return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+
+
+def _context(value: int) -> int:
+    if 0 < value < 256:
+        raise ValueError("must be 0 (what the model and the memory allow) or at least 256 tokens")
+    return value
+
+
+def _redis(value: str) -> str:
+    from redis.connection import parse_url
+
+    try:
+        parse_url(value)  # type: ignore[no-untyped-call]
+    except ValueError:  # its message may hold the password
+        raise ValueError("is not the address of a Redis") from None
+    return value
+
+
+_LIST = BeforeValidator(_split)
+_HOST = StringConstraints(pattern=r"^[A-Za-z0-9._-]+$|^[0-9A-Fa-f:.]+$")
+_LIMIT = StringConstraints(pattern=r"^(admin|user|auditor)\.((streams|rpm)=[1-9]\d{0,5}|tokens_per_day=\d{1,15})$")
+Names = Annotated[tuple[str, ...], NoDecode, _LIST]
+Hosts = Annotated[tuple[Annotated[str, _HOST], ...], NoDecode, _LIST]
+Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode, _LIST]
+RoleLimits = Annotated[tuple[Annotated[str, _LIMIT], ...], NoDecode, _LIST]
 
 
 class Settings(BaseSettings):
@@ -29,48 +61,46 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     host: str = "127.0.0.1"
-    port: int = Field(5000, ge=1, le=65535, examples=["5000"])
+    port: int = Field(5000, ge=1, le=65535)
     data_dir: Path = Field(Path("data"), examples=["/var/lib/flask-llm"])
     database_url: str = Field(
         "", repr=False, pattern=r"^(postgresql\+psycopg://.*)?$", examples=["postgresql+psycopg://llm@db/llm"]
     )
     url_prefix: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$", examples=["/llm"])
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", examples=["info"])
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_file: Path | None = Field(None, examples=["/var/log/flask-llm.log"])
 
-    model: str = Field("smollm2-135m-instruct", min_length=1, examples=["smollm2-135m-instruct"])
-    models_allowed: Names = Field((), examples=["/models/my-model,org/name@<40-digit commit>"])
-    quantization: Literal["nf4", "int8", "none"] = Field("nf4", examples=["nf4"])
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", examples=["auto"])
+    model: str = Field("smollm2-135m-instruct", min_length=1)
+    models_allowed: Names = Field((), examples=["org/name@<40-digit commit>"])
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0, le=1024, examples=["4"])
     compile: bool = Field(True, examples=["on"])
     preload: bool = Field(False, examples=["true"])
-    slots: int = Field(16, ge=1, le=256, examples=["16"])
-    max_context: int = Field(0, ge=0, le=1 << 20, examples=["8192"])
-    max_queue: int = Field(64, ge=1, le=10_000, examples=["64"])
-    request_timeout: float = Field(300, gt=0, le=86_400, examples=["300"])
-    grace_period: float = Field(30, ge=0, le=3600, examples=["30"])
+    slots: int = Field(16, ge=1, le=256)
+    max_context: Annotated[int, AfterValidator(_context)] = Field(0, ge=0, le=1 << 20, examples=["8192"])
+    max_queue: int = Field(64, ge=1, le=10_000)
+    request_timeout: float = Field(300, gt=0, le=86_400)
+    grace_period: float = Field(30, ge=0, le=3600)
 
-    user_streams: int = Field(10, ge=1, examples=["10"])
-    user_rpm: int = Field(120, ge=1, examples=["120"])
+    user_streams: int = Field(10, ge=1)
+    user_rpm: int = Field(120, ge=1)
     user_tokens_per_day: int = Field(0, ge=0, examples=["200000"])
     role_limits: RoleLimits = Field((), examples=["admin.rpm=600,user.tokens_per_day=200000"])
-    max_body: int = Field(1 << 20, ge=1024, le=1 << 30, examples=["1048576"])
-    allowed_hosts: Names = Field((), examples=["llm.example.org,localhost"])
+    max_body: int = Field(1 << 20, ge=1024, le=1 << 30)
+    allowed_hosts: Hosts = Field((), examples=["llm.example.org,localhost"])
     trusted_proxies: int = Field(0, ge=0, le=8, examples=["1"])
     metrics_networks: Networks = Field((), examples=["10.1.0.0/16"])
-    sanitise: Literal["strip", "off"] = Field("strip", examples=["strip"])
+    sanitise: Literal["active", "strip", "off"] = "active"
 
-    redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6379/0"])
-    redis_url_file: Path | None = Field(None, examples=["/run/secrets/redis_url"])
-    cache_ttl: int = Field(3600, ge=0, le=31_536_000, examples=["3600"])
+    redis_url: Annotated[str, AfterValidator(_redis)] | None = Field(
+        None, repr=False, examples=["redis://127.0.0.1:6379/0"]
+    )
+    cache_ttl: int = Field(3600, ge=0, le=31_536_000)
     cache_shared: bool = Field(False, examples=["false"])
-    state_redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6380/0"])
-    state_redis_url_file: Path | None = Field(None, examples=["/run/secrets/state_redis_url"])
 
-    audit_dir: Path | None = Field(None, examples=["/var/log/flask-llm/audit"])
     audit_head: Path | None = Field(None, examples=["/mnt/other-disk/audit-head"])
-    audit_days: int = Field(180, ge=1, le=36_500, examples=["180"])
+    audit_days: int = Field(180, ge=1, le=36_500)
     audit_content: bool = Field(False, examples=["false"])
 
     key_file: Path | None = Field(None, examples=["/run/secrets/keys"])
@@ -78,20 +108,15 @@ class Settings(BaseSettings):
     admin_password: str | None = Field(
         None, min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST, repr=False, examples=["a long passphrase"]
     )
-    admin_password_file: Path | None = Field(None, examples=["/run/secrets/admin_password"])
-    access_ttl: int = Field(900, ge=30, le=86_400, examples=["900"])
-    refresh_ttl: int = Field(604_800, ge=60, le=31_536_000, examples=["604800"])
-
-    @field_validator("models_allowed", "allowed_hosts", "metrics_networks", "role_limits", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+    access_ttl: int = Field(900, ge=30, le=86_400)
+    refresh_ttl: int = Field(604_800, ge=60, le=31_536_000)
 
     @classmethod
     def from_environment(cls) -> Settings:
         """The settings of this process. Raises SettingsError for the first wrong one; never echoes a value."""
+        given = {name: _secret(f"{name.upper()}_FILE") for name in _SECRETS if os.environ.get(f"{name.upper()}_FILE")}
         try:
-            return cls()
+            return cls(**given)  # type: ignore[arg-type]
         except ValidationError as error:
             raise SettingsError(_one_line(error)) from None
 
@@ -101,8 +126,75 @@ class Settings(BaseSettings):
         return self.threads or len(os.sched_getaffinity(0))
 
 
+def check(settings: Settings, listening: bool = True) -> None:
+    """Make DATA_DIR (mode 700); raise SettingsError for what this machine does not allow, before any slow work.
+
+    listening: whether this process, or the one it prepares for, will listen on PORT.
+    """
+    known = {field.upper() for field in Settings.model_fields}
+    for name in sorted(set(os.environ) - known - {f"{field.upper()}_FILE" for field in _SECRETS}):
+        for meant in difflib.get_close_matches(name, known, 1, cutoff=0.8):
+            _log.warning("%s is not a setting: did you mean %s?", name, meant)
+    with _usable("DATA_DIR", "it must be a folder that this user can write"):
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=settings.data_dir).close()
+    with _usable("LOG_FILE", "cannot write"):
+        if settings.log_file:
+            settings.log_file.open("a").close()
+    if settings.device == "cuda" and not _has_gpu():
+        raise SettingsError("DEVICE: there is no NVIDIA GPU here, or no driver for it (for example DEVICE=cpu)")
+    if listening:
+        _check_port(settings.host, settings.port)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            number, reason = getattr(error, "errno", None), getattr(error, "strerror", "not a name")
+            if number not in (errno.EADDRINUSE, errno.EACCES):
+                line = f"HOST: {host} is no address of this machine: {reason} (for example HOST=127.0.0.1)"
+                raise SettingsError(line) from None
+            if number == errno.EADDRINUSE:
+                reason = "is in use: stop what listens there, or choose another"
+            raise SettingsError(f"PORT: {host}:{port} {reason} (for example PORT=5001)") from None
+
+
+def _has_gpu() -> bool:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return False
+
+
+@contextmanager
+def _usable(variable: str, problem: str) -> Iterator[None]:
+    """Turn what the file system says into one line about this variable."""
+    field = Settings.model_fields.get(variable.lower())
+    example = field.examples[0] if field and field.examples else f"/run/secrets/{variable.lower()[:-5]}"
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise SettingsError(f"{variable}: the file is not text in UTF-8 (for example {variable}={example})") from None
+    except OSError as error:
+        line = f"{variable}: {error.filename or ''}: {problem}: {error.strerror} (for example {variable}={example})"
+        raise SettingsError(line.replace(": : ", ": ")) from None
+
+
+def _secret(variable: str) -> str:
+    with _usable(variable, "cannot read"):
+        return Path(os.environ[variable]).read_text("utf-8").strip()
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = str(first["loc"][0])
-    examples = Settings.model_fields[field].examples or ["see .env.example"]
-    return f"{field.upper()}: {first['msg']} (for example {field.upper()}={examples[0]})"
+    variable, info = field.upper(), Settings.model_fields[field]
+    example = (info.examples or [info.default])[0]
+    source = f"{variable}_FILE" if os.environ.get(f"{variable}_FILE") else variable
+    return f"{source}: {first['msg'].removeprefix('Value error, ')} (for example {variable}={example})"

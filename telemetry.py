@@ -1,6 +1,6 @@
 """What operators see: structured logs, the request id and the Prometheus metrics.
 
-Holds no policy. No label ever takes a value from a user, and no line holds a prompt, a token or a password.
+No label ever takes a value from a user, and no line holds a prompt, a token or a password.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from secrets import token_hex
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from structlog.dev import ConsoleRenderer, plain_traceback
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -24,6 +25,8 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
 
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(name, text, registry=self.registry, buckets=_SECONDS)
@@ -58,7 +61,6 @@ class Metrics:
         self.audit_records = counter("llm_audit_records_total", "Audit records: written, or failed to be.", "result")
         self.audit_commit = histogram("llm_audit_commit_seconds", "Making a batch of audit records durable.")
         self.breaker_open = gauge("llm_cache_breaker_open", "1 while the cache is given a rest after faults.")
-        self.counts_breaker_open = gauge("llm_state_redis_breaker_open", "1 while STATE_REDIS_URL is given a rest.")
 
     def audited(self, records: int, seconds: float, written: bool) -> None:
         """One sync of the audit log."""
@@ -73,9 +75,9 @@ _SECRET = re.compile(r"(?i)(bearer\s+|ticket=)[^\s\"'&]+|eyJ[\w-]+\.[\w-]+\.[\w-
 
 
 def configure_logging(level: str = "info", file: Path | None = None) -> None:
-    """Every log line of the process, other libraries' too, as one JSON object: to stderr, or to a rotating file.
+    """Every log line of the process, other libraries' too: plain on a terminal, else one JSON object a line.
 
-    Raises OSError when the file cannot be written.
+    file: a rotating file instead of stderr. Raises OSError when it cannot be written.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -85,11 +87,12 @@ def configure_logging(level: str = "info", file: Path | None = None) -> None:
     ]
     handler = RotatingFileHandler(file, maxBytes=10 << 20, backupCount=5) if file else logging.StreamHandler(sys.stderr)
     handler.set_name(_HANDLER)
+    plain = ConsoleRenderer(pad_event_to=0, exception_formatter=plain_traceback)
     render: list[Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.format_exc_info,
         _mask,
-        structlog.processors.JSONRenderer(),
+        plain if not file and sys.stderr.isatty() else structlog.processors.JSONRenderer(),
     ]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=render))
     root = logging.getLogger()

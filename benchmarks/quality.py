@@ -29,7 +29,7 @@ from model.runtime.build import choose_device
 from model.runtime.runner import Runner
 from model.text.prompt import Prompt
 from model.types import Message
-from model.weights.catalogue import completed, find
+from model.weights.catalogue import find, with_config
 from model.weights.loader import load_model, load_tokenizer, prepare
 from settings import Settings
 
@@ -97,7 +97,7 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
 def rendered(settings: Settings, count: int) -> list[Ids]:
     """The first prompts of benchmarks/prompts.txt, as chats."""
     folder = prepare(find(settings), settings)
-    prompt = Prompt(load_tokenizer(folder), completed(find(settings), folder))
+    prompt = Prompt(load_tokenizer(folder), with_config(find(settings), folder))
     lines = (HERE / "prompts.txt").read_text("utf-8").splitlines()[:count]
     return [list(prompt.render((Message("user", line),))) for line in lines]
 

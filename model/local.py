@@ -21,8 +21,8 @@ from model.runtime import gpu
 from model.text.detokenizer import TextAssembler
 from model.text.prompt import Prompt, TemplateUnusable
 from model.types import BackendStatus, Done, Event, FinishReason, GenerateRequest, Status, Usage
-from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, completed, find
-from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, tokenizer_is_ready
+from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, find, with_config
+from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, progress_log, tokenizer_is_ready
 from settings import Settings
 from telemetry import Metrics
 
@@ -61,7 +61,7 @@ class LocalBackend:
         self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
         self._tokenizer_ready = threading.Event()
-        self._engine = Engine(self._load, settings.max_queue, metrics, slots=settings.slots)
+        self._engine = Engine(self._load_and_tell, settings.max_queue, metrics, slots=settings.slots)
 
     def max_characters(self) -> int:
         longest = self._prompt.longest if self._prompt else _MAX_TOKEN_CHARACTERS
@@ -126,7 +126,7 @@ class LocalBackend:
             try:
                 if self._prompt is None:
                     folder = prepare_tokenizer(self._spec, self._settings)
-                    self._files, self._spec = folder.name, completed(self._spec, folder)
+                    self._files, self._spec = folder.name, with_config(self._spec, folder)
                     self._prompt = Prompt(load_tokenizer(folder), self._spec)
             except ModelError as error:
                 self._engine.start()
@@ -137,6 +137,10 @@ class LocalBackend:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
         allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
         return self._engine.context or allowed
+
+    def _load_and_tell(self, progress: Progress) -> Runner:
+        with progress_log(self._spec.name, progress) as told:
+            return self._load(told)
 
     @_uncollected()
     def _load(self, progress: Progress) -> Runner:

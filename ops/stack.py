@@ -1,9 +1,7 @@
-"""Runs redis-server, gunicorn and nginx together on loopback: the stack of docker-compose.yml without Docker.
+"""Runs redis-server, gunicorn and nginx together on loopback: docker-compose.yml without Docker, and without isolation.
 
-Isolates nothing and trusts this machine; it is for trying the whole and for the tests, not for production.
-
-    python -m ops.stack            until Ctrl-C, on https://localhost:8443 (HTTPS_PORT)
-    python -m ops.stack --check    only has nginx check nginx.conf
+python -m ops.stack            until Ctrl-C, on https://localhost:8443 (HTTPS_PORT)
+python -m ops.stack --check    only has nginx check nginx.conf
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +30,7 @@ class StackError(Exception):
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on at this moment."""
+    """A TCP port of loopback that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -42,25 +39,22 @@ def free_port() -> int:
 def make_secrets(folder: Path) -> None:
     """Fills the folder as docker compose's `secrets/`, unless it is there. Raises StackError."""
     if not folder.exists():
-        made = subprocess.run([ROOT / "ops/make-secrets", folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if made.returncode:
-            raise StackError(made.stderr.decode().strip())
+        _script("make-secrets", folder)
 
 
 def nginx_conf(secrets: Path, https: int, http: int, app: int) -> str:
-    """nginx.conf with its four places filled in. Raises StackError when one of them is gone."""
-    text = (ROOT / "nginx.conf").read_text()
-    places = {
-        "listen 8443": f"listen 127.0.0.1:{https}",
-        "listen 8080": f"listen 127.0.0.1:{http}",
-        "/run/secrets": str(secrets.resolve()),
-        "api:5000": f"127.0.0.1:{app}",
-    }
-    for place, filling in places.items():
-        if place not in text:
-            raise StackError(f"nginx.conf no longer has `{place}`, which ops/stack.py replaces")
-        text = text.replace(place, filling)
-    return text
+    """nginx.conf for these places; its rates come from the environment. Raises StackError."""
+    places = {"HTTPS_LISTEN": f"127.0.0.1:{https}", "HTTP_LISTEN": f"127.0.0.1:{http}", "APP": f"127.0.0.1:{app}"}
+    return _script("nginx-conf", ROOT / "nginx.conf", **places, SECRETS=str(secrets.resolve()))
+
+
+def _script(name: str, argument: Path, **environment: str) -> str:
+    """What a script of this folder prints. Raises StackError."""
+    command = [str(ROOT / "ops" / name), str(argument)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise StackError(done.stderr.strip())
+    return done.stdout
 
 
 def nginx_command(folder: Path) -> list[str]:
@@ -111,7 +105,7 @@ class Stack:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def wait(self) -> None:
@@ -155,11 +149,14 @@ class Stack:
     def _environment(self) -> dict[str, str]:
         redis_url = (self.secrets / "redis_url").read_text().strip().replace("redis:6379", f"127.0.0.1:{self.redis}")
         place = {"HOST": "127.0.0.1", "PORT": str(self.app), "REDIS_URL": redis_url, "TRUSTED_PROXIES": "1"}
-        return {**os.environ, **place, **self._settings}
+        environment = {**os.environ, **place, **self._settings}
+        if not environment.get("ADMIN_PASSWORD"):
+            environment.setdefault("ADMIN_PASSWORD_FILE", str(self.secrets / "admin_password"))
+        return environment
 
 
 def listening(port: int) -> bool:
-    """Whether somebody accepts connections on this port of loopback."""
+    """Whether this port of loopback accepts connections."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -174,18 +171,15 @@ def check_nginx() -> None:
             raise StackError("nginx.conf is wrong; nginx says above where")
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     https = int(os.environ.get("HTTPS_PORT", "8443"))
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     if listening(https):
         raise StackError(f"port {https} is taken; name another: make stack HTTPS_PORT=9443")
     with Stack(Path(os.environ.get("DATA_DIR") or "data") / "stack", {}, https) as stack:
-        print(f"Serving on https://localhost:{https} (a certificate of its own: curl -k). Ctrl-C ends it.", flush=True)
+        print(f"Open https://localhost:{https} (a certificate of its own: curl -k). Ctrl-C ends it.")
+        print(f"A first start gave admin the password in {stack.secrets}/admin_password.", flush=True)
         stack.wait()
 
 

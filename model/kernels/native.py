@@ -41,6 +41,7 @@ def load(folder: Path) -> bool:
     try:
         library = folder / f"kernels-{_fingerprint()}.so"
         if not library.exists():
+            _log.info("building the CPU kernels, once for this processor")
             _build(library)
         _register(library)
         _loaded = True

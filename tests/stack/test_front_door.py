@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import http.client
 import ssl
+from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
-from tests.stack.client import Answer, Door
+from ops.stack import Stack, StackError, free_port, nginx_conf
+from tests.stack.client import Answer, Door, until
+from tests.stack.conftest import need
 
 
 def refused(answer: Answer, status: int, code: str) -> None:
@@ -31,6 +35,14 @@ def test_under_v1_the_error_has_openai_s_keys_only(closed_door: Door) -> None:
 @pytest.mark.parametrize("path", ["/metrics", "/metrics/", "//metrics", "/%6detrics", "/x/../metrics", "/metrics?a=b"])
 def test_metrics_are_not_for_the_outside(closed_door: Door, path: str) -> None:
     refused(closed_door.ask("GET", path), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/%00", "/.%2e/x", "/../x", "/%", "/a%zz", "/v1/%00/x"])
+def test_a_malformed_address_is_a_400_and_no_500(closed_door: Door, path: str) -> None:
+    answer = closed_door.ask("GET", path)
+    assert (answer.status, answer.headers["Content-Type"]) == (400, "application/json")
+    assert answer.json["error"]["code"] == "malformed"
+    assert ("request_id" in answer.json["error"]) is not path.startswith("/v1/")
 
 
 def test_plain_http_is_sent_to_https_with_its_method(closed_door: Door) -> None:
@@ -100,3 +112,34 @@ def test_a_plain_request_id_is_kept_and_any_other_replaced(closed_door: Door) ->
 
     assert request_id("order-66.a_B") == "order-66.a_B"
     assert len(request_id('"},{"x')) == 32
+
+
+@pytest.fixture
+def strict_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    """nginx as an operator sets it, in a folder whose name has a space."""
+    need("nginx", "openssl")
+    monkeypatch.setenv("LOGIN_RATE", "60r/m")
+    monkeypatch.setenv("API_RATE", "1r/s")
+    monkeypatch.setenv("URL_PREFIX", "/llm")
+    folder = tmp_path / "my stack"
+    with (tmp_path / "log").open("wb") as log, Stack(folder, {}, free_port(), log, parts=["nginx"]) as stack:
+        yield Door(stack)
+
+
+def test_rates_and_prefix_are_settings(strict_door: Door) -> None:
+    refused(strict_door.ask("GET", "/llm/metrics"), 404, "not_found")
+    assert set(strict_door.ask("GET", "/llm/v1/models").json["error"]) == {"message", "type", "code", "param"}
+    statuses = [strict_door.ask("GET", "/healthz").status for _ in range(110)]
+    assert 429 in statuses[95:]
+    logins = [strict_door.ask("POST", "/llm/login", b"{}", address="127.0.0.5").status for _ in range(6)]
+    assert logins[:5] == [503] * 5 and logins[5] == 429
+    until(lambda: strict_door.ask("POST", "/llm/login", b"{}", address="127.0.0.5").status == 503, seconds=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LOGIN_RATE", "5"), ("API_RATE", "1r/s; return 200"), ("URL_PREFIX", "llm/")]
+)
+def test_a_wrong_rate_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StackError, match=f"^.*{name}.* such as .*$"):
+        nginx_conf(tmp_path, 1, 2, 3)

@@ -18,7 +18,7 @@ import pytest
 from ops.stack import ROOT, Stack, free_port
 from tests.conftest import lacking
 from tests.stack.client import until
-from tests.stack.conftest import LOADING, PASSWORD, SMALL
+from tests.stack.conftest import LOADING, PASSWORD, SMALL, with_model
 
 
 def start(**settings: str) -> list[str]:
@@ -76,11 +76,12 @@ def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_service_in_one_line
     bad.mkdir()
     (bad / "config.json").write_text("{")
     place = {"DATA_DIR": str(tmp_path / "data"), "PORT": str(free_port()), "ADMIN_PASSWORD": PASSWORD}
-    (line,) = start(MODEL=str(bad), MODELS_ALLOWED=str(bad), PRELOAD="true", **place)
-    assert line.startswith(f"MODEL={bad} ") and "config.json" in line
+    welcome, line = start(MODEL=str(bad), PRELOAD="true", **place)
+    assert welcome.startswith("Open http") and line.startswith(f"MODEL={bad} ") and "config.json" in line
 
 
-def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_and_from_the_lan_it_just_works(models: Path, tmp_path: Path) -> None:
+    data_dir = with_model(models, tmp_path / "data")
     (tmp_path / "empty").mkdir()
     bare = {"PATH": str(tmp_path / "empty"), "CXX": "", "CC": "", "COMPILE": "on"}
     lan = {"HOST": "0.0.0.0", "REDIS_URL": "", "TRUSTED_PROXIES": ""}
@@ -94,6 +95,8 @@ def test_without_a_compiler_and_from_the_lan_it_just_works(data_dir: Path, tmp_p
         question = {"prompt": "Why is the sky blue?", "max_new_tokens": 4}
         status, answer = ask(stack, "POST", "/generate", question, token)
     assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+    said = (tmp_path / "log").read_text()
+    assert f"Open http://127.0.0.1:{stack.app}, sign in as admin; the model is loading.\n" in said
 
 
 def ask(stack: Stack, method: str, path: str, body: object = None, token: str = "") -> tuple[int, dict]:

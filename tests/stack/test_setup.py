@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ PYTHON = f"{sys.base_prefix}/bin/python3"
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with this Makefile and a service that needs no packages."""
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)  # where `make test` runs this: its inner make would tell of itself
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.txt").write_text("# nothing\n")
@@ -85,6 +86,38 @@ def test_ctrl_c_in_the_middle_and_make_again_just_works(checkout: Path) -> None:
     )
 
 
+def test_make_alone_prints_help_and_installs_nothing(checkout: Path) -> None:
+    done = make(checkout)
+    targets = set(re.findall(r"^make ([a-z-]+)", done.stdout, re.MULTILINE))
+    phony = next(line for line in (checkout / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
+    assert done.returncode == 0 and not (checkout / ".venv").exists()
+    assert targets | {"help", "services", "promises"} == set(phony.split()[1:])
+
+
+def test_a_checkout_in_a_folder_with_a_space_is_set_up_and_quietly(checkout: Path) -> None:
+    spaced = checkout / "my checkout"
+    spaced.mkdir()
+    shutil.copy(checkout / "Makefile", spaced)
+    (spaced / "requirements.txt").write_text("# nothing\n")
+    done = make(spaced, ".venv/installed", f"PYTHON={PYTHON}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "Installing the packages of requirements.txt into .venv, which takes minutes."
+    assert "-m pip" not in done.stdout + done.stderr and "exit 1" not in done.stdout + done.stderr
+    assert (spaced / ".venv/installed").exists()
+
+
+def test_without_a_gpu_the_cpu_build_is_named_and_taken_where_it_is_given(checkout: Path, tmp_path: Path) -> None:
+    planned = make(checkout, "-n", ".venv/installed").stdout
+    assert "docs/operations.md, Disk" in planned and "command -v nvidia-smi" in planned
+    given = make(checkout, "-n", ".venv/installed", "TORCH=/my wheels/torch.whl").stdout
+    assert '"/my wheels/torch.whl" -r requirements.txt' in given and "nvidia-smi" not in given
+
+
+def test_make_model_can_verify_all_of_it(checkout: Path) -> None:
+    set_up(checkout)
+    assert make(checkout, "-n", "model", "VERIFY=1").stdout.endswith("python -m model --verify\n")
+
+
 def test_the_second_run_installs_nothing_until_the_requirements_change(checkout: Path) -> None:
     set_up(checkout)
     assert make(checkout, "-q", ".venv/installed").returncode == 0
@@ -106,6 +139,29 @@ def test_the_model_is_prepared_before_anything_serves_it(checkout: Path, target:
     set_up(checkout)
     planned = make(checkout, "-n", target).stdout.splitlines()
     assert "python -m model" in planned[0] and len(planned) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="installing packages needs root")
+def test_what_is_installed_for_the_tests_is_neither_started_nor_enabled(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "id", "rm", "chmod"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    for name in ("apt-get", "systemctl"):
+        (programs / name).write_text(
+            f'#!/bin/sh\necho {name} "$@" $(/usr/sbin/policy-rc.d >/dev/null; echo $?) >>{tmp_path}/log\n'
+        )
+        (programs / name).chmod(0o755)
+    policy, before = Path("/usr/sbin/policy-rc.d"), Path("/usr/sbin/policy-rc.d").exists()
+    subprocess.run([ROOT / "ops/install-services"], env={"PATH": str(programs)}, check=True)
+    log = (tmp_path / "log").read_text().splitlines()
+    (installed,) = [line.split() for line in log if line.startswith("apt-get install")]
+    assert installed[-1] == "101" and {"redis-server", "prometheus", "chromium"} <= set(installed)  # 101: do not start
+    assert {
+        "systemctl disable --now --quiet prometheus 101",
+        "systemctl disable --now --quiet redis-server 101",
+    } <= set(log)
+    assert policy.exists() is before
 
 
 def secrets(folder: Path, domain: str = "llm.example.org") -> subprocess.CompletedProcess[str]:

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import structlog
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from model.weights import demo, loader
+from model.weights import checkpoint, demo, loader
 from model.weights.catalogue import CATALOGUE, ModelError, ModelSpec, find
 from settings import Settings
 from tests.model.preparing import prepare, settings_for
@@ -132,6 +134,34 @@ def test_a_model_that_cannot_be_fetched_is_one_clear_line(tmp_path: Path, offlin
         loader.fetch(settings)
 
 
+def test_the_log_tells_each_tenth_and_beats_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_HEARTBEAT", 0.3)
+    monkeypatch.setattr(loader, "_GLANCE", 0.01)
+    with structlog.testing.capture_logs() as lines, loader.progress_log("tiny") as progress:
+        for step in [("fetching", 0), ("fetching", 1), ("fetching", 100), ("preparing", 50)]:
+            progress(*step)
+            time.sleep(0.05)
+        time.sleep(0.7)
+    told = [(line["stage"], line["percent"]) for line in lines]
+    assert told[:3] == [("fetching", 0), ("fetching", 100), ("preparing", 50)]
+    assert len(told) >= 5 and set(told[3:]) == {("preparing", 50)}
+
+
+def test_a_hub_snapshot_is_links_into_its_own_blobs_and_into_nothing_else(tmp_path: Path, offline_hub: Path) -> None:
+    snapshot = tiny_checkpoint(offline_hub / "models--org--tiny" / "snapshots" / COMMIT)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    checkpoint.check_config(snapshot)
+    (tmp_path / "keys").write_text("secret")
+    (snapshot / "chat_template.jinja").unlink()
+    (snapshot / "chat_template.jinja").symlink_to(tmp_path / "keys")
+    with pytest.raises(ModelError, match="is a link"):
+        checkpoint.check_config(snapshot)
+
+
 # The demo model.
 
 
@@ -169,5 +199,7 @@ def test_the_demo_spec_tells_the_truth(demo_dir: Path) -> None:
         for name, tensor in load_file(demo_dir / "model.safetensors").items()
         if name.startswith("model.layers.7.") and name.endswith("proj.weight")
     }
-    assert {name.split(".")[-2] for name, dense in stored.items() if dense} == set(spec.spared) and len(stored) == 7
+    assert {name.split(".")[-2] for name, dense in stored.items() if dense} == set(spec.skip_modules) and len(
+        stored
+    ) == 7
     assert (demo_dir / "model.safetensors").stat().st_size == pytest.approx(spec.memory_bytes, rel=0.02)

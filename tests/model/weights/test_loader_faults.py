@@ -64,7 +64,46 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
+def gguf(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+
+def link(name: str) -> Callable[[Path], None]:
+    """The file as a link to one elsewhere, as the keys in DATA_DIR are."""
+
+    def apply(folder: Path) -> None:
+        elsewhere = folder.parent / "keys"
+        elsewhere.write_text("0" * 64)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(elsewhere)
+
+    return apply
+
+
 BAD = {
+    "a template that is a link": (link("chat_template.jinja"), "chat_template.jinja is a link"),
+    "weights that are a link": (link("model.safetensors"), "model.safetensors is a link"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "extra.json"), "extra.json is no file"),
+    "attention from a hub": (edit("config.json", attn_implementation="org/name"), "attn_implementation"),
+    "attention from a hub, as stored": (edit("config.json", _attn_implementation="org/name"), "_attn_implementation"),
+    "pipelines of its own": (edit("config.json", custom_pipelines={"x": {"impl": "x.Y"}}), "custom_pipelines"),
+    "a word that is not known": (edit("config.json", kernel_repo="org/name"), "kernel_repo is not known here"),
+    "a table that is not known": (edit("config.json", extra={"a": 1}), "extra is not known here"),
+    "generation of its own": (edit("generation_config.json", custom_generate="org/name"), "custom_generate"),
+    "a tokenizer in another file": (edit("tokenizer_config.json", gguf_file="/etc/passwd"), "gguf_file"),
+    "3,000,000 layers": (edit("config.json", num_hidden_layers=3_000_000), "num_hidden_layers must be .* to 512"),
+    "too many heads": (edit("config.json", num_attention_heads=1 << 20), "num_attention_heads"),
+    "no heads": (edit("config.json", num_key_value_heads=0), "num_key_value_heads"),
+    "too many words": (edit("config.json", vocab_size=1 << 40), "vocab_size"),
+    "too wide": (edit("config.json", hidden_size=1 << 30), "hidden_size"),
+    "an endless context": (edit("config.json", max_position_embeddings=1 << 60), "max_position_embeddings"),
+    "GGUF": (gguf, "holds GGUF, which is not served; name the folder of the original safetensors"),
+    "LoRA": (write("adapter_config.json", "{}"), "is a LoRA adapter: merge it into its base model"),
+    "4 bits of another kind": (
+        edit("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "name the original weights",
+    ),
     "truncated shard": (truncate, "fetch it again"),
     "absurd header length": (absurd_header, "header is said to be 4611686018427387904 bytes"),
     "empty shard": (write("model.safetensors", ""), "header"),
@@ -91,7 +130,7 @@ BAD = {
 
 @pytest.mark.promise(
     "P7",
-    injected="18 kinds of bad model: cut, absurd header, pickled, code of its own",
+    injected="37 kinds of bad model: cut, absurd header, pickled, code of its own, links, absurd numbers",
     counted="one line, no folder left that is ready",
 )
 @pytest.mark.parametrize("fault", BAD)
@@ -120,6 +159,66 @@ def test_one_changed_byte_is_found_at_the_next_start(source: Path, name: str) ->
     file.write_bytes(content)
     with pytest.raises(ModelError, match="checksum"):
         prepare(source)
+
+
+def test_a_folder_in_nf4_is_served_as_it_is_or_says_which_setting(source: Path) -> None:
+    folder = prepare(source)
+    again = prepare(folder)
+    assert again != folder and (again / "model.safetensors").samefile(folder / "model.safetensors")
+    with pytest.raises(ModelError, match="set QUANTIZATION=nf4, or name the original weights"):
+        prepare(folder, quantization="none")
+
+
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are hashed from here on."""
+    names: list[str] = []
+    real = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda file, *rest: (names.append(file.name), real(file, *rest))[1])
+    return names
+
+
+def test_what_is_unchanged_is_hashed_once_when_it_is_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(source)
+    names = hashed(monkeypatch)
+    assert checkpoint.is_ready(prepare(source)) and names == []
+
+
+def test_verifying_hashes_all_of_it_and_finds_what_size_and_time_hide(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, settings = prepare(source), settings_for(source)
+    names = hashed(monkeypatch)
+    percents: list[int] = []
+    loader.prepare(find(settings), settings, lambda _, percent: percents.append(percent), full=True)
+    assert set(names) == {file.name for file in folder.iterdir()} - {checkpoint.MANIFEST} and percents[-1] == 25
+    file = folder / "model.safetensors"
+    state, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert prepare(source) == folder  # a disk that flips a bit tells nobody: that is what VERIFY=1 is for
+    with pytest.raises(ModelError, match="checksum"):
+        loader.prepare(find(settings), settings, full=True)
+
+
+def test_a_copy_of_the_folder_is_hashed_once_and_taken(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepare(source)
+    for file in list(folder.iterdir()):  # as `cp -r` or a restored backup leaves them
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+    names = hashed(monkeypatch)
+    assert prepare(source) == folder and "model.safetensors" in names
+    names.clear()
+    assert prepare(source) == folder and names == []
+
+
+def test_a_manifest_of_an_earlier_version_holds_hashes_alone_and_is_taken(source: Path) -> None:
+    folder = prepare(source)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({name: each["sha256"] for name, each in manifest.items()}))
+    assert prepare(source) == folder
+    assert json.loads((folder / checkpoint.MANIFEST).read_text()) == manifest
 
 
 def test_a_deleted_file_is_found_at_the_next_start(source: Path) -> None:
