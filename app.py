@@ -135,7 +135,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         logins=LoginGuard(shared or MemoryWindows()),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
-        sanitise=sanitise if settings.sanitise == "strip" else str,
+        sanitise=lambda text: sanitise(text, settings.sanitise)[0],
     )
 
 
