@@ -40,6 +40,7 @@ from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
 from crypto import Box, KeyFileError, derive
+from db import Database as SqlDatabase
 from errors import ServiceError, StoreUnavailable
 from keys import KeyRing
 from model.flight import Flights
@@ -114,8 +115,12 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         settings.cache_ttl,
         lambda result: metrics.cache_lookups.labels(result).inc(),
     )
+    database = SqlDatabase.in_folder(settings.data_dir)
+    database.upgrade()
     return Services(
         settings=settings,
+        database=database,
+        cache=cache,
         model=find(settings).name,
         backend=backend,
         answers=Answers(backend, Flights(), cache, settings.cache_shared),

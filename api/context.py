@@ -17,7 +17,9 @@ from api.answers import Answers
 from api.places import Places
 from api.running import Running
 from audit.audit import Audit
+from cache.responses import ResponseCache
 from crypto import Box
+from db import Database
 from model.types import Backend, Done
 from quotas.allowances import Allowances
 from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
@@ -38,6 +40,8 @@ class Services:
     settings: Settings
     model: str
     backend: Backend
+    database: Database
+    cache: ResponseCache
     answers: Answers
     running: Running
     users: Users

@@ -164,6 +164,7 @@ class GenerateOut(BaseModel):
 
 class HealthOut(BaseModel):
     status: Literal["ok"] = "ok"
+    version: str
 
 
 class ReadyOut(BaseModel):

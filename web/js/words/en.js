@@ -84,6 +84,7 @@ export default {
   "model.failed": "failed",
   "model.stopping": "stopping",
   "model.stopped": "stopped",
+  "model.unavailable": "not available",
   "model.unknown": "not reachable",
 
   tune: "Settings of this conversation",

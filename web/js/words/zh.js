@@ -84,6 +84,7 @@ export default {
   "model.failed": "失败",
   "model.stopping": "正在停止",
   "model.stopped": "已停止",
+  "model.unavailable": "暂不可用",
   "model.unknown": "无法连接",
 
   tune: "此对话的设置",
