@@ -11,9 +11,9 @@ from contextlib import closing
 import psutil
 import pytest
 
-from tests.api.server import SECONDS, Server
+from tests.api.server import SECONDS, Server, eventually
 from tests.model.tiny import tiny_checkpoint
-from tests.stack.conftest import PASSWORD
+from tests.stack.conftest import LOADING, PASSWORD
 from tests.stack.fuzz import bodies
 
 CANARY = {"prompt": "why is the sky blue?", "max_new_tokens": 4, "temperature": 0, "cache": False}
@@ -32,9 +32,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "SLOTS": "4",
         "USER_RPM": "1000000",
         "THREADS": "1",
+        "PRELOAD": "true",
     }
     with Server(folder, PASSWORD, "app:create_app()", **own) as running:
-        running.ask("POST", "/generate", CANARY)  # loads
+        eventually(lambda: running.ask("GET", "/readyz")["ready"], 2 * LOADING)
         yield running
 
 
