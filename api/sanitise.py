@@ -15,14 +15,12 @@ import bleach
 
 Policy = Literal["active", "strip", "off"]
 
-# Elements without markup inside, so that a quote in them could hide what follows.
+# Raw: without markup inside, so that a quote in one could hide what follows. Of SVG's children none is in the lists:
+# `path`, `line` and `set` are words of code.
 _RAW = "script|style|iframe|textarea|title|xmp|plaintext|noembed|noframes|noscript"
-_ACTING = _RAW + (
-    "|applet|base|button|datalist|embed|form|frame|frameset|input|isindex|keygen|link|object|optgroup|option|output"
-    "|portal|select"
-)
-# SVG's children are missing: `path`, `line`, `set` are words of code.
-_NAMES = """
+_ACTING = f"{_RAW}|applet|base|button|datalist|embed|form|frame|frameset|input|isindex|keygen|link|object|optgroup"
+_ACTING += "|option|output|portal|select"
+_INERT = """
     a abbr acronym address area article aside audio b basefont bdi bdo bgsound big blink blockquote body br canvas
     caption center cite code col colgroup data dd del details dfn dialog dir div dl dt em fieldset figcaption figure
     font footer h1 h2 h3 h4 h5 h6 head header hgroup hr html i image img ins kbd label layer legend li listing main map
@@ -31,9 +29,8 @@ _NAMES = """
     track tt u ul var video wbr"""
 _BARE = "allowfullscreen|async|autofocus|autoplay|checked|controls|default|defer|disabled|hidden|inert|ismap|itemscope"
 _BARE += "|loop|multiple|muted|nomodule|novalidate|open|playsinline|readonly|required|reversed|selected"
-
 _ACTING_NAMES = frozenset(_ACTING.split("|"))
-_HTML_NAMES = _ACTING_NAMES | frozenset(_NAMES.split())
+_NAMES = _ACTING_NAMES | frozenset(_INERT.split())
 
 # All that repeats is possessive and every token ends at the end of the text at the latest: the time is linear.
 _S = r"[ \t\n\r\f]"
@@ -42,7 +39,7 @@ _VALUE = rf"""(?:{_S}*+={_S}*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|[^ \t\n\r\f"'>]
 _ATTRIBUTE = re.compile(rf"[ \t\n\r\f/]*+(?P<name>{_NAME})(?P<value>{_VALUE}?+)")
 _TOKEN = re.compile(
     rf"""<(?: !--(?P<comment>-?>|.*?(?:--!?>|(?P<open>\Z)))
-            | (?P<bogus>[!?]|/(?![a-z]))[^>]*+>?+
+            | (?:[!?]|/(?![a-z]))[^>]*+>?+
             | (?P<name>/?[a-z][^ \t\n\r\f/>]*+)(?P<attributes>(?:[ \t\n\r\f/]++|{_NAME}{_VALUE}?+)*+)(?P<end>>?+) )""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
@@ -110,10 +107,10 @@ def _clean(token: re.Match[str], policy: Policy, foreign: bool) -> tuple[str, in
         return _OPENED.subn("", text)
     kept, removed = _clean_attributes(attributes) if _SUSPECT.search(attributes) else (attributes, 0)
     if policy == "strip" and ends:
-        proper = element in _HTML_NAMES and _PROPER.fullmatch(attributes) is not None
+        proper = element in _NAMES and _PROPER.fullmatch(attributes) is not None
         acts = acts or proper or removed > 0 or text[:9].lower() == "<!doctype"
     if acts or token["comment"]:
-        return (_left(name) if element in _HTML_NAMES else "") + _MASK * text.count(_MASK), 1
+        return (_left(name) if element in _NAMES else "") + _MASK * text.count(_MASK), 1
     if foreign and text.startswith("<![CDATA["):
         return text.removeprefix("<![CDATA["), 1
     if removed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 
 from flask import Response, current_app, request
@@ -21,7 +21,8 @@ from version import VERSION
 
 _STATIC = Path(__file__).parents[1] / "static"
 _PING = text("SELECT count(*) FROM alembic_version")  # SQLite answers SELECT 1 without its file
-_PAGES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
+_TYPES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
+_PAGES = {name: (_STATIC / name).read_bytes() for name in _TYPES}
 
 blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
 
@@ -85,12 +86,7 @@ def docs_file(path: FilePath) -> Reply:
 def _page(name: str) -> Response:
     if name not in _PAGES:
         raise NotFound("There is nothing at this address.")
-    return Response(_content(name), mimetype=_PAGES[name])
-
-
-@cache
-def _content(name: str) -> bytes:
-    return (_STATIC / name).read_bytes()
+    return Response(_PAGES[name], mimetype=_TYPES[name])
 
 
 def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
