@@ -20,6 +20,7 @@ from audit.audit import Audit
 from cache.responses import ResponseCache
 from crypto import Box
 from errors import Overloaded
+from db import Database
 from model.types import Backend, Done
 from quotas.allowances import Allowances
 from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
@@ -70,6 +71,7 @@ class Services:
     model: str
     backend: Backend
     cache: ResponseCache
+    database: Database
     users: Users
     state: State
     audit: Audit

@@ -36,6 +36,9 @@ class Audit:
         self._opening = Lock()
         self._begun: set[str] = set()  # what this process has yet to end
 
+    def problem(self) -> str | None:
+        return None
+
     def open(self) -> None:
         """Close what dead processes left open. The first record does it too."""
         with self._opening:

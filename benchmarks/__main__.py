@@ -1,9 +1,8 @@
-"""`make bench`: every row, then the goals beside what was measured, on the terminal and into README.
+"""`make bench`: every row, a command each; then the goals beside what was measured.
 
     python -m benchmarks [ROW ...] [--fresh]
 
-README changes only when all rows were asked for. A row that fails is said to and does not stop the others.
-Measures nothing itself; each row is a command of its own.
+docs/benchmarks.md and README's table change only when all rows were asked for. A row that fails stops no other.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from benchmarks import goals, peers, record, table
 from benchmarks.record import HERE
@@ -34,16 +35,24 @@ def output(row: str, fresh: bool) -> str:
     return done.stdout.strip() if done.returncode == 0 else f"failed with exit status {done.returncode}"
 
 
-def report(printed: dict[str, str]) -> str:
-    """The goals, then each row's own table. printed: what the rows' commands said."""
-    records = {row: kept for row in ROWS if (kept := record.read(HERE / f"{row}.json"))}
+def records() -> dict[str, Mapping[str, Any]]:
+    """What each row keeps in benchmarks/."""
+    return {row: kept for row in ROWS if (kept := record.read(HERE / f"{row}.json"))}
+
+
+def intro(records: goals.Records) -> str:
+    """The machine, the versions measured, and when."""
     versions = {name: facts["version"] for kept in records.values() for name, facts in kept["facts"].items()
                 if isinstance(facts, dict) and "version" in facts}  # fmt: skip
     said = [f"{name} {version}" for name, version in versions.items()]
     when = sorted({f"{kept['date']} at commit {kept['commit']}" for kept in records.values()})
-    intro = f"{record.machine()}; {'; '.join(said)}. Measured {', '.join(when)}."
+    return f"{record.machine()}; {'; '.join(said)}. Measured {', '.join(when)}."
+
+
+def report(records: goals.Records, printed: dict[str, str]) -> str:
+    """The goals, then each row's own table. printed: what the rows' commands said."""
     tables = [f"**{ROWS[row]}** (`python -m benchmarks.{row}`): {text}" for row, text in printed.items()]
-    return "\n\n".join([intro, goals.shown(records), *tables])
+    return "\n\n".join([intro(records), goals.shown(records), *tables])
 
 
 def main() -> None:
@@ -54,10 +63,13 @@ def main() -> None:
     if unknown := set(chosen.rows) - set(ROWS):
         parser.error(f"there is no row {', '.join(sorted(unknown))}")
     peers.install()
-    text = report({row: output(row, chosen.fresh) for row in chosen.rows or ROWS})
+    printed = {row: output(row, chosen.fresh) for row in chosen.rows or ROWS}
+    measured = records()
+    text = report(measured, printed)
     print(text)
     if not chosen.rows:
-        table.replace_block(ROOT / "README.md", text)
+        table.replace_block(ROOT / "docs/benchmarks.md", text)
+        table.replace_block(ROOT / "README.md", f"{intro(measured)}\n\n{goals.shown(measured, goals.HEADLINES)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""What this service wants to reach, beside what the rows measured.
-
-Runs nothing: it reads the rows' records. A goal whose figures are missing is shown as not measured.
-"""
+"""What this service wants to reach, beside what the rows measured, read from their records."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +15,18 @@ from benchmarks.peers import LLAMA_SERVER, TRANSFORMERS, VLLM
 
 Records = Mapping[str, Mapping[str, Any]]  # row -> its record, as record.read gives it
 PERCENT = ".1%"
+HEADLINES = (  # README's rows
+    "decode, batch 1, against llama.cpp, tokens/s",
+    "decode, batch 16, against llama.cpp, tokens/s",
+    "HTTP, 1 clients, against llama-server, tokens/s",
+    "HTTP, 16 clients, against llama-server, tokens/s",
+    "HTTP, 16 clients, against transformers serve, tokens/s",
+    "first token of a 500-token prompt, against llama.cpp's bare prefill",
+    "longest pause of a running stream meanwhile, ms",
+    "cache hit, Redis, requests/s",
+    "warm `make run` to ready, s",
+    "memory at rest, MB",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +48,11 @@ class Goal:
         return [self.what, self.goal, measured, "yes" if self.reached(statistics.median(self.values)) else "no"]
 
 
-def shown(records: Records) -> str:
-    """All goals as a table."""
+def shown(records: Records, only: Container[str] | None = None) -> str:
+    """All goals as a table, or those whose names are in `only`. Without figures a goal is "not measured"."""
     rows = (_decode, _http, _ttft, _quality, _cache, _start, _growth)
-    lines = [goal.cells() for row in rows for goal in row(records.get(row.__name__[1:], _NOTHING))]
+    goals = [goal for row in rows for goal in row(records.get(row.__name__[1:], _NOTHING))]
+    lines = [goal.cells() for goal in goals if only is None or goal.what in only]
     return table.markdown(["", "goal", "measured", "reached"], lines)
 
 

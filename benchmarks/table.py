@@ -1,7 +1,4 @@
-"""Markdown tables of figures with medians and spread, and the place in README that holds them.
-
-Measures nothing and keeps nothing.
-"""
+"""Markdown tables of figures with medians and spread, and the places in the documents that hold them."""
 
 from __future__ import annotations
 

@@ -37,6 +37,9 @@ class ResponseCache:
     ) -> None:
         self._cache, self._box, self._mac_key, self._ttl, self._on_lookup = cache, box, mac_key, ttl, on_lookup
 
+    def problem(self) -> str | None:
+        return None
+
     def key(self, *parts: Part) -> str:
         """HMAC-SHA256 over the parts as a JSON array: neither 1 and "1" nor ("ab", "c") and ("a", "bc") meet."""
         return hmac.new(self._mac_key, json.dumps(parts, allow_nan=False).encode(), hashlib.sha256).hexdigest()

@@ -16,6 +16,10 @@ from typing import NoReturn
 import pytest
 
 from tests.leaks import leaks
+from tests.promises import counted
+
+__all__ = ["counted"]  # a fixture, for every test
+pytest_plugins = ["pytester"]
 
 # Of the users that tests log in with.
 PASSWORDS = ("correct horse battery", "hunter2")

@@ -1,11 +1,13 @@
 // Keeps the page's own files, so that it opens without a network. Never touches the API or a stream.
-// The service writes `const SHELL = {version, files}` above this line (api/page.py); a changed file is a new worker.
+// The service writes `const SHELL = {version, files}` above this line (api/routes/page.py); a changed file is a new
+// worker. Everything is relative to this file's own address, because the page may lie under a path of a larger site.
 /* global SHELL */
 "use strict";
 
-const CACHE = `flask-llm-${SHELL.version}`;
-const FILES = new Set(SHELL.files);
-const MOST = 30_000; // milliseconds that a session may lie between two pages
+const OURS = `flask-llm-${new URL("./", location).pathname}-`; // caches belong to a whole origin
+const CACHE = OURS + SHELL.version;
+const FILES = new Set(SHELL.files.map((file) => new URL(file, location).pathname));
+const MAX_AGE = 30_000; // milliseconds that a session may lie between two pages
 
 const aside = new Map();
 
@@ -32,9 +34,12 @@ async function keepAll() {
 async function dropOlder() {
   const names = await caches.keys();
   await Promise.all(
-    names.filter((name) => name.startsWith("flask-llm-") && name !== CACHE).map((name) => caches.delete(name)),
+    names.filter((name) => isOurs(name) && name !== CACHE).map((name) => caches.delete(name)),
   );
 }
+
+/** Until version 1.0 the name had no path. */
+const isOurs = (name) => name.startsWith(OURS) || /^flask-llm-[0-9a-f]+$/.test(name);
 
 /** All files of a page come from one version; the network is for what a browser threw out. */
 async function fromCache(request, pathname) {
@@ -46,5 +51,5 @@ async function fromCache(request, pathname) {
 function take(tab) {
   const found = aside.get(tab);
   aside.delete(tab);
-  return found && Date.now() - found.at < MOST ? found.secret : null;
+  return found && Date.now() - found.at < MAX_AGE ? found.secret : null;
 }

@@ -1,7 +1,4 @@
-"""Is it alive, is it ready, and how is it spoken to.
-
-Liveness touches nothing: a process that waits for its disk is not helped by a restart.
-"""
+"""Liveness, readiness, and the API's documentation."""
 
 from __future__ import annotations
 
@@ -13,15 +10,19 @@ from pathlib import Path
 from flask import Response, current_app, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
+from sqlalchemy import text
 
 from api.context import services
 from api.errors import ErrorBody
 from api.middleware import Reply, public
 from api.schemas.native import FilePath, HealthOut, ReadyOut
-from errors import Forbidden, NotFound
+from errors import Forbidden, NotFound, StoreUnavailable
+from version import VERSION
 
 _STATIC = Path(__file__).parents[1] / "static"
-_PAGES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
+_PING = text("SELECT count(*) FROM alembic_version")  # SQLite answers SELECT 1 without its file
+_TYPES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
+_PAGES = {name: (_STATIC / name).read_bytes() for name in _TYPES}
 
 blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
 
@@ -29,23 +30,38 @@ blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], 
 @blueprint.get("/healthz", responses={200: HealthOut})
 @public
 def healthz() -> Reply:
-    """The process answers."""
-    return HealthOut().model_dump()
+    """The process answers. Touches nothing else: a restart does not help a process that waits for its disk."""
+    return HealthOut(version=VERSION).model_dump()
 
 
 @blueprint.get("/readyz", responses={200: ReadyOut, 503: ReadyOut})
 @public
 def readyz() -> Reply:
-    """Whether text can be made, and if not, what is being waited for."""
-    status = services().backend.status()
+    """Whether a request can be answered with text now; if not, the reason, and the stage of the model."""
+    status, problem = services().backend.status(), _problem()
+    details = dict(status.details)
+    if cache_problem := services().cache.problem():  # costs speed only
+        details["cache_problem"] = cache_problem
     out = ReadyOut(
-        ready=status.ready,
-        stage=status.stage,
+        ready=status.ready and problem is None,
+        stage="unavailable" if status.ready and problem else status.stage,
         percent=status.percent,
-        reason=status.reason,
-        details=dict(status.details),
+        reason=status.reason or problem,
+        details=details,
     )
-    return out.model_dump(), 200 if status.ready else 503
+    return out.model_dump(), 200 if out.ready else 503
+
+
+def _problem() -> str | None:
+    """Why requests are refused although the model is ready, None if they are not."""
+    try:
+        with services().database.reading() as connection:
+            connection.execute(_PING)
+    except StoreUnavailable as error:
+        return error.detail
+    if fault := services().audit.problem():
+        return f"the audit log cannot be written: {fault}"
+    return None
 
 
 @blueprint.get("/openapi.json", doc_ui=False)
@@ -70,11 +86,11 @@ def docs_file(path: FilePath) -> Reply:
 def _page(name: str) -> Response:
     if name not in _PAGES:
         raise NotFound("There is nothing at this address.")
-    return Response((_STATIC / name).read_bytes(), mimetype=_PAGES[name])
+    return Response(_PAGES[name], mimetype=_TYPES[name])
 
 
 def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
-    """Serve `view` to this machine and METRICS_NETWORKS only; nginx refuses it to everybody."""
+    """Serve `view` to this machine and METRICS_NETWORKS only; nginx passes it to no one."""
 
     @public
     @wraps(view)

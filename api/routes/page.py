@@ -1,17 +1,14 @@
-"""The chat page: the files of web/, and the list of them that its service worker keeps for offline use.
-
-Needs none of them: without that folder, `/` leads to the documentation.
-"""
+"""The chat page: the files of web/, and the list of them that its service worker keeps for offline use."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 from flask import Response, redirect, request
 from flask_openapi3.blueprint import APIBlueprint
-from werkzeug.security import safe_join
 
 from api.middleware import Reply, public
 from api.schemas.native import FilePath
@@ -19,16 +16,10 @@ from errors import NotFound
 
 WEB = Path(__file__).parents[2] / "web"
 _WORKER = "sw.js"
-# What a browser is given, and as what: the machine's own table of types may differ, and nosniff is strict.
-_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".mjs": "text/javascript",
-    ".png": "image/png",
-    ".svg": "image/svg+xml",
-    ".webmanifest": "application/manifest+json",
-}
+_TYPES = {  # the machine's own table may differ, and nosniff is strict
+    ".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".png": "image/png",
+    ".svg": "image/svg+xml", ".webmanifest": "application/manifest+json",
+}  # fmt: skip
 
 blueprint = APIBlueprint("page", __name__)
 
@@ -36,51 +27,51 @@ blueprint = APIBlueprint("page", __name__)
 @blueprint.get("/", doc_ui=False)
 @public
 def home() -> Reply:
-    return _file("index.html") if (WEB / "index.html").is_file() else redirect("/docs")
+    return _send("index.html") if "index.html" in _files(WEB) else redirect("docs")
 
 
 @blueprint.get("/web/<path:name>", doc_ui=False)
 @public
 def part(path: FilePath) -> Reply:
-    return _file(path.name)
+    return _send(path.name)
 
 
 @blueprint.get(f"/{_WORKER}", doc_ui=False)
 @public
 def worker() -> Reply:
-    """At the root, because a service worker sees only what lies below its own address.
+    """At the root, because a service worker controls only what lies below its own address."""
+    return _send(_WORKER)
 
-    Its first line is written here: a browser takes a worker for a new one when a byte of it differs.
+
+@cache
+def _files(folder: Path) -> dict[str, bytes]:
+    """Every file of the page by its path in `folder`. Read once, so a name from a request never reaches the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in _TYPES)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    if script := files.pop(_WORKER, None):
+        files[_WORKER] = f"const SHELL = {json.dumps(_shell(files))};\n".encode() + script
+    return files
+
+
+def _shell(files: dict[str, bytes]) -> dict[str, object]:
+    """What the worker keeps, relative to its own address, and a version that changes with any of it.
+
+    The worker's first line holds it: a browser takes a worker for a new one when a byte of it differs.
     """
-    script = _read(_WORKER)
-    return _answer(f"const SHELL = {json.dumps(shell())};\n".encode() + script, "text/javascript")
+    version = _digest("".join(f"{name} {_digest(content)}\n" for name, content in files.items()).encode())
+    return {"version": version, "files": ["./", *(f"web/{name}" for name in files if name != "index.html")]}
 
 
-def shell() -> dict[str, object]:
-    """Every file of the page, and a version that changes when any of them does."""
-    files = sorted(path for path in WEB.rglob("*") if path.suffix in _TYPES and path.name != _WORKER)
-    digest = sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(WEB)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
-    addresses = [f"/web/{path.relative_to(WEB)}" for path in files if path.name != "index.html"]
-    return {"version": digest.hexdigest()[:12], "files": ["/", *addresses]}
+def _digest(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
 
 
-def _file(name: str) -> Reply:
-    content = _read(name)
-    return _answer(content, _TYPES[Path(name).suffix])
-
-
-def _read(name: str) -> bytes:
-    path = safe_join(str(WEB), name)
-    if path is None or Path(path).suffix not in _TYPES or not Path(path).is_file():
+def _send(name: str) -> Reply:
+    """Asked for anew each time and sent only when it changed, so that a page is never made of two versions."""
+    content = _files(WEB).get(name)
+    if content is None:
         raise NotFound("There is nothing at this address.")
-    return Path(path).read_bytes()
-
-
-def _answer(content: bytes, kind: str) -> Reply:
-    """Asked for anew each time, and sent only when it changed: a page is never made of two versions."""
-    response = Response(content, mimetype=kind)
+    response = Response(content, mimetype=_TYPES[Path(name).suffix])
     response.headers["Cache-Control"] = "no-cache"
-    response.set_etag(sha256(content).hexdigest()[:16])
+    response.set_etag(_digest(content))  # the largest file takes 0.1 ms
     return response.make_conditional(request)

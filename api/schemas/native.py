@@ -169,6 +169,7 @@ class RequestsOut(BaseModel):
 
 class HealthOut(BaseModel):
     status: Literal["ok"] = "ok"
+    version: str
 
 
 class ReadyOut(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from flask import Flask
 
 from api.context import Services
 from api.middleware import public
+from model.types import BackendStatus
 from tests.api.conftest import Client
 from tests.api.scripted import ScriptedBackend
+from version import VERSION
 
 
 def test_alive_and_ready(nobody: Client, backend: ScriptedBackend) -> None:
-    assert nobody.get("/healthz").json == {"status": "ok"}
+    assert nobody.get("/healthz").json == {"status": "ok", "version": VERSION}
     ready = nobody.get("/readyz")
     assert ready.status_code == 200
     assert set(ready.json) == {"ready", "stage", "percent", "reason", "details"}
@@ -23,6 +26,45 @@ def test_alive_and_ready(nobody: Client, backend: ScriptedBackend) -> None:
     stopping = nobody.get("/readyz")
     assert (stopping.status_code, stopping.json["stage"], stopping.headers["Retry-After"]) == (503, "stopping", "1")
     assert nobody.get("/healthz").status_code == 200
+
+
+def test_not_ready_when_the_database_does_not_answer(nobody: Client, rooms: Services, tmp_path: Path) -> None:
+    rooms.database.close()
+    for file in tmp_path.glob("service.sqlite3*"):
+        file.write_bytes(b"no database " * 1000)
+    answer = nobody.get("/readyz")
+    assert (answer.status_code, answer.json["ready"], answer.json["stage"]) == (503, False, "unavailable")
+    assert answer.json["reason"] == "the database does not answer (SQLITE_NOTADB)"
+    assert nobody.get("/healthz").status_code == 200
+
+
+def test_not_ready_when_the_audit_cannot_be_written(
+    nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(rooms.audit), "problem", lambda self: "no space left")
+    answer = nobody.get("/readyz")
+    assert (answer.status_code, answer.json["stage"]) == (503, "unavailable")
+    assert answer.json["reason"] == "the audit log cannot be written: no space left"
+
+
+def test_not_ready_when_the_model_failed_and_its_reason_comes_first(
+    nobody: Client, rooms: Services, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = BackendStatus(False, "failed", reason="the model has no chat template")
+    monkeypatch.setattr(backend, "status", lambda: failed)
+    monkeypatch.setattr(type(rooms.audit), "problem", lambda self: "no space left")
+    answer = nobody.get("/readyz")
+    assert (answer.status_code, answer.json["stage"]) == (503, "failed")
+    assert answer.json["reason"] == "the model has no chat template"
+
+
+def test_a_cache_that_fails_is_shown_and_costs_no_readiness(
+    nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms.cache, "problem", lambda: "password")
+    answer = nobody.get("/readyz")
+    assert (answer.status_code, answer.json["ready"]) == (200, True)
+    assert answer.json["details"]["cache_problem"] == "password"
 
 
 def test_a_stopping_service_refuses_with_a_time_to_come_back(admin: Client, backend: ScriptedBackend) -> None:

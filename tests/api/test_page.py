@@ -1,9 +1,11 @@
-"""The page's blueprint with a page of two files, and with none: the service does not need one."""
+"""The page's routes with a page of two files, and with none."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,13 +36,25 @@ def test_without_a_page_the_root_leads_to_the_documentation(
     nobody: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "WEB", tmp_path / "deleted")
-    assert nobody.get("/").headers["Location"] == "/docs"
+    assert nobody.get("/").headers["Location"] == "docs"
     for path in ("/web/js/main.js", "/sw.js"):
         assert_refused(nobody.get(path), 404)
 
 
 @pytest.mark.parametrize(
-    "name", ["../app.py", "%2e%2e/app.py", "js/../../app.py", "notes.txt", "js", "js/none.js", "x\0.js"]
+    "name",
+    [
+        "../app.py",
+        "%2e%2e/app.py",
+        "js/../../app.py",
+        "notes.txt",
+        "js",
+        "js/none.js",
+        "x\0.js",
+        f"{'x' * 300}.js",
+        f"{'x/' * 3000}.js",
+    ],
+    ids=lambda name: name[:20],
 )
 def test_nothing_but_the_page_is_served(nobody: Client, web: Path, name: str) -> None:
     (web.parent / "app.py").write_text("secret")
@@ -54,11 +68,24 @@ def test_an_unchanged_file_is_not_sent_again(nobody: Client, web: Path) -> None:
     assert (again.status_code, again.data) == (304, b"")
 
 
-def test_the_worker_is_another_one_as_soon_as_any_file_is(nobody: Client, web: Path) -> None:
-    def shell() -> dict[str, object]:
-        return json.loads(nobody.get("/sw.js").text.splitlines()[0].removeprefix("const SHELL = ").removesuffix(";"))
+def shell(nobody: Client) -> dict[str, Any]:
+    script = nobody.get("/sw.js").text
+    assert script.endswith("self.version = SHELL.version;")
+    found: dict[str, Any] = json.loads(script.splitlines()[0].removeprefix("const SHELL = ").removesuffix(";"))
+    return found
 
-    before = shell()
-    assert before["files"] == ["/", "/web/js/main.js"]
+
+def test_the_worker_keeps_every_file_and_is_a_new_one_when_any_of_them_changed(nobody: Client, web: Path) -> None:
+    before = shell(nobody)
+    assert before["files"] == ["./", "web/js/main.js"]
     (web / "js/main.js").write_text("begin(2);")
-    assert shell()["version"] != before["version"]
+    page._files.cache_clear()
+    assert shell(nobody)["version"] != before["version"]
+    assert nobody.get("/web/js/main.js").text == "begin(2);"
+
+
+def test_a_strangers_requests_read_nothing_from_the_disk(nobody: Client, web: Path) -> None:
+    nobody.get("/sw.js")
+    shutil.rmtree(web)
+    for path in ("/", "/sw.js", "/web/js/main.js"):
+        assert nobody.get(path).status_code == 200

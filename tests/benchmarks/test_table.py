@@ -1,4 +1,4 @@
-"""Medians, spread and ratios as they are shown, and the place in README that `make bench` replaces."""
+"""Medians, spread and ratios as they are shown, and the places in the documents that `make bench` replaces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks import goals, table
 
 
 def test_a_median_shows_how_far_the_rounds_lie_apart() -> None:
@@ -42,6 +42,13 @@ def test_a_file_without_the_markers_is_left_alone(tmp_path: Path) -> None:
     assert readme.read_text() == "text"
 
 
-def test_readme_has_the_markers() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_the_documents_have_the_markers(name: str) -> None:
+    text = (Path(__file__).parents[2] / name).read_text()
     assert text.count(table.BEGIN) == text.count(table.END) == 1
+
+
+def test_readme_shows_ten_of_the_goals() -> None:
+    shown, every = goals.shown({}, goals.HEADLINES), goals.shown({})
+    assert [line.split(" | ")[0][2:] for line in shown.splitlines()[2:]] == list(goals.HEADLINES)
+    assert set(shown.splitlines()) < set(every.splitlines()) and len(goals.HEADLINES) == 10

@@ -1,7 +1,4 @@
-"""Bodies that nobody would send, the same ones for the same seed.
-
-Sends nothing itself.
-"""
+"""Malformed and odd request bodies, the same ones for the same seed."""
 
 from __future__ import annotations
 

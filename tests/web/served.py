@@ -1,9 +1,10 @@
-"""What gunicorn serves here: the real app over the scripted backend, with room for long answers, and with the page's
-files from a folder that a test may change.
+"""The app of these tests: the real one over the scripted backend, with room for long answers. With `folder`, the
+page's files come from there and are read at every request, so that a test may change them.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from flask import Flask
@@ -14,5 +15,6 @@ from tests.api import scripted, served
 
 def create(folder: str = "") -> Flask:
     scripted.CONTEXT = 1 << 20
-    page.WEB = Path(folder) if folder else page.WEB
+    if folder:
+        page.WEB, page._files = Path(folder), lru_cache(maxsize=0)(page._files.__wrapped__)
     return served.create()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.api.server import Server
@@ -117,6 +119,16 @@ def test_an_answer_goes_on_while_another_conversation_is_read(reader: Visitor) -
     expect(reader.page.locator("#conversations .pulse")).to_have_count(0)
     reader.page.locator("#conversations .open").click()
     expect(reader.answer.locator("> .prose")).to_have_text(re.compile(r"^slow (word )+last\s*$"))
+
+
+@pytest.mark.parametrize(("sanitised", "told"), [(3, 1), (0, 0)])
+def test_what_was_removed_from_a_message_is_told(reader: Visitor, sanitised: int, told: int) -> None:
+    done = {"finish_reason": "stop", "usage": {"completion_tokens": 1}, "served_by": "local", "sanitised": sanitised}
+    stream = f'data: {{"text": "fine", "channel": "answer"}}\n\nevent: done\ndata: {json.dumps(done)}\n\n'
+    reader.page.route("**/stream", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+    answer = reader.ask("a <form> of mine")
+    expect(answer.locator("> .prose")).to_have_text("fine")
+    expect(answer.get_by_text("3 pieces of HTML")).to_have_count(told)
 
 
 def test_errors_say_what_happened_and_what_to_do(reader: Visitor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,17 @@ def test_settings_belong_to_one_conversation(reader: Visitor) -> None:
     assert json.loads(asked.value.post_data or "")["temperature"] == 0.6
 
 
-def test_nothing_private_is_left_after_logging_out(reader: Visitor) -> None:
+@pytest.mark.promise("P27", injected="a conversation that was not to be kept, and a logout")
+def test_nothing_private_is_left_after_logging_out(reader: Visitor, counted: Callable[..., None]) -> None:
     talk(reader, "a secret of mine")
+    before = [name for name in reader.evaluate(DATABASES) if name.startswith("flask-llm:")]
     reader.menu("#account", "Log out")
     expect(reader.page.locator("#login")).to_be_visible()
-    assert not [name for name in reader.evaluate(DATABASES) if name.startswith("flask-llm:")]
-    left = "[{...localStorage}, {...sessionStorage}, document.title, location.href, document.body.innerText]"
-    assert not {word for word in ("secret", "admin") if word in str(reader.evaluate(left))}
+    after = [name for name in reader.evaluate(DATABASES) if name.startswith("flask-llm:")]
+    places = "[{...localStorage}, {...sessionStorage}, document.title, location.href, document.body.innerText]"
+    words = {word for word in ("secret", "admin") if word in str(reader.evaluate(places))}
+    counted(databases_before=len(before), databases_after=len(after), words_left=len(words))
+    assert (len(before), after, words) == (1, [], set())
     reader.login().inside()
     expect(reader.page.locator("#conversations")).to_contain_text("will be listed here")
 

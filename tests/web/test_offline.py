@@ -63,7 +63,7 @@ def test_the_api_is_never_cached_and_never_passes_the_worker(visit: Visit, echo:
     api = {path: worker for path, worker in served.items() if not path.startswith(("/web/", "/#")) and path != "/"}
     assert {"/readyz", "/stream", "/refresh"} <= set(api) and not any(api.values())
     ((name, paths),) = visitor.evaluate(CACHED)
-    assert name.startswith("flask-llm-")
+    assert name.startswith("flask-llm-/-")
     assert set(paths) >= {"/", "/web/js/main.js"} and all(path == "/" or path.startswith("/web/") for path in paths)
     assert visitor.evaluate("navigator.serviceWorker.ready.then(r => r.scope)") == f"{visitor.url}/"
 
@@ -73,9 +73,9 @@ def test_the_page_can_be_installed_as_an_app(visit: Visit, echo: Server) -> None
     found = visitor.context.new_cdp_session(visitor.page).send("Page.getAppManifest")
     assert found["errors"] == [] and found["url"].endswith("/web/manifest.webmanifest")
     manifest = json.loads(found["data"])
-    assert (manifest["start_url"], manifest["scope"], manifest["display"]) == ("/", "/", "standalone")
+    assert (manifest["start_url"], manifest["scope"], manifest["display"]) == ("../", "../", "standalone")
     for icon in manifest["icons"]:
-        answer = visitor.page.request.get(visitor.url + icon["src"])
+        answer = visitor.page.request.get(f"{visitor.url}/web/{icon['src']}")
         assert answer.ok and answer.headers["content-type"].startswith(icon["type"])
     assert {"192x192", "512x512"} <= {icon["sizes"] for icon in manifest["icons"]}
 

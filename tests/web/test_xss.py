@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, expect
@@ -49,13 +49,15 @@ def victim(browser: Browser, echo: Server) -> Iterator[Visitor]:
         yield visitor
 
 
+@pytest.mark.promise("P27", injected="answers that would run a script or ask another place")
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_that_would_act_stays_text(victim: Visitor, name: str) -> None:
+def test_an_output_that_would_act_stays_text(victim: Visitor, name: str, counted: Callable[..., None]) -> None:
     answer = victim.ask(f"{OUTPUTS[name]}\n\nthe end")
     expect(answer.locator(".prose").last).to_contain_text("the end")
     victim.page.wait_for_load_state("networkidle")
-    assert victim.evaluate("globalThis.wasPwned") is None
-    assert answer.locator(ACTING).count() == 0
+    ran, elements = victim.evaluate("globalThis.wasPwned === true"), answer.locator(ACTING).count()
+    counted(answers=1, scripts_run=int(ran), acting_elements=elements, requests_elsewhere=len(victim.elsewhere))
+    assert (ran, elements) == (False, 0)
     handlers = "nodes => nodes.flatMap(n => [...n.attributes]).filter(a => /^on|^style$/.test(a.name)).length"
     assert answer.locator(".prose *").evaluate_all(handlers) == 0
     links = answer.locator("a[href]").evaluate_all("links => links.map(link => link.protocol)")

@@ -174,7 +174,7 @@ function reached() {
 }
 
 async function reachable() {
-  return fetch("/healthz", { cache: "no-store", signal: AbortSignal.timeout(2000) }).then(
+  return fetch("healthz", { cache: "no-store", signal: AbortSignal.timeout(2000) }).then(
     (answer) => answer.ok,
     () => false,
   );

@@ -92,13 +92,14 @@ class AnswerView {
   }
 
   #ending() {
-    const { text, error, finish, shortened, served, stats } = this.#message;
+    const { text, error, finish, shortened, sanitised, served, stats } = this.#message;
     const copy = iconButton("copy", say("copy"), () => copyText(text, copy));
     const retry = iconButton("retry", say("retry"), this.#acts.retry);
     retry.classList.add("begin");
     const failed = error ?? (finish ? null : { status: 0, code: "cut" }); // the page was closed in the middle
     return [
       shortened && h("p.aside", {}, say("shortened")),
+      sanitised > 0 && h("p.aside", {}, say("sanitised", { count: number(sanitised) })),
       served === "offline" && h("p.aside", {}, say("offlined")),
       failed && h("div.alert", { role: "alert" }, h("p", {}, explain(failed)), button("retry", this.#acts.retry)),
       finish === "cancelled" && h("p.aside", {}, say("stopped")),

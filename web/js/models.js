@@ -26,7 +26,7 @@ class Models extends EventTarget {
 
   /** Asks for the names, which takes a session. */
   async load() {
-    const { data } = await session.fetch("/v1/models").then((response) => response.json());
+    const { data } = await session.fetch("v1/models").then((response) => response.json());
     this.names = data.map((model) => model.id);
     if (!this.names.includes(this.chosen)) this.chosen = this.names[0] ?? null;
     this.show();
@@ -87,7 +87,7 @@ class Models extends EventTarget {
 /** What /readyz says, or null when nobody answers. A 503 is an answer too: not yet. */
 async function state() {
   try {
-    const answer = await fetch("/readyz", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+    const answer = await fetch("readyz", { cache: "no-store", signal: AbortSignal.timeout(5000) });
     const body = await answer.json();
     return body.stage ? body : null;
   } catch {

@@ -89,13 +89,14 @@ export class Run extends EventTarget {
     this.save();
   }
 
-  #close({ finish_reason, usage, cached = false, served_by }) {
+  #close({ finish_reason, usage, cached = false, served_by, sanitised = 0 }) {
     const tokens = usage?.completion_tokens ?? this.#tokens;
     const seconds = (performance.now() - (this.#first ?? this.#began)) / 1000;
     const first = ((this.#first ?? performance.now()) - this.#began) / 1000;
     const speed = tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null;
     this.waiting = null;
-    Object.assign(this.message, { finish: finish_reason, stats: { tokens, first, speed, cached }, served: served_by });
+    const stats = { tokens, first, speed, cached };
+    Object.assign(this.message, { finish: finish_reason, stats, served: served_by, sanitised });
   }
 }
 

@@ -22,7 +22,7 @@ class Session extends EventTarget {
   async login(username, password) {
     const body = JSON.stringify({ username, password });
     const headers = { "Content-Type": "application/json" };
-    this.#take(await send("/login", { method: "POST", headers, body }).then(json));
+    this.#take(await send("login", { method: "POST", headers, body }).then(json));
     this.user = username;
   }
 
@@ -38,7 +38,7 @@ class Session extends EventTarget {
   }
 
   async logout() {
-    await this.fetch("/logout", { method: "POST" }).catch(() => {}); // offline it ends here all the same
+    await this.fetch("logout", { method: "POST" }).catch(() => {}); // offline it ends here all the same
     this.#forget();
   }
 
@@ -68,7 +68,7 @@ class Session extends EventTarget {
     if (!this.#refresh) throw new ApiError(401, { code: "unauthorized" });
     try {
       const headers = { Authorization: `Bearer ${this.#refresh}` };
-      this.#take(await send("/refresh", { method: "POST", headers }).then(json));
+      this.#take(await send("refresh", { method: "POST", headers }).then(json));
     } catch (error) {
       if (error.status === 401) this.#end();
       throw error;

@@ -19,7 +19,7 @@ export class Stream {
     const headers = { "Content-Type": "application/json", "X-Request-Id": this.#id };
     const options = { method: "POST", headers, body: JSON.stringify(body), signal: this.#line.signal };
     try {
-      const response = await session.fetch("/stream", options);
+      const response = await session.fetch("stream", options);
       yield* this.#read(response.body.getReader());
     } catch (error) {
       if (this.#stopped && !(error instanceof ApiError)) yield { name: "done", data: { finish_reason: "cancelled" } };
@@ -31,7 +31,7 @@ export class Stream {
     this.#stopped = true;
     const deadline = setTimeout(() => this.#line.abort(), PATIENCE);
     try {
-      await session.fetch(`/requests/${this.#id}`, { method: "DELETE" });
+      await session.fetch(`requests/${this.#id}`, { method: "DELETE" });
     } catch {
       clearTimeout(deadline);
       this.#line.abort(); // not begun yet, or out of reach: hanging up says the same

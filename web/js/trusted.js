@@ -1,7 +1,7 @@
 // The two places where a string becomes a script's address. Both addresses are written here and nowhere else: the
 // Content-Security-Policy forbids all others (trusted-types).
 
-const ADDRESSES = { worker: "/sw.js", temml: "/web/vendor/temml/temml.min.js" };
+const ADDRESSES = { worker: "sw.js", temml: "web/vendor/temml/temml.min.js" };
 const policy = globalThis.trustedTypes?.createPolicy("page", { createScriptURL: (name) => ADDRESSES[name] });
 const address = (name) => policy?.createScriptURL(name) ?? ADDRESSES[name];
 

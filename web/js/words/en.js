@@ -72,6 +72,7 @@ export default {
   "stats.cached": "{tokens} tokens · from the cache",
   offlined: "the model is away; this is the offline answer",
   shortened: "The oldest messages were left out: together they are longer than the model can read.",
+  sanitised: "{count} pieces of HTML that could act in a browser were removed from your messages before the model read them. Code in backticks stays.",
   "voice.start": "The answer begins.",
   "voice.end": "The answer is complete.",
 
@@ -84,6 +85,7 @@ export default {
   "model.failed": "failed",
   "model.stopping": "stopping",
   "model.stopped": "stopped",
+  "model.unavailable": "not available",
   "model.unknown": "not reachable",
 
   tune: "Settings of this conversation",

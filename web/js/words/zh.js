@@ -72,6 +72,7 @@ export default {
   "stats.cached": "{tokens} 个词元 · 来自缓存",
   offlined: "模型不可用；这是离线回答",
   shortened: "最早的消息未发送：全部内容超过了模型一次能读的长度。",
+  sanitised: "您的消息中有 {count} 处可在浏览器中执行的 HTML，在模型读取前已移除。反引号中的代码会保留。",
   "voice.start": "开始回答。",
   "voice.end": "回答完毕。",
 
@@ -84,6 +85,7 @@ export default {
   "model.failed": "失败",
   "model.stopping": "正在停止",
   "model.stopped": "已停止",
+  "model.unavailable": "暂不可用",
   "model.unknown": "无法连接",
 
   tune: "此对话的设置",

@@ -1,0 +1,3 @@
+"""The service's version."""
+
+VERSION = "1.0.0"
