@@ -12,20 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import click
 from flask import Flask
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
+from redis import Redis
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from accounts.credentials import Credentials
+from accounts.guard import LoginGuard
+from accounts.old_state import import_old_state
 from accounts.passwords import Passwords
-from accounts.passwords import generate as random_password
-from accounts.roles import Role
-from accounts.state import State
+from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
-from accounts.users import UserExists, Users
+from accounts.users import Users
+from api import accounts, bearer, context, errors, metering, middleware
 from api import audit_cli as audit_commands
-from api import bearer, context, errors, metering, middleware
 from api import cli as commands
 from api.answers import Answers
 from api.context import NAME, Services
@@ -39,24 +42,22 @@ from audit.tail import Place
 from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
-from crypto import Box, KeyFileError, derive
+from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, read_secret, require_keys, signing_secret
+from db import Database
 from errors import ServiceError, StoreUnavailable
-from keys import KeyRing
 from model.flight import Flights
 from model.types import Backend
 from model.weights.catalogue import ModelError, find
-from olddb import Database
+from olddb import Database as OldDatabase
 from quotas.allowances import Allowance, Allowances
 from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
-from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
+from quotas.limits import RequestRate, StreamLimit, TokenQuota
 from quotas.shared_counts import SharedCounts
-from secret_files import admin_password, key_ring, read_text, signing_secret
 from settings import Settings, SettingsError
 from telemetry import Metrics, configure_logging
 
 Made = TypeVar("Made")
 
-_YEAR = 366 * 86_400
 _APP_LOAD_ERROR = 4  # gunicorn's word for "do not try again"
 
 
@@ -67,10 +68,13 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     """
     with _refusals():
         settings = settings or Settings.from_environment()
+        if _is_command():
+            require_keys(settings)
         _log_to(settings)
         metrics = Metrics()
         rooms = _services(settings, metrics, backend or _local(settings, metrics))
-        _first_user(settings, rooms)
+        if not _is_command():
+            accounts.first_admin(settings, rooms)
     return _flask(settings, rooms, metrics)
 
 
@@ -92,10 +96,11 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
     middleware.register(app)
     metering.register(app)
     errors.register(app)
-    bearer.register(app, rooms)
+    bearer.register(app, rooms.policy)
     for room in (health, auth, admin, audit, generate, openai, page):
         app.register_api(room.blueprint)
     app.cli.add_command(commands.users)
+    app.cli.add_command(commands.keys)
     app.cli.add_command(audit_commands.audit)
     if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
@@ -105,11 +110,14 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
 def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Services:
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret, ring = signing_secret(settings), key_ring(settings)
-    db = Database(settings.data_dir / "state.sqlite3")
+    redis_url = _redis_url("REDIS_URL", settings.redis_url, settings.redis_url_file)
+    db = Database(settings.database_url) if settings.database_url else Database.in_folder(settings.data_dir)
+    db.upgrade()
+    import_old_state(db, settings.data_dir / "state.sqlite3", lambda connection, days: None)
     shared = _shared_counts(settings, metrics)
     cache = ResponseCache(
         _cache(settings, metrics),
-        ring.box("cache"),
+        ring.encryptor("cache"),
         derive(secret, "cache key"),
         settings.cache_ttl,
         lambda result: metrics.cache_lookups.labels(result).inc(),
@@ -121,20 +129,18 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         answers=Answers(backend, Flights(), cache, settings.cache_shared),
         running=Running(),
         users=Users(db),
-        state=State(db, derive(secret, "api keys")),
+        credentials=Credentials(db, derive(secret, "api keys"), settings.refresh_ttl),
         audit=Audit(Journal(_place(settings, ring), metrics.audited)),
-        contents=ring.box("audit contents"),
+        contents=ring.encryptor("audit contents"),
         passwords=Passwords(),
-        policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
-        jwt_key=derive(secret, "jwt"),
-        box=Box(derive(secret, "tickets")),
+        policy=TokenPolicy(derive(secret, "jwt"), settings.access_ttl, settings.refresh_ttl),
+        guard=LoginGuard(derive(secret, "devices"), LOGINS, redis_url),
+        tickets=Tickets(Encryptor(derive(secret, "tickets")), redis_url),
         allowances=_allowances(settings),
         rate=RequestRate(shared or MemoryWindows()),
         streams=StreamLimit(shared or MemoryLeases()),
-        tokens=TokenQuota(shared or SqliteQuotas(db)),
-        logins=LoginGuard(shared or MemoryWindows()),
+        tokens=TokenQuota(shared or SqliteQuotas(OldDatabase(settings.data_dir / "quotas.sqlite3"))),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
-        guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
     )
 
@@ -142,7 +148,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
 def _place(settings: Settings, ring: KeyRing) -> Place:
     """Where the audit log is; its head lies beside the folder of its files, unless it is kept further apart."""
     folder, head = settings.audit_dir or settings.data_dir / "audit", settings.audit_head
-    return Place(folder, head or settings.data_dir / "audit-head", ring.codes("audit"), settings.audit_days)
+    return Place(folder, head or settings.data_dir / "audit-head", ring.mac_keys("audit"), settings.audit_days)
 
 
 def _log_to(settings: Settings) -> None:
@@ -175,11 +181,19 @@ def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
 
 def _at_redis(setting: str, url: str | None, file: Path | None, build: Callable[[str], Made]) -> Made | None:
     """What `build` makes of the address that the setting, or its file, holds; None where there is none."""
+    url = _redis_url(setting, url, file)
+    return build(url) if url else None
+
+
+def _redis_url(setting: str, url: str | None, file: Path | None) -> str | None:
+    """The address that the setting, or its file, holds. Raises SettingsError."""
     if file is not None:
         setting += "_FILE"
-        url = read_text(setting, file)
+        url = read_secret(setting, file).decode("utf-8", "replace")
     try:
-        return build(url) if url else None
+        if url:
+            Redis.from_url(url).close()
+        return url
     except ValueError:  # its words may hold the password
         raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
 
@@ -189,17 +203,10 @@ def _allowances(settings: Settings) -> Allowances:
     return Allowances(everybody, settings.role_limits)
 
 
-def _first_user(settings: Settings, rooms: Services) -> None:
-    if rooms.users.count():
-        return
-    password = admin_password(settings)
-    made = password or random_password()
-    try:
-        rooms.users.add("admin", Role.ADMIN, rooms.passwords.hash(made))
-    except UserExists:
-        return  # another process was first
-    if not password:
-        print(f"First start: sign in as admin with the password {made} (it is not shown again)", file=sys.stderr)
+def _is_command() -> bool:
+    """Whether this is `flask users ...`, which changes a service and never makes one."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.info_name != "run"
 
 
 @contextmanager
@@ -215,4 +222,4 @@ def _refusals() -> Iterator[None]:
 
 def _refuse(line: str) -> NoReturn:
     print(line, file=sys.stderr)
-    raise SystemExit(_APP_LOAD_ERROR)
+    raise SystemExit(1 if _is_command() else _APP_LOAD_ERROR)

@@ -12,12 +12,13 @@ from secrets import token_hex
 
 from flask import Response, request
 
+from accounts.credentials import Principal
 from api import sse
 from api.answers import CacheUse
 from api.context import RequestLog, current, services
 from api.entry import Entry, begin
 from api.metering import Meter, allowance
-from api.middleware import Principal, principal, recheck
+from api.middleware import principal, recheck
 from api.schemas.native import GenerateBody
 from errors import InvalidRequest, ServiceError
 from model.types import Chunk, Done, Event, GenerateRequest, Message, Stream
@@ -52,19 +53,19 @@ class Call:
 def open_call(body: GenerateBody) -> Call:
     """Start what `body` asks for in the name of the caller. Raises ServiceError and LimitExceeded."""
     rooms, caller, trace = services(), principal(), current()
-    meter = Meter(caller.owner)
+    meter = Meter(caller.user_id)
     with ExitStack() as held:
         held.enter_context(rooms.calls.take())
         wanted = _request(body, caller, trace.id)
         entry = begin(wanted, body.turns(), caller, trace)
         held.push(entry)
-        lease = rooms.streams.take(caller.owner, allowance().streams)
+        lease = rooms.streams.take(caller.user_id, allowance().streams)
         held.callback(lease.give_back)
         held.callback(meter.settle)
         use_cache = body.cache and not request.cache_control.no_store
         answer = rooms.answers.open(wanted, use_cache, lambda prepared: _admit(prepared, entry, meter))
         held.callback(answer.stream.close)
-        held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
+        held.callback(rooms.running.add(caller.user_id, trace.id, answer.stream.close))
         trace.cache = entry.cache = answer.cache
         events = _traced(answer.stream, _watch(caller, lease), trace, meter, entry)
         return Call(trace.id, wanted.model, answer.cache, entry.settle, held.pop_all().close, events)
@@ -108,7 +109,7 @@ def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
         raise InvalidRequest("The prompt is blank once HTML is taken out.", param="prompt")
     return GenerateRequest(
         id=f"{id}.{token_hex(4)}",  # two callers may have chosen the same request id
-        owner=caller.owner,
+        owner=caller.user_id,
         model=body.model or rooms.model,
         messages=messages,
         sampling=body.sampling(),

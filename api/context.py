@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 import structlog
 from flask import Flask, Response, current_app, g, request
 
+from accounts.credentials import Credentials
+from accounts.guard import LoginGuard
 from accounts.passwords import Passwords
-from accounts.state import State
+from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
 from api.answers import Answers
 from api.places import Places
 from api.running import Running
 from audit.audit import Audit
-from crypto import Box
+from crypto import Encryptor
 from model.types import Backend, Done
 from quotas.allowances import Allowances
-from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
+from quotas.limits import RequestRate, StreamLimit, TokenQuota
 from settings import Settings
 from telemetry import request_id
 
@@ -29,11 +31,7 @@ NAME = "flask-llm"
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` seals what tickets hold, and
-    `contents` what the audit log keeps of prompts and answers.
-
-    `calls` and `guesses` are the places for generations, running or waiting, and for passwords being checked.
-    """
+    """One of each. `model` is its public name; `contents` encrypts what the audit log keeps of prompts and answers."""
 
     settings: Settings
     model: str
@@ -41,20 +39,18 @@ class Services:
     answers: Answers
     running: Running
     users: Users
-    state: State
+    credentials: Credentials
     audit: Audit
-    contents: Box
+    contents: Encryptor
     passwords: Passwords
     policy: TokenPolicy
-    jwt_key: bytes
-    box: Box
+    guard: LoginGuard
+    tickets: Tickets
     allowances: Allowances
     rate: RequestRate
     streams: StreamLimit
     tokens: TokenQuota
-    logins: LoginGuard
     calls: Places
-    guesses: Places
     sanitise: Callable[[str], str]
 
 
@@ -77,6 +73,8 @@ class RequestLog:
     path: str
     started: float = field(default_factory=time.monotonic)
     user: str | None = None
+    user_id: str | None = None
+    key: str | None = None  # the id of the API key that was used
     cache: str | None = None
     done: Done | None = None
     error: str | None = None
@@ -92,6 +90,8 @@ class RequestLog:
             status=status,
             duration_ms=round((time.monotonic() - self.started) * 1000, 1),
             user=self.user,
+            user_id=self.user_id,
+            key=self.key,
             cache=self.cache,
             prompt_tokens=usage.prompt_tokens if usage else None,
             completion_tokens=usage.completion_tokens if usage else None,

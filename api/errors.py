@@ -15,10 +15,9 @@ from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
-from accounts.users import LastOfRole, UnknownUser, UserExists
 from api.context import current
 from audit.journal import AuditUnavailable
-from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError, StoreUnavailable
+from errors import InvalidRequest, RateLimited, ServiceError, StoreUnavailable
 from quotas.limits import LimitExceeded, QuotaExceeded
 
 log = structlog.get_logger("api")
@@ -97,22 +96,17 @@ def invalid(error: ValidationError) -> NoReturn:
 
 def translate(error: Exception) -> ServiceError:
     """Any failure in the words of a ServiceError; a bug becomes a 500."""
+    if isinstance(error, StoreUnavailable):
+        log.error("store unavailable", reason=error.detail)
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, LimitExceeded):
         code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None  # as OpenAI's clients know it
         return RateLimited(_sentence(error), code=code, retry_after=error.retry_after)
-    if isinstance(error, UserExists | LastOfRole):
-        return Conflict(_sentence(error))
-    if isinstance(error, UnknownUser):
-        return NotFound(_sentence(error), param="name")
     if isinstance(error, AuditUnavailable):
         log.error("audit unavailable", reason=str(error))
         words = "The service cannot keep its records just now, and answers nothing without them."
         return ServiceError(words, code="audit_unavailable", retry_after=5)
-    if isinstance(error, StoreUnavailable):
-        log.error("store unavailable", reason=str(error))
-        return ServiceError("The service cannot look up its state just now.", code="store_unavailable", retry_after=5)
     return _bug(error)
 
 

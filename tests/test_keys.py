@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crypto import KeyFileError, SealBroken
-from keys import KeyRing, rotate
+from crypto import KeyRing, rotate
 
 A, B = "ab" * 32, "cd" * 32
 
@@ -45,7 +45,7 @@ def test_purposes_do_not_open_each_other() -> None:
 
 
 def test_codes_are_named_and_the_newest_signs() -> None:
-    old, new = ring(A).codes("audit"), ring(B, A).codes("audit")
+    old, new = ring(A).mac_keys("audit"), ring(B, A).mac_keys("audit")
     assert new.newest != old.newest
     assert new.sign(old.newest, b"x") == old.sign(old.newest, b"x") != new.sign(new.newest, b"x")
     with pytest.raises(KeyError):
@@ -53,7 +53,7 @@ def test_codes_are_named_and_the_newest_signs() -> None:
 
 
 def test_remarks_and_empty_lines_are_skipped() -> None:
-    assert ring("# newest", B, "", f"  {A}  ").codes("a").newest == ring(B).codes("a").newest
+    assert ring("# newest", B, "", f"  {A}  ").mac_keys("a").newest == ring(B).mac_keys("a").newest
 
 
 @pytest.mark.parametrize("text", ["", "\n#only a remark", "ab", A + "0", f"{A}\nnonsense", "é" * 32])

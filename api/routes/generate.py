@@ -75,7 +75,7 @@ def stream_ticket(query: TicketQuery) -> Reply:
 @needs(Permission.GENERATE)
 def cancel(path: IdPath) -> Reply:
     """Cancel one's own request: its stream ends with `cancelled`."""
-    if not services().running.cancel(principal().owner, path.id.removeprefix("chatcmpl-")):
+    if not services().running.cancel(principal().user_id, path.id.removeprefix("chatcmpl-")):
         raise NotFound("No request of yours with this id is running.", param="id")
     return Response(status=204)
 

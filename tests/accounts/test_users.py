@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from accounts.state import ApiKey, State
-from accounts.users import Changes, LastOfRole, OwnLimits, UnknownUser, User, UserExists, Users
+from accounts.users import Changes, LastOfRole, UserLimits, UnknownUser, User, UserExists, Users
 from olddb import Database
 
 CYRILLIC, FULL_WIDTH = "\u0430nn", "\uff21nn"  # both look like ann
@@ -69,11 +69,11 @@ def test_a_taken_name_is_refused_and_its_account_unchanged(users: Users) -> None
 
 
 def test_everything_but_the_name_can_change(users: Users) -> None:
-    users.add("ann", "user", "hash", OwnLimits(rpm=5))
+    users.add("ann", "user", "hash", UserLimits(rpm=5))
     users.add("bob", "user", "hash")
     changed = users.change("ann", password_hash="new", role="auditor", disabled=True, rpm=None, streams=3)
-    assert changed == users.get("ann") == User("ann", "auditor", "new", True, OwnLimits(streams=3))
-    assert users.change("ann", disabled=False) == User("ann", "auditor", "new", False, OwnLimits(streams=3))
+    assert changed == users.get("ann") == User("ann", "auditor", "new", True, UserLimits(streams=3))
+    assert users.change("ann", disabled=False) == User("ann", "auditor", "new", False, UserLimits(streams=3))
     assert users.change("bob") == users.get("bob") == User("bob", "user", "hash")
 
 

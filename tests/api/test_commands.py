@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
-from accounts.users import OwnLimits
+from accounts.users import UserLimits
 from api.context import Services
 from tests.api.conftest import PASSWORD, Client
 from tests.api.server import ROOT
@@ -59,7 +59,7 @@ def test_role_state_and_limits_change_and_the_list_tells(run: Run, rooms: Servic
         {"username": "admin", "role": "admin", "disabled": False},
         {"username": "ann", "role": "auditor", "disabled": True, "tokens_per_day": 1000},
     ]
-    assert rooms.users.get("ann").limits == OwnLimits(tokens_per_day=1000)
+    assert rooms.users.get("ann").limits == UserLimits(tokens_per_day=1000)
     assert run("enable ann").exit_code == 0 and not rooms.users.get("ann").disabled
     assert run("delete ann").exit_code == 0 and rooms.users.get("ann") is None
 

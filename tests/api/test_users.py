@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from accounts.roles import Role
-from accounts.users import OwnLimits, User
+from accounts.users import UserLimits, User
 from api.context import Services
 from tests.api.conftest import PASSWORD, Client, assert_refused
 
@@ -128,7 +128,7 @@ def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Clie
         "rpm": 120,
         "tokens_per_day": 99,
     }
-    assert rooms.users.get("bob").limits == OwnLimits(2, None, 99)
+    assert rooms.users.get("bob").limits == UserLimits(2, None, 99)
 
 
 @pytest.mark.promise(
