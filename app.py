@@ -42,7 +42,7 @@ from audit.tail import Place
 from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
-from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, read_secret, require_keys, signing_secret
+from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, read_text, require_keys, signing_secret
 from db import Database
 from errors import ServiceError, StoreUnavailable
 from model.flight import Flights
@@ -189,7 +189,7 @@ def _redis_url(setting: str, url: str | None, file: Path | None) -> str | None:
     """The address that the setting, or its file, holds. Raises SettingsError."""
     if file is not None:
         setting += "_FILE"
-        url = read_secret(setting, file).decode("utf-8", "replace")
+        url = read_text(setting, file)
     try:
         if url:
             Redis.from_url(url).close()

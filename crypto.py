@@ -161,6 +161,14 @@ def read_secret(setting: str, file: Path) -> bytes:
         raise SettingsError(f"{setting}: cannot read {file}: {error.strerror}") from None
 
 
+def read_text(setting: str, file: Path) -> str:
+    """The file's text without the space around it. Raises SettingsError."""
+    try:
+        return read_secret(setting, file).decode()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{setting}: {file} is not text in UTF-8") from None
+
+
 def rotate(path: Path) -> None:
     """Put a new key before those in `path`. The file is replaced whole, or not at all. Raises KeyFileError."""
     try:

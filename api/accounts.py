@@ -16,7 +16,7 @@ from accounts.users import Changes, UnknownUser, User, UserExists, UserLimits
 from api import bearer
 from api.acts import record
 from api.context import Services, services
-from crypto import read_secret
+from crypto import read_text
 from errors import Forbidden, ServiceError
 from settings import Settings, SettingsError
 
@@ -78,7 +78,7 @@ def first_admin(settings: Settings, found: Services) -> None:
     given, setting = settings.admin_password, "ADMIN_PASSWORD"
     if settings.admin_password_file is not None:
         setting = "ADMIN_PASSWORD_FILE"
-        given = read_secret(setting, settings.admin_password_file).decode("utf-8", "replace")
+        given = read_text(setting, settings.admin_password_file)
     password = given if given is not None else generate()
     try:
         check_strength(password, "admin")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crypto import KeyFileError, SealBroken
-from crypto import KeyRing, rotate
+from crypto import KeyFileError, KeyRing, SealBroken, rotate
 
 A, B = "ab" * 32, "cd" * 32
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from accounts.state import ApiKey, State, Ticket
+
 from errors import StoreUnavailable
 from olddb import Database
 

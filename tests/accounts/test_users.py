@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from accounts.state import ApiKey, State
-from accounts.users import Changes, LastOfRole, UserLimits, UnknownUser, User, UserExists, Users
+
+from accounts.users import Changes, LastOfRole, UnknownUser, User, UserExists, UserLimits, Users
 from olddb import Database
 
 CYRILLIC, FULL_WIDTH = "\u0430nn", "\uff21nn"  # both look like ann

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jwt
 import pytest
 
 from api.context import Services
-from api.routes import auth
 from errors import StoreUnavailable
 from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import ScriptedBackend
@@ -137,9 +138,7 @@ def test_a_key_makes_no_keys_and_nobody_revokes_anothers(admin: Client, add_user
     assert add_user("eve").ask("DELETE", f"/keys/{made['id']}").status_code == 404
 
 
-@pytest.mark.promise(
-    "P18", injected="their owner disabled, demoted or deleted", counted="token and key 401, ticket spent"
-)
+@pytest.mark.promise("P18", injected="their owner disabled, demoted or deleted", counted="token, key and ticket 401")
 @pytest.mark.parametrize("change", ["disable", "demote", "delete"])
 def test_tokens_keys_and_tickets_die_with_their_owners_rights(
     rooms: Services, add_user: Callable[..., Client], change: str
@@ -155,7 +154,7 @@ def test_tokens_keys_and_tickets_die_with_their_owners_rights(
         rooms.users.delete("bob")
     assert bob.post("/generate", HI).status_code == 401
     assert key.post("/generate", HI).status_code == 401
-    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 204
+    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 401
 
 
 @pytest.mark.promise("P18", injected="a state store that fails", counted="503, never let in")
@@ -163,20 +162,22 @@ def test_when_the_store_does_not_answer_nobody_gets_in(
     admin: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
-        raise StoreUnavailable("the store does not answer (SQLITE_IOERR)")
+        raise StoreUnavailable("the database does not answer (SQLITE_IOERR)")
 
-    monkeypatch.setattr("olddb.Database.rows", broken)
+    monkeypatch.setattr("db.Database.reading", broken)
     answer = admin.post("/generate", HI)
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "store_unavailable")
     assert "SQLITE" not in answer.text
 
 
-def test_a_ticket_opens_its_stream_once(admin: Client, nobody: Client, backend: ScriptedBackend) -> None:
+def test_a_ticket_opens_its_stream_once(
+    admin: Client, nobody: Client, backend: ScriptedBackend, rooms: Services
+) -> None:
     made = admin.post("/stream/ticket", {**HI, "max_new_tokens": 1})
     assert made.json["expires_in"] == 60
     stream = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
     assert [name for name, _ in events(stream.text)] == ["message", "done"]
-    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == ("admin", 1)
+    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == (rooms.users.get("admin").id, 1)
     again = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
     assert (again.status_code, again.text) == (204, "")
     assert len(backend.submitted) == 1
@@ -199,16 +200,39 @@ def test_a_tickets_body_is_checked_when_it_is_made(admin: Client) -> None:
     assert admin.post("/stream/ticket", {"prompt": ""}).status_code == 422
 
 
-def test_the_stored_ticket_holds_no_prompt_that_can_be_read(admin: Client, rooms: Services) -> None:
-    admin.post("/stream/ticket", {"prompt": "a very private prompt"})
-    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file())
-    assert b"tickets" in written and b"private" not in written
+def test_a_ticket_never_outlives_its_callers_token(
+    admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = jwt.decode(admin.token or "", options={"verify_signature": False})
+    short = Client(admin.app, jwt.encode({**claims, "exp": int(time.time()) + 10}, rooms.policy.key, "HS256"))
+    for caller, status in ((short, 204), (admin, 200)):
+        ticket = caller.post("/stream/ticket", HI).json["ticket"]
+        with monkeypatch.context() as later:
+            later.setattr(rooms.tickets, "_clock", lambda: time.time() + 11)
+            assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == status
+
+
+def test_no_ticket_is_written_to_disk(admin: Client, rooms: Services) -> None:
+    before = sum(file.stat().st_size for file in rooms.settings.data_dir.rglob("*") if file.is_file())
+    for _ in range(10):
+        admin.post("/stream/ticket", {"prompt": "private " * 5000})
+    files = [file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file()]
+    assert sum(map(len, files)) - before < 100_000 and not any(b"private" in content for content in files)
+
+
+def test_tickets_are_bounded_in_size_and_number(admin: Client, nobody: Client) -> None:
+    assert_refused(admin.post("/stream/ticket", {"prompt": "x" * (64 << 10)}), 413)
+    made = [admin.post("/stream/ticket", HI) for _ in range(17)]
+    assert [answer.status_code for answer in made] == [200] * 16 + [429]
+    assert int(made[-1].headers["Retry-After"]) == 60
+    nobody.get("/stream", query_string={"ticket": made[0].json["ticket"]}).close()
+    assert admin.post("/stream/ticket", HI).status_code == 200, "a used one leaves its place"
 
 
 def test_nobody_collects_keys_or_refreshes_without_end(
     admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "_MOST_KEYS", 2)
+    monkeypatch.setattr("accounts.credentials.MAX_KEYS", 2)
     first = admin.post("/keys", {"name": "a"}).json
     assert admin.post("/keys", {"name": "b"}).status_code == 201
     assert_refused(admin.post("/keys", {"name": "c"}), 422)
