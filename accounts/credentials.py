@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from secrets import token_hex
 from typing import Any
 
@@ -145,20 +145,16 @@ class Credentials:
         with self._db.transaction() as connection:
             connection.execute(delete(sessions).where(sessions.c.id == id))
 
-    def add_key(
-        self, caller: User | Principal, name: str, scopes: tuple[str, ...], expires: float, now: float
-    ) -> tuple[ApiKey, str]:
-        """A new API key and the jti of its token. Raises InvalidRequest when the user has too many."""
-        key, jti = ApiKey(token_hex(8), name, now, expires), token_hex(16)
-        user_id = caller.user_id if isinstance(caller, Principal) else caller.id
-        columns = {"id": key.id, "user_id": user_id, "jti_hash": self._hash(jti), "name": name, "role": caller.role}
+    def add_key(self, owner: User | Principal, key: ApiKey, scopes: tuple[str, ...]) -> str:
+        """Remember a new API key. Returns the jti of its token. Raises InvalidRequest when the owner has too many."""
+        jti, user_id = token_hex(16), owner.user_id if isinstance(owner, Principal) else owner.id
+        columns = {**asdict(key), "user_id": user_id, "role": owner.role, "scopes": " ".join(scopes)}
         with self._db.transaction() as connection:
-            _prune(connection, api_keys, now)
-            if len(connection.execute(_KEYS, {"user_id": user_id, "now": now}).all()) >= MAX_KEYS:
+            _prune(connection, api_keys, key.created)
+            if len(connection.execute(_KEYS, {"user_id": user_id, "now": key.created}).all()) >= MAX_KEYS:
                 raise InvalidRequest(f"You have {MAX_KEYS} keys already: revoke one first.", code="too_many_keys")
-            times = {"created": now, "expires": expires}
-            connection.execute(insert(api_keys), {**columns, **times, "scopes": " ".join(scopes)})
-        return key, jti
+            connection.execute(insert(api_keys), {**columns, "jti_hash": self._hash(jti)})
+        return jti
 
     def keys(self, user_id: str, now: float) -> list[ApiKey]:
         """The user's keys that still work, oldest first."""

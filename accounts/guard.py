@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hmac import compare_digest
 from secrets import token_hex
-from threading import Lock
+from threading import Condition
 from typing import Any
 
 from limits import RateLimitItem, RateLimitItemPerSecond
@@ -52,8 +52,8 @@ class LoginGuard:
     def __init__(self, key: bytes, places: int, redis_url: str | None = None) -> None:
         self._key, self._places = key, places
         self._held: Counter[str] = Counter()
-        self._lock = Lock()
-        self._turns = [Lock() for _ in range(64)]
+        self._busy: set[str] = set()  # names whose password is being checked
+        self._changed = Condition()
         self._local = MovingWindowRateLimiter(MemoryStorage())
         self._shared, self._resting = None, 0.0
         if redis_url:
@@ -68,7 +68,7 @@ class LoginGuard:
         """
         network = _network(address)
         buckets = self._buckets(network, name, self._device(name, cookies))
-        with self._place(network), self._turns[hash(name) % len(self._turns)]:
+        with self._turn(network, name):
             for bucket in buckets:
                 if not self._ask("test", *bucket):
                     raise self._refusal(bucket, network)
@@ -105,17 +105,21 @@ class LoginGuard:
         return TooManyFailures(max(reset - time.time(), 1.0), first=self._ask("hit", _TOLD, network))
 
     @contextmanager
-    def _place(self, network: str) -> Iterator[None]:
-        with self._lock:
+    def _turn(self, network: str, name: str) -> Iterator[None]:
+        with self._changed:
             if self._held[network] >= self._places - self._held.total():
                 raise Overloaded("Too many logins are waiting already.", retry_after=1)
             self._held[network] += 1
+            self._changed.wait_for(lambda: name not in self._busy)
+            self._busy.add(name)
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
+                self._busy.discard(name)
                 self._held[network] -= 1
                 self._held += Counter()  # drops the zeros
+                self._changed.notify_all()
 
     def _ask(self, operation: str, item: RateLimitItem, who: str) -> Any:
         if self._shared and time.monotonic() >= self._resting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from secrets import token_hex
 from typing import Unpack
 
 import structlog
@@ -65,10 +66,10 @@ def get(name: str) -> User:
 def add_key(by: Principal | None, owner: User | Principal, name: str, days: int) -> tuple[ApiKey, str]:
     """A new API key and its token, which is not stored. Raises InvalidRequest when the owner has too many."""
     now = time.time()
-    _record(by, "key added", account=owner.name, key_name=name, expires_in_days=days)
-    key, jti = services().credentials.add_key(owner, name, KEY_SCOPES, now + days * _DAY, now)
-    user_id = owner.id if isinstance(owner, User) else owner.user_id
-    return key, bearer.mint(TokenType.KEY, user_id, jti, key.expires)
+    key = ApiKey(token_hex(8), name, now, now + days * _DAY)
+    _record(by, "key added", account=owner.name, key=key.id, expires_in_days=days)
+    jti = services().credentials.add_key(owner, key, KEY_SCOPES)
+    return key, bearer.mint(TokenType.KEY, owner.id if isinstance(owner, User) else owner.user_id, jti, key.expires)
 
 
 def first_admin(settings: Settings, found: Services) -> None:

@@ -132,7 +132,7 @@ def _check_host() -> None:
     settings = services().settings
     if not settings.allowed_hosts and (settings.trusted_proxies or not is_loopback(settings.host)):
         return
-    name = _host_name()
+    name = host_name()
     if name not in {"localhost", settings.host, *settings.allowed_hosts} and not _is_address(name):
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
@@ -165,7 +165,7 @@ def _caller() -> Principal:
     return caller
 
 
-def _host_name() -> str:
+def host_name() -> str:
     try:
         return urlsplit(f"//{request.host}").hostname or ""
     except ValueError:  # brackets around what is no address

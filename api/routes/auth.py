@@ -19,7 +19,7 @@ from api.acts import record
 from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request
-from api.middleware import SECURED, Reply, is_loopback, needs, principal, public
+from api.middleware import SECURED, Reply, host_name, is_loopback, needs, principal, public
 from api.schemas.accounts import PasswordBody
 from api.schemas.native import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
 from errors import NotFound, Unauthorized
@@ -129,7 +129,7 @@ def _signed_in(user: User) -> Response:
     current().user, current().user_id = user.name, user.id
     response = jsonify(_tokens(user.id, session))
     name, value = services().guard.device_cookie(user.name)
-    secure = not is_loopback(request.host.rpartition(":")[0] or request.host)
+    secure = not is_loopback(host_name())
     path = request.script_root + "/"
     response.set_cookie(name, value, _DEVICE_AGE, path=path, secure=secure, httponly=True, samesite="Strict")
     return response

@@ -12,6 +12,7 @@ import pytest
 
 from api.context import Services
 from errors import StoreUnavailable
+from tests.api.audited import records
 from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import ScriptedBackend
 from tests.api.test_generate import events
@@ -69,6 +70,47 @@ def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(n
     right = {"username": "admin", "password": PASSWORD}
     assert nobody.post("/login", right).status_code == 429
     assert nobody.post("/login", right, environ_base={"REMOTE_ADDR": "192.0.2.7"}).status_code == 200
+
+
+@pytest.mark.promise(
+    "P22", injected="five wrong passwords by a colleague behind the same address", counted="200 for a known device"
+)
+def test_a_device_that_has_logged_in_before_is_let_in_by_its_cookie(nobody: Client) -> None:
+    right = {"username": "admin", "password": PASSWORD}
+    name, value = nobody.post("/login", right).headers["Set-Cookie"].partition(";")[0].split("=")
+    for _ in range(5):
+        nobody.post("/login", {"username": "admin", "password": "wrong password"})
+    assert_refused(nobody.post("/login", right), 429)
+    assert nobody.post("/login", right, headers={"Cookie": f"{name}={value}"}).status_code == 200
+    assert_refused(nobody.post("/login", right, headers={"Cookie": f"{name}={value}x"}), 429)
+
+
+@pytest.mark.parametrize(("host", "secure"), [("localhost", False), ("127.0.0.1:5000", False), ("[::1]:1", False)])
+def test_the_devices_cookie_is_closed_to_scripts_and_other_sites(nobody: Client, host: str, secure: bool) -> None:
+    answer = nobody.post("/login", {"username": "admin", "password": PASSWORD}, headers={"Host": host})
+    attributes = {part.strip() for part in answer.headers["Set-Cookie"].split(";")[1:]}
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= attributes and ("Secure" in attributes) is secure
+    assert "admin" not in answer.headers["Set-Cookie"]
+
+
+def test_elsewhere_the_devices_cookie_travels_encrypted_only(make_app: Callable[..., Any]) -> None:
+    nobody = Client(make_app(allowed_hosts=("llm.example.org",)))
+    login = {"username": "admin", "password": PASSWORD}
+    assert "Secure" in nobody.post("/login", login, headers={"Host": "llm.example.org"}).headers["Set-Cookie"]
+
+
+def test_refused_logins_are_on_record_and_a_flood_of_them_once_a_minute(nobody: Client, rooms: Services) -> None:
+    for _ in range(20):
+        nobody.post("/login", {"username": "admin", "password": "wrong password"})
+    refused = [each for each in records(rooms, "act") if each["act"] == "login refused"]
+    assert [each["code"] for each in refused] == ["wrong_credentials"] * 5 + ["rate_limited"]
+
+
+def test_the_record_tells_which_key_acted(admin: Client, rooms: Services) -> None:
+    made = admin.post("/keys", {"name": "ci"}).json
+    Client(admin.app, made["key"]).post("/generate", HI).close()
+    (start,) = records(rooms, "start")
+    assert (start["user"], start["key"], start["user_id"]) == ("admin", made["id"], rooms.users.get("admin").id)
 
 
 @pytest.mark.promise("P22", injected="a new X-Forwarded-For for each guess", counted="the sixth is 429")
