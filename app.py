@@ -42,7 +42,7 @@ from audit.tail import Place
 from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
-from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, read_text, require_keys, signing_secret
+from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, require_keys, signing_secret
 from db import Database
 from errors import ServiceError, StoreUnavailable
 from model.flight import Flights
@@ -53,7 +53,7 @@ from quotas.allowances import Allowance, Allowances
 from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
 from quotas.limits import RequestRate, StreamLimit, TokenQuota
 from quotas.shared_counts import SharedCounts
-from settings import Settings, SettingsError
+from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST, Settings, SettingsError
 from telemetry import Metrics, configure_logging
 
 Made = TypeVar("Made")
@@ -74,7 +74,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         metrics = Metrics()
         rooms = _services(settings, metrics, backend or _local(settings, metrics))
         if not _is_command():
-            accounts.first_admin(settings, rooms)
+            accounts.add_first_admin(rooms, _admin_password(settings))
     return _flask(settings, rooms, metrics)
 
 
@@ -189,13 +189,31 @@ def _redis_url(setting: str, url: str | None, file: Path | None) -> str | None:
     """The address that the setting, or its file, holds. Raises SettingsError."""
     if file is not None:
         setting += "_FILE"
-        url = read_text(setting, file)
+        url = _read_text(setting, file)
     try:
         if url:
             Redis.from_url(url).close()
         return url
     except ValueError:  # its words may hold the password
         raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
+
+
+def _admin_password(settings: Settings) -> str | None:
+    file = settings.admin_password_file
+    if file is None:
+        return settings.admin_password
+    password = _read_text("ADMIN_PASSWORD_FILE", file)
+    if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
+        bounds = f"{PASSWORD_SHORTEST} to {PASSWORD_LONGEST}"
+        raise SettingsError(f"ADMIN_PASSWORD_FILE: needs {bounds} characters (for example from: openssl rand -hex 12)")
+    return password
+
+
+def _read_text(setting: str, file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{setting}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}") from None
 
 
 def _allowances(settings: Settings) -> Allowances:

@@ -120,11 +120,11 @@ class KeyRing:
         return MacKeys([derive(master, purpose) for master in self._masters])
 
 
-def load_or_create_key(path: Path, size: int = 32) -> bytes:
+def load_or_create_key(path: Path) -> bytes:
     """The secret in `path`, made there (mode 600) when the file is missing. Raises KeyFileError."""
-    key = _read_or_create(path, secrets.token_bytes(size), size + 1)
-    if len(key) != size:
-        raise KeyFileError(f"{path}: must hold exactly {size} random bytes; delete it to have a new one made")
+    key = _read_or_create(path, secrets.token_bytes(32), 33)
+    if len(key) != 32:
+        raise KeyFileError(f"{path}: must hold exactly 32 random bytes; delete it to have a new one made")
     return key
 
 
@@ -132,7 +132,7 @@ def signing_secret(settings: Settings) -> bytes:
     """What signs tokens, and names cached answers and API keys. Raises SettingsError, KeyFileError."""
     if settings.jwt_secret_file is None:
         return load_or_create_key(settings.data_dir / "secret")
-    secret = read_secret("JWT_SECRET_FILE", settings.jwt_secret_file)
+    secret = _read_secret("JWT_SECRET_FILE", settings.jwt_secret_file)
     if len(secret) < 32:
         raise SettingsError("JWT_SECRET_FILE: needs 32 characters or more (for example from: openssl rand -hex 32)")
     return secret
@@ -142,7 +142,7 @@ def key_ring(settings: Settings) -> KeyRing:
     """What encrypts cached answers and stored contents, and signs the audit log. Raises SettingsError, KeyFileError."""
     if settings.key_file is None:
         return KeyRing.load_or_create(settings.data_dir / "keys")
-    return KeyRing.parse(read_secret("KEY_FILE", settings.key_file), settings.key_file)
+    return KeyRing.parse(_read_secret("KEY_FILE", settings.key_file), settings.key_file)
 
 
 def require_keys(settings: Settings) -> None:
@@ -153,20 +153,12 @@ def require_keys(settings: Settings) -> None:
             raise SettingsError(f"DATA_DIR: no service has run with {folder} (for example DATA_DIR=/var/lib/flask-llm)")
 
 
-def read_secret(setting: str, file: Path) -> bytes:
+def _read_secret(setting: str, file: Path) -> bytes:
     """The file's content without the space around it. Raises SettingsError."""
     try:
         return file.read_bytes().strip()
     except OSError as error:
         raise SettingsError(f"{setting}: cannot read {file}: {error.strerror}") from None
-
-
-def read_text(setting: str, file: Path) -> str:
-    """The file's text without the space around it. Raises SettingsError."""
-    try:
-        return read_secret(setting, file).decode()
-    except UnicodeDecodeError:
-        raise SettingsError(f"{setting}: {file} is not text in UTF-8") from None
 
 
 def rotate(path: Path) -> None:

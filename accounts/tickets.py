@@ -8,13 +8,11 @@ import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_urlsafe
 from typing import Any, TypeVar
 
-import redis
-from redis import Redis
+from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -37,15 +35,6 @@ class _Ticket:
     expires: float
 
 
-class TooManyTickets(RateLimited):
-    def __init__(self) -> None:
-        super().__init__("Too many tickets are waiting to be used: try again in a minute.", retry_after=60)
-
-
-class _RedisDown(Exception):
-    pass
-
-
 class Tickets:
     """A ticket is kept in Redis when there is a `redis_url` and it answers, so that replicas share it; else in memory.
 
@@ -60,71 +49,75 @@ class Tickets:
         self._lock = threading.Lock()
         self._resting = 0.0
         options: Any = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2, "retry": Retry(NoBackoff(), 1)}
-        self._redis = redis.Redis.from_url(redis_url, **options) if redis_url else None
+        self._redis = Redis.from_url(redis_url, **options) if redis_url else None
 
     def put(self, user_id: str, content: bytes, expires: float) -> str:
-        """The ticket for `content`, good once until `expires` (Unix seconds). Raises TooLarge, TooManyTickets."""
+        """The ticket for `content`, good once until `expires` (Unix seconds). Raises TooLarge, RateLimited."""
         if len(content) > MAX_BYTES:
             raise TooLarge(f"A ticket holds at most {MAX_BYTES >> 10} KiB: send longer requests to POST /stream.")
         ticket = token_urlsafe(32)
-        name = hashlib.sha256(ticket.encode()).hexdigest()
+        name = _name(ticket)
         made = _Ticket(user_id, self._encryptor.seal(content, name.encode()), expires)
-        try:
-            self._put_in_redis(name, made)
-        except _RedisDown:
-            self._put_in_memory(name, made)
+        kept = self._ask(lambda client: _put_in_redis(client, name, made, self._clock()))
+        if kept is None:
+            kept = self._put_in_memory(name, made)
+        if not kept:
+            raise RateLimited("Too many tickets are waiting to be used: try again in a minute.", retry_after=60)
         return ticket
 
     def take(self, ticket: str) -> bytes | None:
         """The content of a ticket, once; None for one that is used, expired or was never made."""
-        name = hashlib.sha256(ticket.encode("utf-8", "surrogatepass")).hexdigest()
+        name = _name(ticket)
         with self._lock:
             found = self._kept.pop(name, None)
-        with suppress(_RedisDown):
-            found = found or self._ask(lambda client: self._take_from_redis(client, name))
+        found = found or self._ask(lambda client: _take_from_redis(client, name))
         if found is None or found.expires <= self._clock():
             return None
         return self._encryptor.open(found.sealed, name.encode())
 
-    def _put_in_memory(self, name: str, made: _Ticket) -> None:
+    def _put_in_memory(self, name: str, made: _Ticket) -> bool:
         with self._lock:
             now = self._clock()
             self._kept = {name: kept for name, kept in self._kept.items() if kept.expires > now}
             mine = sum(kept.user_id == made.user_id for kept in self._kept.values())
             if mine >= MAX_TICKETS or sum(len(kept.sealed) for kept in self._kept.values()) >= _MAX_MEMORY:
-                raise TooManyTickets
-            self._kept[name] = made
-
-    def _put_in_redis(self, name: str, made: _Ticket) -> None:
-        def put(client: Redis) -> bool:
-            mine = f"tickets:{made.user_id}"
-            client.zremrangebyscore(mine, 0, self._clock())
-            if client.zcard(mine) >= MAX_TICKETS:
                 return False
-            value = json.dumps([made.user_id, b64encode(made.sealed).decode(), made.expires])
-            with client.pipeline() as both:
-                both.set(f"ticket:{name}", value, ex=_TTL)
-                both.zadd(mine, {name: made.expires})
-                both.expire(mine, _TTL)
-                both.execute()
+            self._kept[name] = made
             return True
 
-        if not self._ask(put):
-            raise TooManyTickets
-
-    def _take_from_redis(self, client: Redis, name: str) -> _Ticket | None:
-        value: Any = client.getdel(f"ticket:{name}")
-        if value is None:
-            return None
-        user_id, sealed, expires = json.loads(value)
-        client.zrem(f"tickets:{user_id}", name)
-        return _Ticket(user_id, b64decode(sealed), expires)
-
-    def _ask(self, command: Callable[[Redis], Reply]) -> Reply:
+    def _ask(self, command: Callable[[Redis], Reply]) -> Reply | None:
+        """What Redis replies; None when there is none, or it does not answer."""
         if self._redis is None or time.monotonic() < self._resting:
-            raise _RedisDown
+            return None
         try:
             return command(self._redis)
-        except (redis.RedisError, OSError, ValueError, TypeError) as fault:
+        except (RedisError, OSError, ValueError, TypeError):
             self._resting = time.monotonic() + _REST
-            raise _RedisDown from fault
+            return None
+
+
+def _put_in_redis(client: Redis, name: str, made: _Ticket, now: float) -> bool:
+    mine = f"tickets:{made.user_id}"
+    client.zremrangebyscore(mine, 0, now)
+    if client.zcard(mine) >= MAX_TICKETS:
+        return False
+    value = json.dumps([made.user_id, b64encode(made.sealed).decode(), made.expires])
+    with client.pipeline() as all_or_none:
+        all_or_none.set(f"ticket:{name}", value, ex=_TTL)
+        all_or_none.zadd(mine, {name: made.expires})
+        all_or_none.expire(mine, _TTL)
+        all_or_none.execute()
+    return True
+
+
+def _take_from_redis(client: Redis, name: str) -> _Ticket | None:
+    value: Any = client.getdel(f"ticket:{name}")
+    if value is None:
+        return None
+    user_id, sealed, expires = json.loads(value)
+    client.zrem(f"tickets:{user_id}", name)
+    return _Ticket(user_id, b64decode(sealed), expires)
+
+
+def _name(ticket: str) -> str:
+    return hashlib.sha256(ticket.encode("utf-8", "surrogatepass")).hexdigest()

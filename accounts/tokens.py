@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, StringConstraints, ValidationError
 
 NAME = "flask-llm"  # issuer and audience
 MAX_CHARS = 4096  # of an encoded token: ours are about 400, and nothing longer is worth decoding
@@ -42,7 +42,6 @@ class _Claims(BaseModel):
     exp: _Seconds
     iat: _Seconds = 0
     nbf: _Seconds = 0
-    sid: _Text = Field("none", exclude=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,15 @@ from typing import Unpack
 import structlog
 
 from accounts.credentials import ApiKey, Principal
-from accounts.passwords import check_strength, generate
+from accounts.passwords import WeakPassword, check_strength, generate
 from accounts.roles import Permission, Role
 from accounts.tokens import TokenType
 from accounts.users import Changes, UnknownUser, User, UserExists, UserLimits
 from api import bearer
 from api.acts import record
 from api.context import Services, services
-from crypto import read_text
-from errors import Forbidden, ServiceError
-from settings import Settings, SettingsError
+from errors import Forbidden
+from settings import SettingsError
 
 log = structlog.get_logger("accounts")
 
@@ -72,22 +71,19 @@ def add_key(by: Principal | None, owner: User | Principal, name: str, days: int)
     return key, bearer.mint(TokenType.KEY, owner.id if isinstance(owner, User) else owner.user_id, jti, key.expires)
 
 
-def first_admin(settings: Settings, found: Services) -> None:
-    """Make `admin` in a database without accounts. Raises SettingsError for a password that is no good."""
+def add_first_admin(found: Services, given: str | None) -> None:
+    """Make `admin` in a database without accounts; `given` is ADMIN_PASSWORD. Raises SettingsError when it is weak."""
     if found.users.count():
         return
-    given, setting = settings.admin_password, "ADMIN_PASSWORD"
-    if settings.admin_password_file is not None:
-        setting = "ADMIN_PASSWORD_FILE"
-        given = read_text(setting, settings.admin_password_file)
-    password = given if given is not None else generate()
+    password = given or generate()
     try:
         check_strength(password, "admin")
+    except WeakPassword as error:
+        raise SettingsError(f"ADMIN_PASSWORD: {error.message} (for example from: openssl rand -hex 12)") from None
+    try:
         found.users.add("admin", Role.ADMIN, found.passwords.hash(password))
     except UserExists:
         return  # another process was first
-    except ServiceError as error:
-        raise SettingsError(f"{setting}: {error.message} (for example from: openssl rand -hex 12)") from None
     if given is None:
         print(f"First start: sign in as admin with the password {password} (it is not shown again)", file=sys.stderr)
 

@@ -9,9 +9,9 @@ import pytest
 import redis
 
 from accounts import tickets as module
-from accounts.tickets import MAX_BYTES, MAX_TICKETS, Tickets, TooManyTickets
+from accounts.tickets import MAX_BYTES, MAX_TICKETS, Tickets
 from crypto import Encryptor
-from errors import TooLarge
+from errors import RateLimited, TooLarge
 from tests.faults import Clock, FaultProxy
 
 KEY = bytes(32)
@@ -51,7 +51,7 @@ def test_of_many_takers_one_gets_it(tickets: Tickets, clock: Clock) -> None:
 
 def test_an_expired_ticket_is_none_and_makes_room(tickets: Tickets, clock: Clock) -> None:
     made = [tickets.put("ann", b"x", clock() + 60) for _ in range(MAX_TICKETS)]
-    with pytest.raises(TooManyTickets):
+    with pytest.raises(RateLimited):
         tickets.put("ann", b"x", clock() + 60)
     clock.offset = 61
     assert tickets.take(made[0]) is None
@@ -60,7 +60,7 @@ def test_an_expired_ticket_is_none_and_makes_room(tickets: Tickets, clock: Clock
 
 def test_each_user_has_sixteen_and_a_used_one_makes_room(tickets: Tickets, clock: Clock) -> None:
     made = [tickets.put("ann", b"x", clock() + 60) for _ in range(MAX_TICKETS)]
-    with pytest.raises(TooManyTickets):
+    with pytest.raises(RateLimited):
         tickets.put("ann", b"x", clock() + 60)
     tickets.put("bob", b"x", clock() + 60)
     tickets.take(made[3])
@@ -77,7 +77,7 @@ def test_memory_is_bounded_in_all(clock: Clock, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_MAX_MEMORY", 10_000)
     tickets = Tickets(Encryptor(KEY), None, clock)
     made = [tickets.put(f"user{number}", b"x" * 1000, clock() + 60) for number in range(10)]
-    with pytest.raises(TooManyTickets):
+    with pytest.raises(RateLimited):
         tickets.put("another", b"x", clock() + 60)
     tickets.take(made[0])
     tickets.put("another", b"x", clock() + 60)
