@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from secrets import token_hex
@@ -37,7 +37,7 @@ class Principal:
     expires: float
     session_id: str | None = None
     key_id: str | None = None
-    scopes: tuple[str, ...] | None = None
+    scopes: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +94,15 @@ class Credentials:
 
     def find(self, claims: Mapping[str, Any], now: float) -> Principal | None:
         """The caller whose token makes these claims, in one statement; None once it is revoked or has expired."""
-        if claims["type"] == "key":
+        is_key = claims["type"] == "key"
+        if is_key:
             row = self._row(_KEY_BY_HASH, hash=self._hash(claims["jti"]), now=now)
             self._note_use(row, now)
         else:
             row = self._row(_SESSION, id=str(claims.get("sid")), now=now)
-        found = row and _principal(row, float(claims["exp"]))
-        return found if found and claims["sub"] in (found.user_id, found.name) else None  # keys of old name a name
+        if row is None or claims["sub"] not in (row.user_id, row.user):  # tokens of old keys hold the name
+            return None
+        return _principal(row, float(claims["exp"]), is_key)
 
     def still_stands(self, caller: Principal, now: float) -> bool:
         """Whether the caller's session or key is still good, and its owner still holds the same role."""
@@ -181,11 +183,9 @@ class Credentials:
         return hmac.new(self._key, jti.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
-def _principal(row: Row[Any], expires: float) -> Principal:
-    scopes = row._mapping.get("scopes")
-    credential = {"session_id": row.id} if scopes is None else {"key_id": row.id, "scopes": tuple(scopes.split())}
-    limits = UserLimits(row.streams, row.rpm, row.tokens_per_day)
-    return Principal(row.user_id, row.user, row.role, limits, expires, **credential)
+def _principal(row: Row[Any], expires: float, is_key: bool) -> Principal:
+    who = (row.user_id, row.user, row.role, UserLimits(row.streams, row.rpm, row.tokens_per_day), expires)
+    return Principal(*who, key_id=row.id, scopes=row.scopes.split()) if is_key else Principal(*who, session_id=row.id)
 
 
 def _prune(connection: Connection, table: Table, now: float) -> None:

@@ -28,7 +28,5 @@ def redeem(ticket: str) -> GenerateBody | None:
     if content is None:
         return None
     kept = json.loads(content)
-    caller = kept["caller"]
-    scopes, limits = caller.pop("scopes"), UserLimits(**caller.pop("limits"))
-    enter_as(Principal(**caller, limits=limits, scopes=None if scopes is None else tuple(scopes)))
+    enter_as(Principal(**{**kept["caller"], "limits": UserLimits(**kept["caller"]["limits"])}))
     return GenerateBody.model_validate(kept["body"])

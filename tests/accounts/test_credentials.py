@@ -162,7 +162,7 @@ def test_a_key_works_until_it_is_revoked_or_expires(credentials: Credentials, an
     key, jti = new_key(credentials, ann, ("generate", "models"))
     found = credentials.find(key_claims(ann, jti), NOW)
     expected = Principal(ann.id, "ann", "user", UserLimits(rpm=9), NOW + 1000, key_id=key.id)
-    assert found == replace(expected, scopes=("generate", "models"))
+    assert found == replace(expected, scopes=["generate", "models"])
     assert credentials.find(key_claims(ann, "another"), NOW) is None
     assert credentials.find(key_claims(ann, key.id), NOW) is None
     assert credentials.find(key_claims(bob, jti), NOW) is None
