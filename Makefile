@@ -53,7 +53,7 @@ audit-verify: $(VENV)/installed
 	@$(with_env) $(BIN)/flask --app app audit verify
 
 rotate-key: $(VENV)/installed
-	@$(with_env) $(BIN)/python -m keys
+	@$(with_env) $(BIN)/python -m crypto
 
 secrets:
 	@ops/make-secrets secrets $(DOMAIN)

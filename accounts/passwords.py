@@ -1,17 +1,24 @@
-"""Passwords: hashed with Argon2id, checked at a steady price, and made up where there is none yet.
-
-Does not know users, and says nothing about why a password was refused.
-"""
+"""Passwords: refused when weak, hashed with Argon2id, checked at a steady price, and generated."""
 
 from __future__ import annotations
 
 import secrets
 import threading
+from functools import cache
+from pathlib import Path
 
 from argon2 import PasswordHasher
 from argon2.exceptions import VerificationError
 
+from errors import InvalidRequest
+from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
+
 _READABLE = "abcdefghjkmnpqrstuvwxyz23456789"  # without i, l, o, 0, 1
+_COMMON = Path(__file__).parent / "common_passwords.txt"
+
+
+class WeakPassword(InvalidRequest):
+    code = "weak_password"
 
 
 class Passwords:
@@ -20,7 +27,7 @@ class Passwords:
     def __init__(self, hasher: PasswordHasher | None = None, at_once: int = 2) -> None:
         self._hasher = hasher or PasswordHasher()
         self._running = threading.BoundedSemaphore(at_once)
-        self._nobody = self.hash(secrets.token_urlsafe(32))
+        self._unknown = self.hash(secrets.token_urlsafe(32))
 
     def hash(self, password: str) -> str:
         """The text to store: parameters, salt and hash."""
@@ -34,15 +41,29 @@ class Passwords:
         """
         with self._running:
             try:
-                matches = self._hasher.verify(self._nobody if stored is None else stored, _encoded(password))
+                matches = self._hasher.verify(self._unknown if stored is None else stored, _encoded(password))
             except (VerificationError, ValueError):  # another password, or a damaged hash
                 return False
         return matches and stored is not None
 
 
+def check_strength(password: str, name: str, param: str = "password") -> None:
+    """Raise WeakPassword for one that is too short or long, or that a guesser tries first (NIST SP 800-63B)."""
+    if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
+        raise WeakPassword(f"A password has {PASSWORD_SHORTEST} to {PASSWORD_LONGEST} characters.", param=param)
+    plain = password.strip().casefold()
+    if len(set(plain)) < 2 or plain == name.casefold() or plain in _common():
+        raise WeakPassword("This password is among the first that a guesser tries: choose another one.", param=param)
+
+
 def generate() -> str:
     """A random password of 99 bits that can be read aloud: four groups of five letters and digits."""
     return "-".join("".join(secrets.choice(_READABLE) for _ in range(5)) for _ in range(4))
+
+
+@cache
+def _common() -> frozenset[str]:
+    return frozenset(_COMMON.read_text().split())
 
 
 def _encoded(password: str) -> bytes:

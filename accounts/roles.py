@@ -1,7 +1,4 @@
-"""Who may do what: one table.
-
-Does not know who is asking; the caller brings the role.
-"""
+"""What each role may do: one table."""
 
 from __future__ import annotations
 
@@ -27,16 +24,16 @@ class Permission(StrEnum):
     READ_AUDIT = "audit"
 
 
-# Whoever runs the service cannot read what is recorded about them and others, and whoever reads it runs nothing.
-_EVERYONE = frozenset({Permission.READ_MODELS, Permission.END_SESSION, Permission.CHANGE_PASSWORD})
-_USER = _EVERYONE | {Permission.GENERATE, Permission.MANAGE_KEYS}
+# Admins cannot read what is recorded about them and others; auditors, who can, run nothing.
+_ALL = frozenset({Permission.READ_MODELS, Permission.END_SESSION, Permission.CHANGE_PASSWORD})
+_USER = _ALL | {Permission.GENERATE, Permission.MANAGE_KEYS}
 _TABLE: dict[str, frozenset[Permission]] = {
     Role.ADMIN: _USER | {Permission.MANAGE_USERS},
     Role.USER: _USER,
-    Role.AUDITOR: _EVERYONE | {Permission.READ_AUDIT},
+    Role.AUDITOR: _ALL | {Permission.READ_AUDIT},
 }
 
 
 def allowed(role: Role | str, permission: Permission | str, scopes: Collection[str] | None = None) -> bool:
-    """Whether `role` holds `permission`, within `scopes` when a token carries some. Unknown words are denied."""
+    """Whether `role` holds `permission`, within `scopes` when a token carries some. Unknown names are denied."""
     return permission in _TABLE.get(role, frozenset()) and (scopes is None or permission in scopes)

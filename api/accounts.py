@@ -1,43 +1,100 @@
-"""What may be done to accounts, for the routes and for the command line alike; each change leaves a line in the log.
-
-Asks nobody whether they may; whoever calls has.
-"""
+"""What may be done to accounts, by the routes and by the command line; each change is an audit event and a log line."""
 
 from __future__ import annotations
 
+import sys
+import time
+from secrets import token_hex
 from typing import Unpack
 
 import structlog
 
-from accounts.users import Changes, OwnLimits, User
+from accounts.credentials import ApiKey, Principal
+from accounts.passwords import WeakPassword, check_strength, generate
+from accounts.roles import Permission, Role
+from accounts.tokens import TokenType
+from accounts.users import Changes, UnknownUser, User, UserExists, UserLimits
+from api import bearer
 from api.acts import record
-from api.context import services
+from api.context import Services, services
+from errors import Forbidden
+from settings import SettingsError
 
 log = structlog.get_logger("accounts")
 
-
-def add(by: str, name: str, role: str, password: str, limits: OwnLimits) -> User:
-    """A new account. Raises UserExists, and ValueError for an impossible name."""
-    rooms = services()
-    record(by, "account added", account=name, role=role)
-    user = rooms.users.add(name, role, rooms.passwords.hash(password), limits)
-    log.info("account added", by=by, account=name, role=role)
-    return user
+KEY_SCOPES = (Permission.GENERATE.value, Permission.READ_MODELS.value)  # a key can never make another key
+_DAY = 86_400
 
 
-def change(by: str, name: str, password: str | None = None, **columns: Unpack[Changes]) -> User:
-    """The account as it is after the change. Raises UnknownUser and LastOfRole."""
-    rooms = services()
+def add(by: Principal | None, name: str, role: str, password: str, limits: UserLimits) -> User:
+    """A new account; `by` None is the command line. Raises Forbidden, WeakPassword, UserExists, InvalidRequest."""
+    found = services()
+    _check_roles(by, role)
+    check_strength(password, name)
+    _record(by, "account added", account=name, role=role)
+    return found.users.add(name, role, found.passwords.hash(password), limits)
+
+
+def change(by: Principal | None, name: str, password: str | None = None, **columns: Unpack[Changes]) -> User:
+    """The account as it is after the change. Raises Forbidden, WeakPassword, UnknownUser and LastOfRole."""
+    found = services()
+    if by is None or by.name != name:
+        _check_roles(by, get(name).role, columns.get("role", ""))
     if password is not None:
-        columns["password_hash"] = rooms.passwords.hash(password)
-    record(by, "account changed", account=name, changed=sorted(columns))
-    user = rooms.users.change(name, **columns)
-    log.info("account changed", by=by, account=name, changed=sorted(columns))
+        check_strength(password, name)
+        columns["password_hash"] = found.passwords.hash(password)
+    _record(by, "account changed", account=name, changed=sorted(columns))
+    return found.users.change(name, **columns)
+
+
+def remove(by: Principal | None, name: str) -> None:
+    """Raises Forbidden, UnknownUser and LastOfRole."""
+    _check_roles(by, get(name).role)
+    _record(by, "account removed", account=name)
+    services().users.delete(name)
+
+
+def get(name: str) -> User:
+    """Raises UnknownUser."""
+    user = services().users.get(name)
+    if user is None:
+        raise UnknownUser
     return user
 
 
-def remove(by: str, name: str) -> None:
-    """Raises UnknownUser and LastOfRole."""
-    record(by, "account removed", account=name)
-    services().users.delete(name)
-    log.info("account removed", by=by, account=name)
+def add_key(by: Principal | None, owner: User | Principal, name: str, days: int) -> tuple[ApiKey, str]:
+    """A new API key and its token, which is not stored. Raises InvalidRequest when the owner has too many."""
+    now = time.time()
+    key = ApiKey(token_hex(8), name, now, now + days * _DAY)
+    _record(by, "key added", account=owner.name, key=key.id, expires_in_days=days)
+    jti = services().credentials.add_key(owner, key, KEY_SCOPES)
+    return key, bearer.mint(TokenType.KEY, owner.id if isinstance(owner, User) else owner.user_id, jti, key.expires)
+
+
+def add_first_admin(found: Services, given: str | None) -> None:
+    """Make `admin` in a database without accounts; `given` is ADMIN_PASSWORD. Raises SettingsError when it is weak."""
+    if found.users.count():
+        return
+    password = given or generate()
+    try:
+        check_strength(password, "admin")
+    except WeakPassword as error:
+        raise SettingsError(f"ADMIN_PASSWORD: {error.message} (for example from: openssl rand -hex 12)") from None
+    try:
+        found.users.add("admin", Role.ADMIN, found.passwords.hash(password))
+    except UserExists:
+        return  # another process was first
+    if given is None:
+        print(f"First start: sign in as admin with the password {password} (it is not shown again)", file=sys.stderr)
+
+
+def _check_roles(by: Principal | None, *roles: str) -> None:
+    """Only the command line makes, changes and removes auditors: an admin could else read the audit log after all."""
+    if by is not None and Role.AUDITOR in roles:
+        raise Forbidden("Accounts of auditors are changed on the command line: flask users.")
+
+
+def _record(by: Principal | None, event: str, **details: object) -> None:
+    actor = "command line" if by is None else by.name
+    record(actor, event, **details)
+    log.info(event, by=actor, **details)

@@ -18,4 +18,6 @@ def record(by: str | None, act: str, **details: object) -> None:
     if has_request_context():
         trace = current()
         where = {"request": trace.id, "route": trace.route, "address": request.remote_addr}
+        if trace.user_id is not None:
+            where |= {"user_id": trace.user_id, "by_key": trace.key}
     services().audit.append("act", token_hex(8), {"user": by, "act": act, **where, **details})

@@ -1,53 +1,54 @@
-"""Bearer tokens: made and read with flask-jwt-extended, every failure the same 401.
-
-Does not ask what a token allows or whether it was revoked; guards.py does.
-"""
+"""Bearer tokens: made and read with flask-jwt-extended; every failure is the same 401."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from functools import lru_cache
 from typing import Any
-from uuid import uuid4
 
 from flask import Flask, current_app, request
 from flask_jwt_extended import JWTManager, create_access_token, decode_token
 from flask_jwt_extended.exceptions import JWTExtendedException
 from jwt import PyJWTError
 
-from accounts.tokens import MOST_CHARS, InvalidToken, TokenType
-from api.context import Services, services
+from accounts.tokens import LEEWAY, MAX_CHARS, NAME, InvalidToken, TokenPolicy, TokenType
+from api.context import services
 from errors import Unauthorized
 
 _DECODED = "flask-llm-decoded"  # tokens whose signature was right: a tenth of a cached answer's time went into it
 
 
-def register(app: Flask, rooms: Services) -> None:
-    """Make `app` sign and check HS256 tokens of the policy's issuer and audience, from headers only."""
-    policy = rooms.policy
+def register(app: Flask, policy: TokenPolicy) -> None:
+    """Make `app` sign and check HS256 tokens, from headers only."""
     app.config.update(
-        JWT_SECRET_KEY=rooms.jwt_key,
+        JWT_SECRET_KEY=policy.key,
         JWT_ALGORITHM="HS256",
         JWT_DECODE_ALGORITHMS=["HS256"],
         JWT_TOKEN_LOCATION=["headers"],
-        JWT_ENCODE_ISSUER=policy.issuer,
-        JWT_DECODE_ISSUER=policy.issuer,
-        JWT_ENCODE_AUDIENCE=policy.audience,
-        JWT_DECODE_AUDIENCE=policy.audience,
-        JWT_DECODE_LEEWAY=policy.leeway,
+        JWT_ENCODE_ISSUER=NAME,
+        JWT_DECODE_ISSUER=NAME,
+        JWT_ENCODE_AUDIENCE=NAME,
+        JWT_DECODE_AUDIENCE=NAME,
+        JWT_DECODE_LEEWAY=LEEWAY,
+        JWT_ACCESS_TOKEN_EXPIRES=False,  # the claims bring `exp`
     )
-    JWTManager(app).decode_key_loader(_key)
+
+    def key(header: Mapping[str, object], unverified: Mapping[str, object]) -> bytes:
+        """Called before the signature is checked and before missing claims are filled in: the place to miss them."""
+        policy.check_header(header)
+        policy.check(unverified, time.time())
+        return policy.key
+
+    JWTManager(app).decode_key_loader(key)
     app.extensions[_DECODED] = lru_cache(1024)(decode_token)
 
 
-def mint(kind: TokenType, owner: str, seconds: float, **claims: object) -> tuple[str, str]:
-    """A new token and its jti."""
-    jti = uuid4().hex
-    extra = {**claims, "type": kind.value, "jti": jti}
-    token = create_access_token(owner, expires_delta=timedelta(seconds=seconds), additional_claims=extra)
-    return token, jti
+def mint(kind: TokenType, user_id: str, jti: str, expires: float, **claims: object) -> str:
+    """A new token, good until `expires` (Unix seconds)."""
+    extra = {**claims, "type": kind.value, "jti": jti, "exp": expires}
+    token: str = create_access_token(user_id, additional_claims=extra)
+    return token
 
 
 def claims(*kinds: TokenType) -> Mapping[str, Any]:
@@ -56,7 +57,7 @@ def claims(*kinds: TokenType) -> Mapping[str, Any]:
     if sent is None or sent.type != "bearer" or not sent.token:
         raise Unauthorized("Send a token: Authorization: Bearer <token>.")
     try:
-        found: Mapping[str, Any] = _decoded(sent.token)
+        found = _decoded(sent.token)
     except (InvalidToken, PyJWTError, JWTExtendedException, ValueError, TypeError, OverflowError, RecursionError):
         raise Unauthorized("The token is not valid.", code="invalid_token") from None
     if found["type"] not in kinds:
@@ -64,17 +65,9 @@ def claims(*kinds: TokenType) -> Mapping[str, Any]:
     return found
 
 
-def _decoded(token: str) -> dict[str, Any]:
-    if len(token) > MOST_CHARS:
+def _decoded(token: str) -> Mapping[str, Any]:
+    if len(token) > MAX_CHARS:
         raise InvalidToken("too long")
-    decoded: dict[str, Any] = current_app.extensions[_DECODED](token)
-    services().policy.check(decoded, time.time())  # an old acquaintance may have expired since
-    return decoded
-
-
-def _key(header: Mapping[str, object], unverified: Mapping[str, object]) -> bytes:
-    """Called before the signature is checked, and before missing claims are filled in: the place to miss them."""
-    rooms = services()
-    rooms.policy.check_header(header)
-    rooms.policy.check(unverified, time.time())
-    return rooms.jwt_key
+    found: Mapping[str, Any] = current_app.extensions[_DECODED](token)
+    services().policy.check(found, time.time())  # a cached one may have expired since
+    return found

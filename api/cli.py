@@ -1,7 +1,4 @@
-"""`flask --app app users ...`: accounts without HTTP, for whoever has a shell on the machine.
-
-Asks for no login: who may write DATA_DIR can do all of this anyway.
-"""
+"""`flask --app app users ...` and `flask --app app keys ...`: accounts without HTTP, for operators with a shell."""
 
 from __future__ import annotations
 
@@ -15,29 +12,28 @@ from flask.cli import AppGroup
 
 from accounts.passwords import generate
 from accounts.roles import Role
-from accounts.users import LastOfRole, OwnLimits, UnknownUser, UserExists
+from accounts.users import UserLimits
 from api import accounts
 from api.context import services
-from errors import StoreUnavailable
+from errors import ServiceError
 from quotas.allowances import MOST_COUNT, MOST_TOKENS
-from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
 
-_BY = "command line"
 _PAGE = 1000
-_AS_ROLE = "role"  # the word for a limit that is again what the role has
+_AS_ROLE = "role"  # the value for a limit that is again what the role has
 
 
-class _Users(AppGroup):
+class _Group(AppGroup):
     """Says in one line what went wrong."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except (UserExists, UnknownUser, LastOfRole, StoreUnavailable, ValueError) as error:
-            raise click.ClickException(str(error)) from None
+        except ServiceError as error:
+            raise click.ClickException(error.detail or error.message) from None
 
 
-users = _Users("users", help="List and change accounts. A service that runs heeds a change within a second.")
+users = _Group("users", help="List and change accounts. A running service notices a change within a second.")
+keys = _Group("keys", help="API keys of an account.")
 name_argument = click.argument("name")
 role_type = click.Choice([role.value for role in Role])
 ask_option = click.option("--ask", is_flag=True, help="Ask for the password (or read a line) instead of making one up.")
@@ -61,7 +57,7 @@ def show() -> None:
 def add(name: str, role: str, ask: bool) -> None:
     """Add an account."""
     password = _password(ask)
-    accounts.add(_BY, name, role, password, OwnLimits())
+    accounts.add(None, name, role, password, UserLimits())
     click.echo(f"Added {name} ({role})." + _shown(password, ask))
 
 
@@ -69,9 +65,9 @@ def add(name: str, role: str, ask: bool) -> None:
 @name_argument
 @ask_option
 def set_password(name: str, ask: bool) -> None:
-    """Give an account another password, which ends its sessions."""
+    """Give an account another password, which ends its sessions. For a lost one too: no service needs to run."""
     password = _password(ask)
-    accounts.change(_BY, name, password)
+    accounts.change(None, name, password)
     click.echo(f"Changed {name}." + _shown(password, ask))
 
 
@@ -86,14 +82,14 @@ def set_role(name: str, role: str) -> None:
 @users.command()
 @name_argument
 def disable(name: str) -> None:
-    """Shut an account out: its streams are cut, its sessions and its API keys end."""
+    """Disable an account: its streams are cut, its sessions and its API keys end."""
     _change(name, disabled=True)
 
 
 @users.command()
 @name_argument
 def enable(name: str) -> None:
-    """Let a disabled account in again."""
+    """Enable a disabled account again."""
     _change(name, disabled=False)
 
 
@@ -101,7 +97,7 @@ def enable(name: str) -> None:
 @name_argument
 def delete(name: str) -> None:
     """Remove an account, its sessions and its API keys."""
-    accounts.remove(_BY, name)
+    accounts.remove(None, name)
     click.echo(f"Removed {name}.")
 
 
@@ -123,13 +119,25 @@ class _Limit(click.ParamType[int | str, Any]):
 @click.option("--rpm", type=_Limit(1, MOST_COUNT), help="Requests in any minute.")
 @click.option("--tokens-per-day", type=_Limit(0, MOST_TOKENS), help="Prompts and answers together; 0: no limit.")
 def limits(name: str, **wanted: int | str | None) -> None:
-    """Give an account limits of its own, or its role's again."""
+    """Show an account's limits, or give it limits of its own, or its role's again."""
     columns = {limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None}
-    _change(name, **columns)
+    if columns:
+        _change(name, **columns)
+    user = accounts.get(name)
+    click.echo(json.dumps(asdict(services().allowances.of(user.role, user.limits))))
+
+
+@keys.command("add")
+@click.option("--user", "owner", required=True, help="The account that the key belongs to.")
+@click.option("--name", required=True, help="What the key is for.")
+@click.option("--days", type=click.IntRange(1, 366), default=90, show_default=True)
+def add_key(owner: str, name: str, days: int) -> None:
+    """Add an API key and print its token, which is not shown again."""
+    click.echo(accounts.add_key(None, accounts.get(owner), name[:64], days)[1])
 
 
 def _change(name: str, **columns: Any) -> None:
-    accounts.change(_BY, name, None, **columns)
+    accounts.change(None, name, None, **columns)
     click.echo(f"Changed {name}.")
 
 
@@ -137,12 +145,8 @@ def _password(ask: bool) -> str:
     if not ask:
         return generate()
     if sys.stdin.isatty():
-        password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
-    else:
-        password = sys.stdin.readline().rstrip("\n")
-    if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
-        raise click.ClickException(f"a password has {PASSWORD_SHORTEST} to {PASSWORD_LONGEST} characters")
-    return str(password)
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
+    return sys.stdin.readline().rstrip("\n")
 
 
 def _shown(password: str, asked: bool) -> str:

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 import structlog
 from flask import Flask, Response, current_app, g, request
 
+from accounts.credentials import Credentials
+from accounts.guard import LoginGuard
 from accounts.passwords import Passwords
-from accounts.state import State
+from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
 from audit.audit import Audit
 from cache.responses import ResponseCache
-from crypto import Box
-from errors import Overloaded
+from crypto import Encryptor
 from db import Database
+from errors import Overloaded
 from model.types import Backend, Done
 from quotas.allowances import Allowances
-from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
+from quotas.limits import RequestRate, StreamLimit, TokenQuota
 from settings import Settings
 from telemetry import request_id
 
@@ -60,11 +62,10 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One of each. `model` is its public name; `jwt_key` signs tokens; `box` encrypts tickets, and `contents` what the
-    audit log keeps of prompts and answers.
+    """One of each. `model` is its public name; `contents` encrypts what the audit log keeps of prompts and answers.
 
-    running: the generations under way, by GenerateRequest.id. generations, guesses (password checks) and preparing
-    bound the threads that each may hold. sanitise: a text cleaned, and how many elements were removed.
+    running: the generations under way, by GenerateRequest.id. generations and preparing bound the threads that each may
+    hold. sanitise: a text cleaned, and how many elements were removed.
     """
 
     settings: Settings
@@ -73,20 +74,18 @@ class Services:
     cache: ResponseCache
     database: Database
     users: Users
-    state: State
+    credentials: Credentials
     audit: Audit
-    contents: Box
+    contents: Encryptor
     passwords: Passwords
     policy: TokenPolicy
-    jwt_key: bytes
-    box: Box
+    guard: LoginGuard
+    tickets: Tickets
     allowances: Allowances
     rate: RequestRate
     streams: StreamLimit
     tokens: TokenQuota
-    logins: LoginGuard
     generations: Capacity
-    guesses: Capacity
     sanitise: Callable[[str], tuple[str, int]]
     preparing: Capacity = field(default_factory=lambda: Capacity(PREPARING, retry_after=5))
     running: dict[str, Generation] = field(default_factory=dict)
@@ -111,6 +110,8 @@ class RequestLog:
     path: str
     started: float = field(default_factory=time.monotonic)
     user: str | None = None
+    user_id: str | None = None
+    key: str | None = None  # the id of the API key that was used
     cache: str | None = None
     done: Done | None = None
     error: str | None = None
@@ -126,6 +127,8 @@ class RequestLog:
             status=status,
             duration_ms=round((time.monotonic() - self.started) * 1000, 1),
             user=self.user,
+            user_id=self.user_id,
+            key=self.key,
             cache=self.cache,
             prompt_tokens=usage.prompt_tokens if usage else None,
             completion_tokens=usage.completion_tokens if usage else None,

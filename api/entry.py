@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from flask import request
 
+from accounts.credentials import Principal
 from api.context import RequestLog, services
-from api.middleware import Principal
 from audit.audit import Audit
 from audit.journal import AuditUnavailable
-from crypto import Box
+from crypto import Encryptor
 from errors import ServiceError, StoreUnavailable
 from model.types import Chunk, Done, Event, GenerateRequest
 from quotas.limits import LimitExceeded, QuotaExceeded
@@ -43,7 +43,9 @@ class Entry:
     As a context: an error that leaves it is how the generation ended, and whoever just leaves went away.
     """
 
-    def __init__(self, audit: Audit, contents: Box | None, id: str, common: dict[str, Any], start: dict[str, Any]):
+    def __init__(
+        self, audit: Audit, contents: Encryptor | None, id: str, common: dict[str, Any], start: dict[str, Any]
+    ):
         self._audit, self._contents, self._id, self._common = audit, contents, id, common
         self._began = time.monotonic()
         self._output = {"answer": hashlib.sha256(), "reasoning": hashlib.sha256()}
@@ -116,7 +118,13 @@ def begin(wanted: GenerateRequest, sent: Sequence[Turn], caller: Principal, trac
     """The entry of what `caller` wants; its start is written with the next batch, or when it is settled."""
     rooms, sampling = services(), wanted.sampling
     contents = rooms.contents if rooms.settings.audit_content else None
-    common = {"request": trace.id, "user": caller.owner, "route": trace.route, "model": wanted.model}
+    common = {
+        "request": trace.id,
+        "user": caller.name,
+        "user_id": caller.user_id,
+        "route": trace.route,
+        "model": wanted.model,
+    }
     parameters = {
         "max_new_tokens": wanted.max_new_tokens,
         **asdict(sampling),
@@ -124,7 +132,7 @@ def begin(wanted: GenerateRequest, sent: Sequence[Turn], caller: Principal, trac
     }
     start = {
         "role": caller.role,
-        "token": "key" if caller.family is None else "login",
+        "key": caller.key_id,
         "address": request.remote_addr,
         "parameters": parameters,
         "raw_sha256": digest(sent),
@@ -140,14 +148,14 @@ def digest(turns: Sequence[Turn]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def seal(contents: Box | None, id: str, part: str, words: object) -> dict[str, str]:
+def seal(contents: Encryptor | None, id: str, part: str, words: object) -> dict[str, str]:
     """The field that keeps `words`, if they are to be kept; it opens in its own record only."""
     if contents is None:
         return {}
     return {part: b64encode(contents.seal(json.dumps(words).encode(), _context(id, part))).decode()}
 
 
-def unseal(contents: Box, id: str, part: str, sealed: str) -> Any:
+def unseal(contents: Encryptor, id: str, part: str, sealed: str) -> Any:
     """The words that were kept. Raises SealBroken when no key of ours opens them."""
     return json.loads(contents.open(b64decode(sealed), _context(id, part)))
 

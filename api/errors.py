@@ -12,9 +12,9 @@ from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
-from accounts.users import LastOfRole, UnknownUser, UserExists
 from api.context import current
-from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError
+from audit.journal import AuditUnavailable
+from errors import InvalidRequest, RateLimited, ServiceError
 from quotas.limits import LimitExceeded, QuotaExceeded
 
 log = structlog.get_logger("api")
@@ -101,10 +101,6 @@ def translate(error: Exception) -> ServiceError:
     if isinstance(error, LimitExceeded):
         code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None
         return RateLimited(_sentence(error), code=code, retry_after=error.retry_after)
-    if isinstance(error, UserExists | LastOfRole):
-        return Conflict(_sentence(error))
-    if isinstance(error, UnknownUser):
-        return NotFound(_sentence(error), param="name")
     return _bug(error)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 from flask import Flask, Response, g
 
-from accounts.users import User
+from accounts.credentials import Principal
 from api.context import services
 from errors import StoreUnavailable
 from model.types import Chunk, Done, Event, GenerateRequest
@@ -25,9 +25,9 @@ def register(app: Flask) -> None:
     app.after_request(_show)
 
 
-def allow(user: User) -> None:
+def allow(caller: Principal) -> None:
     """Remember what the caller of this request may have."""
-    g.allowance = services().allowances.of(user.role, user.limits)
+    g.allowance = services().allowances.of(caller.role, caller.limits)
 
 
 def allowance() -> Allowance:

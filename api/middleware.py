@@ -7,7 +7,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,9 +17,9 @@ from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from werkzeug.exceptions import ClientDisconnected
 from werkzeug.wrappers import Response as WerkzeugResponse
 
+from accounts.credentials import Principal
 from accounts.roles import Permission, allowed
 from accounts.tokens import TokenType
-from accounts.users import User
 from api import bearer, metering
 from api.context import current, services
 from errors import Forbidden, InvalidRequest, Malformed, ServiceError, TooLarge, Unauthorized, UnsupportedMedia
@@ -39,18 +38,6 @@ _POLICY = (
     "worker-src 'self'; require-trusted-types-for 'script'; trusted-types page dompurify; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who is asking, by which token. `family` is the login's, None for an API key; `scopes` None is no narrowing."""
-
-    owner: str
-    role: str
-    jti: str
-    family: str | None
-    expires: float
-    scopes: tuple[str, ...] | None = None
 
 
 class Stalled(ServiceError):
@@ -179,28 +166,26 @@ def principal() -> Principal:
 
 
 def enter_as(caller: Principal) -> None:
-    """Let `caller` in, for this request, if the token still stands and allows generating. Raises Unauthorized."""
-    metering.allow(recheck(caller)())
-    g.principal = caller
-    current().user = caller.owner
+    """Let `caller` in, for this request, if the token still stands. Raises Unauthorized."""
+    recheck(caller)()
+    _enter(caller)
 
 
-def recheck(caller: Principal) -> Callable[[], User]:
-    """A check, good for any thread and time: the caller's account. Raises Unauthorized once the token is void."""
-    users, state = services().users, services().state
+def recheck(caller: Principal) -> Callable[[], None]:
+    """A check, good for any thread and time, that raises Unauthorized once the caller's token is void."""
+    credentials = services().credentials
 
-    def check() -> User:
-        user, now = users.get(caller.owner), time.time()
-        if user is not None and not user.disabled and user.role == caller.role:
-            if caller.family is None:
-                stands = state.use_key(caller.jti, now) is not None
-            else:
-                stands = not state.is_revoked(caller.jti) and state.family_alive(caller.family, now)
-            if stands:
-                return user
-        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    def check() -> None:
+        if not credentials.still_stands(caller, time.time()):
+            raise Unauthorized("The token is no longer valid.", code="invalid_token")
 
     return check
+
+
+def _enter(caller: Principal) -> None:
+    g.principal = caller
+    current().user, current().user_id, current().key = caller.name, caller.user_id, caller.key_id
+    metering.allow(caller)
 
 
 def _check_label() -> None:
@@ -215,7 +200,7 @@ def _check_host() -> None:
     An address or localhost cannot be rebound, and behind a proxy the names are the proxy's to know.
     """
     settings = services().settings
-    guarded = bool(settings.allowed_hosts) or (not settings.trusted_proxies and _is_loopback(settings.host))
+    guarded = bool(settings.allowed_hosts) or (not settings.trusted_proxies and is_loopback(settings.host))
     if guarded and not _is_served(request.host, (settings.host, *settings.allowed_hosts)):
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
@@ -233,35 +218,37 @@ def _check_caller() -> None:
     view = current_app.view_functions[request.endpoint or ""]
     if getattr(view, "public", False):
         return
-    enter_as(_principal())
-    metering.count_request(principal().owner)
+    caller = _caller()
+    _enter(caller)
+    metering.count_request(caller.user_id)
     permission = getattr(view, "permission", None)
-    if permission is None or not allowed(principal().role, permission, principal().scopes):
+    if permission is None or not allowed(caller.role, permission, caller.scopes):
         raise Forbidden("Your role or key does not allow this.")
 
 
-def _principal() -> Principal:
-    found = bearer.claims(TokenType.ACCESS, TokenType.KEY)
-    name, jti, expires = found["sub"], found["jti"], float(found["exp"])
-    if found["type"] == TokenType.ACCESS:
-        return Principal(name, str(found.get("role")), jti, str(found.get("family")), expires)
-    key = services().state.use_key(jti, time.time())
-    if key is None or key.owner != name:
+def _caller() -> Principal:
+    caller = services().credentials.find(bearer.claims(TokenType.ACCESS, TokenType.KEY), time.time())
+    if caller is None:
         raise Unauthorized("The token is no longer valid.", code="invalid_token")
-    return Principal(name, key.role, jti, None, expires, key.scopes)
+    return caller
 
 
 @lru_cache(256)
 def _is_served(host: str, names: tuple[str, ...]) -> bool:
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:  # brackets around what is no address
-        return False
+    name = host_name(host)
     return name == "localhost" or name in names or _is_address(name)
 
 
+def host_name(host: str) -> str:
+    """The name or address in a Host header, without its port; empty where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # brackets around what is no address
+        return ""
+
+
 @lru_cache(256)
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from audit.journal import Journal
 from audit.tail import Place
 from benchmarks.record import machine
-from keys import KeyRing
+from crypto import KeyRing
 from settings import Settings
 
 _MASTER = b"b" * 32
@@ -78,7 +78,7 @@ def _together(work: Callable[[int], None], threads: int) -> None:
 
 
 def _place(folder: Path) -> Place:
-    return Place(folder / "log", folder / "head", KeyRing([_MASTER]).codes("audit"))
+    return Place(folder / "log", folder / "head", KeyRing([_MASTER]).mac_keys("audit"))
 
 
 def main() -> None:

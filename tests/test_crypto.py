@@ -1,4 +1,4 @@
-"""Key files, boxes and codes."""
+"""Key files and key rings, encryption and HMACs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crypto import Box, KeyFileError, SealBroken, derive, load_or_create_key, mac
+from crypto import Encryptor, KeyFileError, KeyRing, SealBroken, derive, load_or_create_key, mac, rotate
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 
@@ -68,37 +68,37 @@ def test_a_key_file_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200), st.binary(max_size=40))
-def test_a_box_gives_back_what_it_sealed(plain: bytes, context: bytes) -> None:
-    box = Box(KEY)
-    sealed = box.seal(plain, context)
-    assert box.open(sealed, context) == plain
-    assert sealed != box.seal(plain, context), "a nonce was used twice"
+def test_an_encryptor_gives_back_what_it_sealed(plain: bytes, context: bytes) -> None:
+    encryptor = Encryptor(KEY)
+    sealed = encryptor.seal(plain, context)
+    assert encryptor.open(sealed, context) == plain
+    assert sealed != encryptor.seal(plain, context), "a nonce was used twice"
 
 
-def test_every_byte_of_a_sealed_box_is_guarded() -> None:
-    box = Box(KEY)
-    sealed = box.seal(b"secret", b"here")
+def test_every_byte_of_a_sealed_text_is_guarded() -> None:
+    encryptor = Encryptor(KEY)
+    sealed = encryptor.seal(b"secret", b"here")
     for i in range(len(sealed)):
         with pytest.raises(SealBroken):
-            box.open(sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1 :], b"here")
+            encryptor.open(sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1 :], b"here")
         with pytest.raises(SealBroken):
-            box.open(sealed[:i], b"here")
+            encryptor.open(sealed[:i], b"here")
 
 
-def test_a_box_opens_only_for_its_context_and_key() -> None:
-    sealed = Box(KEY).seal(b"secret", b"here")
+def test_an_encryptor_opens_only_for_its_context_and_key() -> None:
+    sealed = Encryptor(KEY).seal(b"secret", b"here")
     with pytest.raises(SealBroken):
-        Box(KEY).open(sealed, b"there")
+        Encryptor(KEY).open(sealed, b"there")
     with pytest.raises(SealBroken):
-        Box(OTHER).open(sealed, b"here")
+        Encryptor(OTHER).open(sealed, b"here")
 
 
 def test_an_old_key_still_opens_and_the_newest_seals() -> None:
-    changed = Box(OTHER, KEY)
-    assert changed.open(Box(KEY).seal(b"old", b""), b"") == b"old"
-    assert Box(OTHER).open(changed.seal(b"new", b""), b"") == b"new"
+    changed = Encryptor(OTHER, KEY)
+    assert changed.open(Encryptor(KEY).seal(b"old", b""), b"") == b"old"
+    assert Encryptor(OTHER).open(changed.seal(b"new", b""), b"") == b"new"
     with pytest.raises(SealBroken):
-        Box(KEY).open(changed.seal(b"new", b""), b"")
+        Encryptor(KEY).open(changed.seal(b"new", b""), b"")
 
 
 def test_no_two_lists_of_parts_share_a_code() -> None:
@@ -113,3 +113,69 @@ def test_derived_keys_are_apart_and_repeatable() -> None:
     # The RFC's formula, written out for one block.
     extracted = digest(bytes(32), KEY, sha256)
     assert derive(KEY, "tokens") == digest(extracted, b"tokens\x01", sha256)
+
+
+A, B = "ab" * 32, "cd" * 32
+
+
+def ring(*lines: str) -> KeyRing:
+    return KeyRing.parse("\n".join(lines).encode(), Path("keys"))
+
+
+def test_a_ring_is_made_once_and_kept_private(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "keys"
+    sealed = KeyRing.load_or_create(path).encryptor("cache").seal(b"secret", b"")
+    assert KeyRing.load_or_create(path).encryptor("cache").open(sealed, b"") == b"secret"
+    assert path.stat().st_mode & 0o777 == 0o600 and len(path.read_bytes()) == 65
+
+
+def test_after_a_change_of_keys_the_old_one_reads_and_the_new_one_writes(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    old = KeyRing.load_or_create(path)
+    sealed = old.encryptor("cache").seal(b"kept", b"")
+    rotate(path)
+    both = KeyRing.load_or_create(path)
+    assert both.encryptor("cache").open(sealed, b"") == b"kept"
+    with pytest.raises(SealBroken):
+        old.encryptor("cache").open(both.encryptor("cache").seal(b"new", b""), b"")
+    assert path.stat().st_mode & 0o777 == 0o600 and sorted(file.name for file in tmp_path.iterdir()) == ["keys"]
+    path.write_bytes(path.read_bytes().splitlines()[0])
+    with pytest.raises(SealBroken):
+        KeyRing.load_or_create(path).encryptor("cache").open(sealed, b"")
+
+
+def test_purposes_do_not_open_each_other() -> None:
+    sealed = ring(A).encryptor("cache").seal(b"x", b"")
+    with pytest.raises(SealBroken):
+        ring(A).encryptor("contents").open(sealed, b"")
+
+
+def test_codes_are_named_and_the_newest_signs() -> None:
+    old, new = ring(A).mac_keys("audit"), ring(B, A).mac_keys("audit")
+    assert new.newest != old.newest
+    assert new.sign(old.newest, b"x") == old.sign(old.newest, b"x") != new.sign(new.newest, b"x")
+    with pytest.raises(KeyError):
+        old.sign(new.newest, b"x")
+
+
+def test_remarks_and_empty_lines_are_skipped() -> None:
+    assert ring("# newest", B, "", f"  {A}  ").mac_keys("a").newest == ring(B).mac_keys("a").newest
+
+
+@pytest.mark.parametrize("text", ["", "\n#only a remark", "ab", A + "0", f"{A}\nnonsense", "é" * 32])
+def test_what_is_no_key_file_is_one_line_without_what_is_in_it(text: str) -> None:
+    with pytest.raises(KeyFileError, match=r"^keys: needs 64 hex digits a line [^\n]+$") as refused:
+        ring(text)
+    assert A not in str(refused.value)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660])
+def test_a_ring_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "keys"
+    KeyRing.load_or_create(path)
+    path.chmod(mode)
+    with pytest.raises(KeyFileError, match="too open"):
+        KeyRing.load_or_create(path)
+    with pytest.raises(KeyFileError, match="too open"):
+        rotate(path)
+    assert len(path.read_bytes().splitlines()) == 1

@@ -1,7 +1,4 @@
-"""Accounts, for administrators.
-
-Touches nobody's prompts, answers or keys.
-"""
+"""Accounts, for administrators."""
 
 from __future__ import annotations
 
@@ -18,18 +15,7 @@ from api import accounts
 from api.context import services
 from api.errors import ErrorBody
 from api.middleware import SECURED, Reply, needs, principal
-from api.schemas.accounts import (
-    LimitsBody,
-    LimitsOut,
-    NewUserOut,
-    UserBody,
-    UserChangeBody,
-    UserOut,
-    UserPath,
-    UsersOut,
-    UsersQuery,
-)
-from errors import NotFound
+from api.schemas import accounts as schemas
 
 blueprint = APIBlueprint(
     "admin",
@@ -40,56 +26,53 @@ blueprint = APIBlueprint(
 )
 
 
-@blueprint.get("/admin/users", responses={200: UsersOut})
+@blueprint.get("/admin/users", responses={200: schemas.UsersOut})
 @needs(Permission.MANAGE_USERS)
-def list_users(query: UsersQuery) -> Reply:
+def list_users(query: schemas.UsersQuery) -> Reply:
     """A page of accounts, by name."""
     page = services().users.page(query.after, query.limit)
-    return UsersOut(users=[_shown(user) for user in page]).model_dump(mode="json")
+    return schemas.UsersOut(users=[_shown(user) for user in page]).model_dump(mode="json")
 
 
-@blueprint.post("/admin/users", responses={201: NewUserOut})
+@blueprint.post("/admin/users", responses={201: schemas.NewUserOut})
 @needs(Permission.MANAGE_USERS)
-def add_user(body: UserBody) -> Reply:
+def add_user(body: schemas.UserBody) -> Reply:
     """A new account; without a password in the request, one is made up and shown this once."""
     made = None if body.password else generate()
-    user = accounts.add(principal().owner, body.username, body.role, body.password or made or "", body.own_limits())
-    return NewUserOut(**_shown(user).model_dump(), password=made).model_dump(mode="json"), 201
+    user = accounts.add(principal(), body.username, body.role, body.password or made or "", body.own_limits())
+    return schemas.NewUserOut(**_shown(user).model_dump(), password=made).model_dump(mode="json"), 201
 
 
-@blueprint.get("/admin/users/<name>", responses={200: UserOut})
+@blueprint.get("/admin/users/<name>", responses={200: schemas.UserOut})
 @needs(Permission.MANAGE_USERS)
-def get_user(path: UserPath) -> Reply:
+def get_user(path: schemas.UserPath) -> Reply:
     """One account."""
-    user = services().users.get(path.name)
-    if user is None:
-        raise NotFound("No such user.", param="name")
-    return _shown(user).model_dump(mode="json")
+    return _shown(accounts.get(path.name)).model_dump(mode="json")
 
 
-@blueprint.patch("/admin/users/<name>", responses={200: UserOut})
+@blueprint.patch("/admin/users/<name>", responses={200: schemas.UserOut})
 @needs(Permission.MANAGE_USERS)
-def change_user(path: UserPath, body: UserChangeBody) -> Reply:
+def change_user(path: schemas.UserPath, body: schemas.UserChangeBody) -> Reply:
     """Change an account. A new password ends its sessions; a new role or being disabled ends its API keys too."""
-    user = accounts.change(principal().owner, path.name, body.password, **body.columns())
+    user = accounts.change(principal(), path.name, body.password, **body.columns())
     return _shown(user).model_dump(mode="json")
 
 
 @blueprint.delete("/admin/users/<name>", responses={204: None})
 @needs(Permission.MANAGE_USERS)
-def drop_user(path: UserPath) -> Reply:
+def drop_user(path: schemas.UserPath) -> Reply:
     """Delete an account, its sessions and its keys."""
-    accounts.remove(principal().owner, path.name)
+    accounts.remove(principal(), path.name)
     return Response(status=204)
 
 
-def _shown(user: User) -> UserOut:
-    rooms = services()
-    return UserOut(
+def _shown(user: User) -> schemas.UserOut:
+    found = services()
+    return schemas.UserOut(
         username=user.name,
         role=Role(user.role),
         disabled=user.disabled,
-        own_limits=LimitsBody(**asdict(user.limits)),
-        limits=LimitsOut(**asdict(rooms.allowances.of(user.role, user.limits))),
-        tokens_today=rooms.tokens.spent(user.name),
+        own_limits=schemas.LimitsBody(**asdict(user.limits)),
+        limits=schemas.LimitsOut(**asdict(found.allowances.of(user.role, user.limits))),
+        tokens_today=found.tokens.spent(user.id),
     )

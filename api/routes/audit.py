@@ -103,7 +103,7 @@ class OneOut(BaseModel):
 def find(query: AuditQuery) -> Reply:
     """Records, newest first; or all of them in a file."""
     wanted = query.wanted()
-    record(principal().owner, "audit read", format=query.format, **{f"of_{k}": v for k, v in wanted.fields.items()})
+    record(principal().name, "audit read", format=query.format, **{f"of_{k}": v for k, v in wanted.fields.items()})
     if query.format != "json":
         return _export(services().audit.find(wanted, newest_first=False), query.format)
     found = list(islice(services().audit.find(wanted), query.limit + 1))
@@ -115,7 +115,7 @@ def find(query: AuditQuery) -> Reply:
 @needs(Permission.READ_AUDIT)
 def one(path: IdPath) -> Reply:
     """One request's records (`id` as in a record), with its words where they were kept."""
-    record(principal().owner, "audit read", of_id=path.id)
+    record(principal().name, "audit read", of_id=path.id)
     found = list(services().audit.find(Wanted({"id": path.id}), newest_first=False))
     if not found:
         raise NotFound("There is no record of this id.", param="id")

@@ -1,19 +1,17 @@
-"""Logging in and out, one's own password, and API keys.
-
-Stores no password and no token: hashes and identifiers only, and not here.
-"""
+"""Logging in and out, one's own password, and API keys."""
 
 from __future__ import annotations
 
 import time
 from secrets import token_hex
 
-from flask import Response, request
+from flask import Response, jsonify, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
+from accounts.credentials import ApiKey, Session
+from accounts.guard import TooManyFailures
 from accounts.roles import Permission
-from accounts.state import ApiKey
 from accounts.tokens import TokenType
 from accounts.users import User
 from api import accounts, bearer
@@ -21,14 +19,12 @@ from api.acts import record
 from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request
-from api.middleware import SECURED, Reply, needs, principal, public
+from api.middleware import SECURED, Reply, host_name, is_loopback, needs, principal, public
 from api.schemas.accounts import PasswordBody
 from api.schemas.native import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
-from errors import InvalidRequest, NotFound, Unauthorized
+from errors import NotFound, Unauthorized
 
-_DAY = 86_400
-_MOST_KEYS = 100  # that work at the same time, for one user
-_KEY_SCOPES = (Permission.GENERATE.value, Permission.READ_MODELS.value)  # a key can never make another key
+_DEVICE_AGE = 180 * 86_400  # seconds
 
 blueprint = APIBlueprint(
     "auth",
@@ -42,38 +38,34 @@ blueprint = APIBlueprint(
 @public
 def login(body: LoginBody) -> Reply:
     """Tokens for a name and a password. Wrong name and wrong password are answered alike."""
-    user = _known(body.username, body.password)
+    user = _authenticate(body.username, body.password)
     record(user.name, "login", role=user.role)
-    return _session(user)
+    return _signed_in(user)
 
 
 @blueprint.post("/refresh", security=SECURED, responses={200: TokensOut})
 @public  # it asks for a refresh token instead
 def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
-    rooms, claims = services(), bearer.claims(TokenType.REFRESH)
-    user = rooms.users.get(claims["sub"])
-    if user is None or user.disabled:
-        raise Unauthorized("The token is no longer valid.", code="invalid_token")
-    allow(user)
-    count_request(user.name)
-    now, seconds = time.time(), rooms.policy.refresh_ttl
-    token, jti = bearer.mint(TokenType.REFRESH, claims["sub"], seconds)
-    family = rooms.state.rotate(claims["jti"], jti, now + seconds, now)
-    if family is None:
-        raise Unauthorized("The token is no longer valid.", code="invalid_token")
-    return _tokens(user, token, family)
+    claims, now = bearer.claims(TokenType.REFRESH), time.time()
+    caller = services().credentials.find(claims, now)
+    if caller is None:
+        raise _void()
+    allow(caller)
+    count_request(caller.user_id)
+    session = services().credentials.rotate(claims["sid"], claims["jti"], now)
+    if session is None:
+        raise _void()
+    current().user, current().user_id = caller.name, caller.user_id
+    return _tokens(caller.user_id, session)
 
 
 @blueprint.post("/logout", security=SECURED, responses={204: None})
 @needs(Permission.END_SESSION)
 def logout() -> Reply:
     """End this session: its access and its refresh tokens."""
-    caller, state = principal(), services().state
-    record(caller.owner, "logout")
-    state.revoke(caller.jti, caller.expires, time.time())
-    if caller.family is not None:
-        state.end_family(caller.family)
+    record(principal().name, "logout")
+    services().credentials.end_session(principal().session_id or "")
     return Response(status=204)
 
 
@@ -81,22 +73,16 @@ def logout() -> Reply:
 @needs(Permission.CHANGE_PASSWORD)
 def change_password(body: PasswordBody) -> Reply:
     """Change one's own password: every session ends, and the tokens of a new one come back. Keys stay."""
-    name = _known(principal().owner, body.current_password).name
-    return _session(accounts.change(name, name, body.new_password))
+    caller = principal()
+    _authenticate(caller.name, body.current_password)
+    return _signed_in(accounts.change(caller, caller.name, body.new_password))
 
 
 @blueprint.post("/keys", security=SECURED, responses={201: NewKeyOut})
 @needs(Permission.MANAGE_KEYS)
 def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
-    caller, now = principal(), time.time()
-    if len(_living_keys(caller.owner)) >= _MOST_KEYS:
-        raise InvalidRequest(f"You have {_MOST_KEYS} keys already: revoke one first.", code="too_many_keys")
-    seconds = body.expires_in_days * _DAY
-    token, jti = bearer.mint(TokenType.KEY, caller.owner, seconds)
-    key = ApiKey(token_hex(8), caller.owner, body.name, _KEY_SCOPES, caller.role, now, now + seconds)
-    record(caller.owner, "key added", key=key.id, expires_in_days=body.expires_in_days)
-    services().state.add_key(jti, key)
+    key, token = accounts.add_key(principal(), principal(), body.name, body.expires_in_days)
     return NewKeyOut(**_shown(key).model_dump(), key=token).model_dump(), 201
 
 
@@ -104,55 +90,60 @@ def add_key(body: KeyBody) -> Reply:
 @needs(Permission.MANAGE_KEYS)
 def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
-    return KeysOut(keys=[_shown(key) for key in _living_keys(principal().owner)]).model_dump()
+    keys = services().credentials.keys(principal().user_id, time.time())
+    return KeysOut(keys=[_shown(key) for key in keys]).model_dump()
 
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
 @needs(Permission.MANAGE_KEYS)
 def drop_key(path: IdPath) -> Reply:
     """Revoke one of one's own keys, at once."""
-    record(principal().owner, "key revoked", key=path.id)
-    if not services().state.revoke_key(path.id, principal().owner):
+    record(principal().name, "key revoked", key=path.id)
+    if not services().credentials.revoke_key(path.id, principal().user_id):
         raise NotFound("You have no key of this id.", param="id")
     return Response(status=204)
 
 
-def _known(name: str, password: str) -> User:
-    """The account of these credentials. Guesses are counted, also those of somebody who found a token."""
-    rooms, address = services(), request.remote_addr or ""
-    with rooms.guesses.take():
-        rooms.logins.attempt(address, name)
-        user = rooms.users.get(name)
-        right = rooms.passwords.verify(user.password_hash if user else None, password)
-    if user is None or not right or user.disabled:
-        record(user.name if user else None, "login refused")  # an unknown name may be a password, typed one field early
+def _authenticate(name: str, password: str) -> User:
+    """The account of these credentials. Raises Unauthorized, and TooManyFailures after some wrong ones."""
+    found, address = services(), request.remote_addr or ""
+    try:
+        with found.guard.attempt(address, name, request.cookies):
+            user = found.users.get(name)
+            right = found.passwords.verify(user.password_hash if user else None, password)
+            if user is None or not right or user.disabled:
+                raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
+            return user
+    except (Unauthorized, TooManyFailures) as refusal:
+        if not isinstance(refusal, TooManyFailures) or refusal.first:
+            known = found.users.get(name)  # an unknown name may be a password, typed one field early
+            record(known.name if known else None, "login refused", code=refusal.code)
+        raise
+
+
+def _signed_in(user: User) -> Response:
+    """A new session's tokens; none if the account was changed while its password was being checked."""
+    session = services().credentials.start_session(user, time.time())
+    if session is None:
         raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
-    rooms.logins.succeeded(address, name)
-    return user
+    current().user, current().user_id = user.name, user.id
+    response = jsonify(_tokens(user.id, session))
+    name, value = services().guard.device_cookie(user.name)
+    secure = not is_loopback(host_name(request.host))
+    path = request.script_root + "/"
+    response.set_cookie(name, value, _DEVICE_AGE, path=path, secure=secure, httponly=True, samesite="Strict")
+    return response
 
 
-def _session(user: User) -> dict[str, object]:
-    """A new session's tokens; none if the password was changed while it was being checked."""
-    rooms, now, seconds = services(), time.time(), services().policy.refresh_ttl
-    token, jti = bearer.mint(TokenType.REFRESH, user.name, seconds)
-    family = rooms.state.start_family(jti, user.name, now + seconds, now)
-    known = rooms.users.get(user.name)
-    if known is None or known.password_hash != user.password_hash:
-        rooms.state.end_family(family)
-        raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
-    return _tokens(user, token, family)
-
-
-def _living_keys(owner: str) -> list[ApiKey]:
-    now = time.time()
-    return [key for key in services().state.keys(owner) if not key.revoked and key.expires > now]
-
-
-def _tokens(user: User, refresh_token: str, family: str) -> dict[str, object]:
+def _tokens(user_id: str, session: Session) -> dict[str, object]:
     seconds = int(services().policy.access_ttl)
-    access, _ = bearer.mint(TokenType.ACCESS, user.name, seconds, role=user.role, family=family)
-    current().user = user.name
-    return TokensOut(access_token=access, refresh_token=refresh_token, expires_in=seconds).model_dump()
+    access = bearer.mint(TokenType.ACCESS, user_id, token_hex(16), time.time() + seconds, sid=session.id)
+    renewal = bearer.mint(TokenType.REFRESH, user_id, session.refresh, session.expires, sid=session.id)
+    return TokensOut(access_token=access, refresh_token=renewal, expires_in=seconds).model_dump()
+
+
+def _void() -> Unauthorized:
+    return Unauthorized("The token is no longer valid.", code="invalid_token")
 
 
 def _shown(key: ApiKey) -> KeyOut:

@@ -1,7 +1,4 @@
-"""The JSON of accounts, as pydantic models.
-
-Never holds a password hash.
-"""
+"""The JSON of accounts, as pydantic models."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from accounts.roles import Role
-from accounts.users import NAME, Changes, OwnLimits
+from accounts.users import NAME, Changes, UserLimits
 from api.schemas.native import WHOLE, Strict
 from quotas.allowances import MOST_COUNT, MOST_TOKENS
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
@@ -36,8 +33,8 @@ class UserBody(Strict):
     password: NewPassword | None = Field(None, description="Made up, and shown once, where there is none.")
     limits: LimitsBody = Field(default_factory=LimitsBody)
 
-    def own_limits(self) -> OwnLimits:
-        return OwnLimits(self.limits.streams, self.limits.rpm, self.limits.tokens_per_day)
+    def own_limits(self) -> UserLimits:
+        return UserLimits(self.limits.streams, self.limits.rpm, self.limits.tokens_per_day)
 
 
 class UserChangeBody(Strict):

@@ -10,7 +10,7 @@ import pytest
 from argon2 import PasswordHasher, extract_parameters
 from argon2.profiles import RFC_9106_LOW_MEMORY
 
-from accounts.passwords import Passwords, generate
+from accounts.passwords import Passwords, WeakPassword, check_strength, generate
 
 
 class Recording(PasswordHasher):
@@ -108,3 +108,27 @@ def test_generated_passwords_are_readable_and_never_repeat() -> None:
     made = {generate() for _ in range(1000)}
     assert len(made) == 1000
     assert all(re.fullmatch(r"([a-hjkmnp-z2-9]{5}-){3}[a-hjkmnp-z2-9]{5}", password) for password in made)
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        *("", "1234567", "x" * 1025, "password", "Password1", " qwerty123 ", "12345678", "iloveyou", "aaaaaaaa"),
+        *(" " * 8, "\t \n \t \n ", "long.name", "LONG.NAME", "\u3000" * 9),
+    ],
+    ids=ascii,
+)
+def test_weak_passwords_are_refused(password: str) -> None:
+    with pytest.raises(WeakPassword) as refused:
+        check_strength(password, "long.name", param="new_password")
+    assert refused.value.param == "new_password"
+
+
+@pytest.mark.parametrize("password", ["correct horse", "long.name2", "\u5bc6\u7801" * 4, "x" * 1023 + "y", "1234567 a"])
+def test_other_passwords_are_not(password: str) -> None:
+    check_strength(password, "long.name")
+
+
+def test_generated_passwords_are_strong_enough() -> None:
+    for _ in range(100):
+        check_strength(generate(), "admin")

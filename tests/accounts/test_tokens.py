@@ -7,12 +7,12 @@ import pytest
 from accounts.tokens import InvalidToken, TokenPolicy, TokenType
 
 NOW = 1_800_000_000.0
-POLICY = TokenPolicy("us", "our-api", access_ttl=900, refresh_ttl=604_800, key_ttl_max=86_400 * 365)
+POLICY = TokenPolicy(b"key", access_ttl=900, refresh_ttl=604_800)
 HEADER: dict[str, object] = {"alg": "HS256", "typ": "JWT"}
 
 
 def claims(kind: str = "access", **changes: object) -> dict[str, object]:
-    sound = {"iss": "us", "aud": "our-api", "jti": "j1", "sub": "ann", "type": kind, "iat": NOW, "nbf": NOW}
+    sound = {"iss": "flask-llm", "aud": "flask-llm", "jti": "j1", "sub": "ann", "type": kind, "iat": NOW, "nbf": NOW}
     return {**sound, "exp": NOW + 600, **changes}
 
 
@@ -42,7 +42,13 @@ def test_a_missing_claim_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name in ("iss", "aud", "jti", "sub", "type") for value in (None, 1, True, "", [], {}, "x" * 200)]
-    + [("aud", ["our-api"]), ("aud", ["our-api", "other"]), ("iss", "US"), ("type", "Access"), ("type", "id")]
+    + [
+        ("aud", ["flask-llm"]),
+        ("aud", ["flask-llm", "other"]),
+        ("iss", "Flask-LLM"),
+        ("type", "Access"),
+        ("type", "id"),
+    ]
     + [("exp", value) for value in (None, "1800000600", True, [], float("nan"), float("inf"), -float("inf"), 1e308)]
     + [("exp", 10**400), ("exp", -(10**400)), ("exp", 0), ("exp", NOW - 0.5)]
     + [(name, value) for name in ("iat", "nbf") for value in (None, "0", True, float("nan"), 1e308, 10**400, NOW + 6)],

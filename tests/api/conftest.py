@@ -36,7 +36,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self.token}"
         if json is not None:
             more["json"] = json
-        return self.app.test_client().open(path, method=method, headers=headers, **more)
+        return self.app.test_client(use_cookies=False).open(path, method=method, headers=headers, **more)
 
     def post(self, path: str, json: object = None, **more: Any) -> TestResponse:
         return self.ask("POST", path, json, **more)

@@ -14,7 +14,7 @@ from audit.audit import Audit, Wanted
 from audit.journal import Journal
 from audit.tail import Place
 from audit.verify import verify
-from keys import KeyRing
+from crypto import KeyRing
 from settings import Settings
 from tests.api.scripted import ScriptedBackend
 
@@ -33,7 +33,7 @@ class Remains:
     """The log in a data folder after the last kill, once the next process has opened it."""
 
     def __init__(self, folder: Path) -> None:
-        codes = KeyRing.load_or_create(folder / "keys").codes("audit")
+        codes = KeyRing.load_or_create(folder / "keys").mac_keys("audit")
         place = Place(folder / "audit", folder / "audit-head", codes)
         audit = Audit(Journal(place))
         audit.open()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jwt
 import pytest
 
 from api.context import Services
-from api.routes import auth
 from errors import StoreUnavailable
+from tests.api.audited import records
 from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import ScriptedBackend
 from tests.api.test_generate import events
@@ -68,6 +70,47 @@ def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(n
     right = {"username": "admin", "password": PASSWORD}
     assert nobody.post("/login", right).status_code == 429
     assert nobody.post("/login", right, environ_base={"REMOTE_ADDR": "192.0.2.7"}).status_code == 200
+
+
+@pytest.mark.promise(
+    "P22", injected="five wrong passwords by a colleague behind the same address", counted="200 for a known device"
+)
+def test_a_device_that_has_logged_in_before_is_let_in_by_its_cookie(nobody: Client) -> None:
+    right = {"username": "admin", "password": PASSWORD}
+    name, value = nobody.post("/login", right).headers["Set-Cookie"].partition(";")[0].split("=")
+    for _ in range(5):
+        nobody.post("/login", {"username": "admin", "password": "wrong password"})
+    assert_refused(nobody.post("/login", right), 429)
+    assert nobody.post("/login", right, headers={"Cookie": f"{name}={value}"}).status_code == 200
+    assert_refused(nobody.post("/login", right, headers={"Cookie": f"{name}={value}x"}), 429)
+
+
+@pytest.mark.parametrize(("host", "secure"), [("localhost", False), ("127.0.0.1:5000", False), ("[::1]:1", False)])
+def test_the_devices_cookie_is_closed_to_scripts_and_other_sites(nobody: Client, host: str, secure: bool) -> None:
+    answer = nobody.post("/login", {"username": "admin", "password": PASSWORD}, headers={"Host": host})
+    attributes = {part.strip() for part in answer.headers["Set-Cookie"].split(";")[1:]}
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= attributes and ("Secure" in attributes) is secure
+    assert "admin" not in answer.headers["Set-Cookie"]
+
+
+def test_elsewhere_the_devices_cookie_travels_encrypted_only(make_app: Callable[..., Any]) -> None:
+    nobody = Client(make_app(allowed_hosts=("llm.example.org",)))
+    login = {"username": "admin", "password": PASSWORD}
+    assert "Secure" in nobody.post("/login", login, headers={"Host": "llm.example.org"}).headers["Set-Cookie"]
+
+
+def test_refused_logins_are_on_record_and_a_flood_of_them_once_a_minute(nobody: Client, rooms: Services) -> None:
+    for _ in range(20):
+        nobody.post("/login", {"username": "admin", "password": "wrong password"})
+    refused = [each for each in records(rooms, "act") if each["act"] == "login refused"]
+    assert [each["code"] for each in refused] == ["wrong_credentials"] * 5 + ["rate_limited"]
+
+
+def test_the_record_tells_which_key_acted(admin: Client, rooms: Services) -> None:
+    made = admin.post("/keys", {"name": "ci"}).json
+    Client(admin.app, made["key"]).post("/generate", HI).close()
+    (start,) = records(rooms, "start")
+    assert (start["user"], start["key"], start["user_id"]) == ("admin", made["id"], rooms.users.get("admin").id)
 
 
 @pytest.mark.promise("P22", injected="a new X-Forwarded-For for each guess", counted="the sixth is 429")
@@ -137,9 +180,7 @@ def test_a_key_makes_no_keys_and_nobody_revokes_anothers(admin: Client, add_user
     assert add_user("eve").ask("DELETE", f"/keys/{made['id']}").status_code == 404
 
 
-@pytest.mark.promise(
-    "P18", injected="their owner disabled, demoted or deleted", counted="token and key 401, ticket spent"
-)
+@pytest.mark.promise("P18", injected="their owner disabled, demoted or deleted", counted="token, key and ticket 401")
 @pytest.mark.parametrize("change", ["disable", "demote", "delete"])
 def test_tokens_keys_and_tickets_die_with_their_owners_rights(
     rooms: Services, add_user: Callable[..., Client], change: str
@@ -155,7 +196,7 @@ def test_tokens_keys_and_tickets_die_with_their_owners_rights(
         rooms.users.delete("bob")
     assert bob.post("/generate", HI).status_code == 401
     assert key.post("/generate", HI).status_code == 401
-    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 204
+    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 401
 
 
 @pytest.mark.promise("P18", injected="a state store that fails", counted="503, never let in")
@@ -163,20 +204,22 @@ def test_when_the_store_does_not_answer_nobody_gets_in(
     admin: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
-        raise StoreUnavailable("the store does not answer (SQLITE_IOERR)")
+        raise StoreUnavailable("the database does not answer (SQLITE_IOERR)")
 
-    monkeypatch.setattr("olddb.Database.rows", broken)
+    monkeypatch.setattr("db.Database.reading", broken)
     answer = admin.post("/generate", HI)
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "store_unavailable")
     assert "SQLITE" not in answer.text
 
 
-def test_a_ticket_opens_its_stream_once(admin: Client, nobody: Client, backend: ScriptedBackend) -> None:
+def test_a_ticket_opens_its_stream_once(
+    admin: Client, nobody: Client, backend: ScriptedBackend, rooms: Services
+) -> None:
     made = admin.post("/stream/ticket", {**HI, "max_new_tokens": 1})
     assert made.json["expires_in"] == 60
     stream = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
     assert [name for name, _ in events(stream.text)] == ["message", "done"]
-    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == ("admin", 1)
+    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == (rooms.users.get("admin").id, 1)
     again = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
     assert (again.status_code, again.text) == (204, "")
     assert len(backend.submitted) == 1
@@ -199,16 +242,39 @@ def test_a_tickets_body_is_checked_when_it_is_made(admin: Client) -> None:
     assert admin.post("/stream/ticket", {"prompt": ""}).status_code == 422
 
 
-def test_the_stored_ticket_holds_no_prompt_that_can_be_read(admin: Client, rooms: Services) -> None:
-    admin.post("/stream/ticket", {"prompt": "a very private prompt"})
-    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file())
-    assert b"tickets" in written and b"private" not in written
+def test_a_ticket_never_outlives_its_callers_token(
+    admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = jwt.decode(admin.token or "", options={"verify_signature": False})
+    short = Client(admin.app, jwt.encode({**claims, "exp": int(time.time()) + 10}, rooms.policy.key, "HS256"))
+    for caller, status in ((short, 204), (admin, 200)):
+        ticket = caller.post("/stream/ticket", HI).json["ticket"]
+        with monkeypatch.context() as later:
+            later.setattr(rooms.tickets, "_clock", lambda: time.time() + 11)
+            assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == status
+
+
+def test_no_ticket_is_written_to_disk(admin: Client, rooms: Services) -> None:
+    before = sum(file.stat().st_size for file in rooms.settings.data_dir.rglob("*") if file.is_file())
+    for _ in range(10):
+        admin.post("/stream/ticket", {"prompt": "private " * 5000})
+    files = [file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file()]
+    assert sum(map(len, files)) - before < 100_000 and not any(b"private" in content for content in files)
+
+
+def test_tickets_are_bounded_in_size_and_number(admin: Client, nobody: Client) -> None:
+    assert_refused(admin.post("/stream/ticket", {"prompt": "x" * (64 << 10)}), 413)
+    made = [admin.post("/stream/ticket", HI) for _ in range(17)]
+    assert [answer.status_code for answer in made] == [200] * 16 + [429]
+    assert int(made[-1].headers["Retry-After"]) == 60
+    nobody.get("/stream", query_string={"ticket": made[0].json["ticket"]}).close()
+    assert admin.post("/stream/ticket", HI).status_code == 200, "a used one leaves its place"
 
 
 def test_nobody_collects_keys_or_refreshes_without_end(
     admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "_MOST_KEYS", 2)
+    monkeypatch.setattr("accounts.credentials.MAX_KEYS", 2)
     first = admin.post("/keys", {"name": "a"}).json
     assert admin.post("/keys", {"name": "b"}).status_code == 201
     assert_refused(admin.post("/keys", {"name": "c"}), 422)

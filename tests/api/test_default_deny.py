@@ -8,6 +8,7 @@ import pytest
 from flask import Flask
 
 from accounts.roles import Permission, Role, allowed
+from api.context import NAME
 from tests.api.conftest import Client
 from tests.api.scripted import ScriptedBackend
 
@@ -91,7 +92,8 @@ def test_what_belongs_to_a_user_is_out_of_reach_for_every_other(
         assert stream.status_code == 200 and len(backend.submitted) == 1
         assert Client(app, key["key"]).get("/v1/models").status_code == 200
     with eve.get("/stream", query_string={"ticket": ticket}):
-        assert backend.submitted[-1].owner == "ann", "a ticket spoke for whoever carried it"
+        owner = app.extensions[NAME].users.get("ann").id
+        assert backend.submitted[-1].owner == owner, "a ticket spoke for whoever carried it"
 
 
 @pytest.mark.promise("P24", injected="a route that names no permission", counted="403 for an admin too")

@@ -10,7 +10,7 @@ import jwt
 import pytest
 from flask import Flask
 
-from keys import rotate
+from crypto import rotate
 from tests.api.conftest import Client
 
 BODY = {"prompt": "why is the sky blue", "temperature": 0}

@@ -76,7 +76,8 @@ def test_what_was_asked_reaches_the_model(admin: Client, backend: ScriptedBacken
     (request,) = backend.submitted
     assert [(turn.role, turn.content) for turn in request.messages] == [("system", "be brief"), ("user", "hi")]
     assert {name: getattr(request.sampling, name) for name in sent} == sent
-    assert (request.max_new_tokens, request.stop, request.owner) == (5, ("x",), "admin")
+    owner = admin.app.extensions[NAME].users.get("admin").id
+    assert (request.max_new_tokens, request.stop, request.owner) == (5, ("x",), owner)
 
 
 def test_the_defaults_are_those_of_the_contract(admin: Client, backend: ScriptedBackend) -> None:

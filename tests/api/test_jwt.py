@@ -31,7 +31,7 @@ def forge(admin: Client, rooms: Services) -> Callable[..., str]:
 
     def sign(changes: dict[str, Any] | None = None, headers: dict[str, Any] | None = None, **more: Any) -> str:
         claims = {name: value for name, value in {**good, **(changes or {})}.items() if value is not None}
-        key = more.get("key", rooms.jwt_key)
+        key = more.get("key", rooms.policy.key)
         return jwt.encode(claims, key, more.get("algorithm", "HS256"), headers={**GOOD_HEADER, **(headers or {})})
 
     return sign
@@ -53,7 +53,7 @@ def test_other_algorithms_are_401(
     forge: Callable[..., str], status: Callable[[str], int], rooms: Services, algorithm: str
 ) -> None:
     if algorithm == "HS512":
-        token = forge(headers={"alg": "HS512"}, algorithm="HS512", key=rooms.jwt_key * 2)
+        token = forge(headers={"alg": "HS512"}, algorithm="HS512", key=rooms.policy.key * 2)
     elif algorithm == "RS256":
         private = rsa.generate_private_key(65537, 2048)
         pem = private.private_bytes(

@@ -38,7 +38,7 @@ def left(answer: Any, kind: str) -> int:
 
 
 def spent(rooms: Services) -> int:
-    return rooms.tokens.spent("bob")
+    return rooms.tokens.spent(rooms.users.get("bob").id)
 
 
 def test_every_answer_says_how_many_requests_are_left(bob: Client, rooms: Services) -> None:
@@ -147,14 +147,16 @@ def test_what_fails_costs_only_what_came_of_it(
     limit(rooms, tokens_per_day=1000)
     assert bob.post("/generate", {**WORDS, "prompt": prompt}).status_code == status
     assert spent(rooms) == cost
-    assert rooms.tokens.reserve("bob", 1000 - cost, 1000).room.left == 0, "something is still set aside"
+    assert rooms.tokens.reserve(rooms.users.get("bob").id, 1000 - cost, 1000).room.left == 0, (
+        "something is still set aside"
+    )
 
 
 def test_a_request_that_is_refused_before_it_runs_costs_nothing(bob: Client, rooms: Services) -> None:
     limit(rooms, tokens_per_day=1000)
     for body in ({"prompt": ""}, {"prompt": "hi", "max_new_tokens": 5000}, {"prompt": "hi", "model": "no"}):
         assert bob.post("/generate", body).status_code in (404, 422)
-    assert rooms.tokens.reserve("bob", 1000, 1000).room.left == 0
+    assert rooms.tokens.reserve(rooms.users.get("bob").id, 1000, 1000).room.left == 0
 
 
 def test_a_ticket_is_paid_when_it_is_used(bob: Client, nobody: Client, rooms: Services) -> None:

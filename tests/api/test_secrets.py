@@ -57,7 +57,7 @@ def test_nothing_that_was_written_holds_a_secret(tmp_path: Path) -> None:
         with closing(server.connect("GET", "/metrics")) as connection:
             (tmp_path / "metrics").write_bytes(connection.getresponse().read())
     found = dict(written(tmp_path))
-    assert {"log", "service.log", "metrics", "state.sqlite3"} <= {file.name for file in found}
+    assert {"log", "service.log", "metrics", "service.sqlite3"} <= {file.name for file in found}
     for file, content in found.items():
         for secret in secrets:
             assert secret.encode() not in content, (secret, file.name)

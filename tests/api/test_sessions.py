@@ -62,7 +62,7 @@ def test_a_running_stream_is_cut_when_its_user_loses_the_right_to_it(alone: Serv
     admin, bob = alone.token, login(alone, "bob")["access_token"]
     acts = {
         "disable": by_http(alone, {"disabled": True}),
-        "role": by_http(alone, {"role": "auditor"}),
+        "role": by_http(alone, {"role": "admin"}),
         "password": by_http(alone, {"password": "another long password"}),
         "delete": lambda: status(alone, "DELETE", "/admin/users/bob"),
         "command": by_command(alone, tmp_path, "disable", "bob"),

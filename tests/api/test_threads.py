@@ -13,6 +13,7 @@ from threading import Event
 import pytest
 from flask import Flask
 
+from accounts.passwords import Passwords
 from api.context import LOGINS, PREPARING, Capacity
 from errors import Overloaded
 from model.types import GenerateRequest
@@ -143,17 +144,47 @@ def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
 
     monkeypatch.setattr("accounts.passwords.Passwords.verify", slow)
 
-    def login(number: int) -> int:
+    def login(number: int, name: str = "admin") -> int:
         address = {"REMOTE_ADDR": f"192.0.2.{number}"}
-        return nobody.post("/login", {"username": "admin", "password": PASSWORD}, environ_base=address).status_code
+        return nobody.post("/login", {"username": name, "password": PASSWORD}, environ_base=address).status_code
 
     with ThreadPoolExecutor(LOGINS) as pool:
-        first = pool.map(login, range(LOGINS))
+        first = pool.map(lambda number: login(number, f"name{number}"), range(LOGINS))
         eventually(lambda: len(waiting) == LOGINS)
         assert [login(99) for _ in range(9)] == [503] * 9
         go.set()
-        assert set(first) == {200}
+        assert set(first) == {401}
     assert login(99) == 200
+
+
+@pytest.mark.promise(
+    "P22", injected="24 logins with made-up names at once from one address", counted="200 from another"
+)
+def test_made_up_names_from_one_address_leave_places_for_others(
+    nobody: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, go = [], Event()
+    verify = Passwords.verify
+
+    def slow(self: Passwords, stored: str | None, password: str) -> bool:
+        if stored is None:
+            waiting.append(1)
+            go.wait(10)
+        return verify(self, stored, password)
+
+    monkeypatch.setattr(Passwords, "verify", slow)
+
+    def login(name: str, address: str) -> int:
+        body = {"username": name, "password": PASSWORD}
+        return nobody.post("/login", body, environ_base={"REMOTE_ADDR": address}).status_code
+
+    with ThreadPoolExecutor(24) as pool:
+        hostile = [pool.submit(login, f"name{number}", "192.0.2.1") for number in range(24)]
+        eventually(lambda: len(waiting) == LOGINS // 2)
+        assert login("admin", "192.0.2.2") == 200
+        go.set()
+        statuses = sorted(each.result() for each in hostile)
+    assert statuses == [401] * (LOGINS // 2) + [503] * (24 - LOGINS // 2)
 
 
 @pytest.mark.promise("P8", injected="60 clients that wait for an answer", counted="health still answers")

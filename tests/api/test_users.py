@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from accounts.credentials import Credentials
 from accounts.roles import Role
-from accounts.users import OwnLimits, User
+from accounts.users import User, UserLimits
 from api.context import Services
 from tests.api.conftest import PASSWORD, Client, assert_refused
 
@@ -37,7 +38,7 @@ def test_an_admin_adds_reads_changes_and_removes_an_account(admin: Client) -> No
     assert admin.get("/admin/users/bob").json == bob
     assert [user["username"] for user in admin.get("/admin/users").json["users"]] == ["admin", "bob"]
     assert Client(admin.app).login("bob", PASSWORD).post("/generate", HI).status_code == 200
-    assert patch(admin, "bob", {"role": "auditor"}).json == {**bob, "role": "auditor"}
+    assert patch(admin, "bob", {"role": "admin"}).json == {**bob, "role": "admin"}
     assert admin.ask("DELETE", "/admin/users/bob").status_code == 204
     assert_refused(admin.get("/admin/users/bob"), 404)
     assert_refused(patch(admin, "bob", {"disabled": True}), 404)
@@ -128,7 +129,7 @@ def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Clie
         "rpm": 120,
         "tokens_per_day": 99,
     }
-    assert rooms.users.get("bob").limits == OwnLimits(2, None, 99)
+    assert rooms.users.get("bob").limits == UserLimits(2, None, 99)
 
 
 @pytest.mark.promise(
@@ -223,12 +224,54 @@ def test_a_login_that_races_a_password_change_gets_no_session(
     nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The change comes after the old password was found right, before the session is there."""
-    start, injected = rooms.state.start_family, []
+    start, injected = Credentials.start_session, []
 
-    def start_late(*args: Any) -> str:
+    def start_late(self: Credentials, *args: Any) -> Any:
         injected.append(rooms.users.change("admin", password_hash=rooms.passwords.hash(NEW)))
-        return start(*args)
+        return start(self, *args)
 
-    monkeypatch.setattr("accounts.state.State.start_family", lambda _, *args: start_late(*args))
+    monkeypatch.setattr(Credentials, "start_session", start_late)
     assert_refused(nobody.post("/login", {"username": "admin", "password": PASSWORD}), 401)
     assert len(injected) == 1 and isinstance(injected[0], User)
+
+
+def test_no_admin_makes_changes_or_removes_an_auditor(
+    admin: Client, add_user: Callable[..., Client], rooms: Services
+) -> None:
+    add_user("eve", Role.AUDITOR), add_user("bob")
+    before = [rooms.users.get(name) for name in ("eve", "bob")]
+    assert_refused(admin.post("/admin/users", {"username": "spy", "role": "auditor"}), 403)
+    assert_refused(patch(admin, "bob", {"role": "auditor"}), 403)
+    for body in ({"password": NEW}, {"role": "user"}, {"disabled": True}, {"limits": {"rpm": 1}}):
+        assert_refused(patch(admin, "eve", body), 403)
+    assert_refused(admin.ask("DELETE", "/admin/users/eve"), 403)
+    assert [rooms.users.get(name) for name in ("eve", "bob")] == before and rooms.users.count() == 3
+
+
+@pytest.mark.parametrize(
+    "password", ["password", "12345678", " " * 8, "Passw0rd", "aaaaaaaa", "Long-Name", "\t \t \t \t "]
+)
+def test_a_weak_password_is_refused_wherever_one_is_set(admin: Client, rooms: Services, password: str) -> None:
+    refused = admin.post("/admin/users", {"username": "long-name", "password": password})
+    assert_refused(refused, 422)
+    assert (refused.json["error"]["code"], refused.json["error"]["param"]) == ("weak_password", "password")
+    admin.post("/admin/users", {"username": "long-name"})
+    assert_refused(patch(admin, "long-name", {"password": password}), 422)
+    if password != "Long-Name":
+        assert_refused(change_password(admin, PASSWORD, password), 422)
+    assert admin.get("/keys").status_code == 200, "the session goes on"
+
+
+def test_the_next_account_of_a_name_inherits_nothing(admin: Client, add_user: Callable[..., Client]) -> None:
+    body = {"prompt": "hello", "temperature": 0}
+    first = add_user("ann")
+    first.post("/generate", body).close()
+    assert first.post("/generate", body).headers["X-Cache"] == "hit"
+    key = Client(admin.app, first.post("/keys", {"name": "ci"}).json["key"])
+    ticket = first.post("/stream/ticket", HI).json["ticket"]
+    admin.ask("DELETE", "/admin/users/ann")
+    second = add_user("ann")
+    assert second.post("/generate", body).headers["X-Cache"] == "miss"
+    assert [caller.get("/v1/models").status_code for caller in (first, key)] == [401, 401]
+    assert second.get("/keys").json == {"keys": []}
+    assert Client(admin.app).get("/stream", query_string={"ticket": ticket}).status_code == 401

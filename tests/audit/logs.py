@@ -17,7 +17,7 @@ from audit.journal import Journal
 from audit.segments import segments
 from audit.tail import Place
 from audit.verify import Report, verify
-from keys import Codes
+from crypto import MacKeys
 
 DAY = 86_400.0
 
@@ -39,7 +39,7 @@ class Log:
     """One log; `journal()` is a new process that goes on with it."""
 
     folder: Path
-    signer: Codes = field(default_factory=lambda: Codes([b"k" * 32]))
+    signer: MacKeys = field(default_factory=lambda: MacKeys([b"k" * 32]))
     clocks: Clocks = field(default_factory=Clocks)
     days: float = 180
     most_bytes: int = 1 << 20

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from audit.journal import AuditUnavailable, Journal
-from keys import Codes
+from crypto import MacKeys
 from tests.audit.logs import Fault, Log, failing_disk
 
 ROOT = Path(__file__).parents[2]
@@ -214,7 +214,7 @@ def test_a_torn_head_costs_nothing(log: Log, slot: int) -> None:
 
 def test_a_new_key_begins_a_new_file_and_the_old_one_still_verifies(log: Log) -> None:
     log.journal().append({"said": "a"})
-    changed = replace(log, signer=Codes([b"n" * 32, b"k" * 32]))
+    changed = replace(log, signer=MacKeys([b"n" * 32, b"k" * 32]))
     changed.journal().append({"said": "b"})
     assert len(changed.files) == 2 and changed.whole and said(changed) == ["a", "b"]
     opened = [record for record in changed.records() if record.get("kind") == "segment"]
@@ -223,7 +223,7 @@ def test_a_new_key_begins_a_new_file_and_the_old_one_still_verifies(log: Log) ->
 
 def test_a_lost_key_does_not_stop_the_log_and_is_told(log: Log) -> None:
     log.journal().append({"said": "a"})
-    lost = replace(log, signer=Codes([b"n" * 32]))
+    lost = replace(log, signer=MacKeys([b"n" * 32]))
     lost.journal().append({"said": "b"})
     assert said(lost) == ["a", "b"]
     assert any("not signed with a key that is known" in problem for problem in lost.verify().problems)

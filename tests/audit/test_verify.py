@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from audit import chain
-from keys import Codes
+from crypto import MacKeys
 from tests.audit.logs import DAY, Log
 
 
@@ -83,7 +83,7 @@ def test_a_record_that_was_forged_or_moved_is_found(log: Log, tmp_path: Path) ->
     *_, line = content.splitlines(keepends=True)
     before, record = chain.read(line), {"seq": 99, "kind": "end", "user": "mallory"}
     assert before is not None
-    stranger = Codes([b"x" * 32])
+    stranger = MacKeys([b"x" * 32])
     last.write_bytes(content[: -len(line)] + chain.write(record, "", stranger.newest, stranger)[0])
     assert not log.whole
     other = Log(tmp_path / "other", most_bytes=400)
@@ -126,7 +126,7 @@ def test_a_copy_verifies_elsewhere_with_the_key(log: Log, tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "kept apart", tmp_path / "copy" / "kept apart")
     copy = Log(tmp_path / "copy")
     assert copy.whole
-    assert not replace(copy, signer=Codes([b"x" * 32])).whole
+    assert not replace(copy, signer=MacKeys([b"x" * 32])).whole
 
 
 def aged(tmp_path: Path, days: int) -> Log:

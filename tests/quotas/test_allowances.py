@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from accounts.roles import Role
-from accounts.users import OwnLimits
+from accounts.users import UserLimits
 from quotas.allowances import Allowance, Allowances
 from settings import Settings, SettingsError
 
@@ -16,22 +16,22 @@ RULES = ("admin.rpm=600", "admin.streams=20", "user.tokens_per_day=5000", "user.
 @pytest.mark.parametrize(
     ("role", "own", "expected"),
     [
-        (Role.AUDITOR, OwnLimits(), EVERYBODY),
-        (Role.ADMIN, OwnLimits(), Allowance(20, 600, 0)),
-        (Role.USER, OwnLimits(), Allowance(10, 120, 7000)),
-        (Role.USER, OwnLimits(streams=1, tokens_per_day=0), Allowance(1, 120, 0)),
-        (Role.ADMIN, OwnLimits(1, 2, 3), Allowance(1, 2, 3)),
-        ("no such role", OwnLimits(), EVERYBODY),
+        (Role.AUDITOR, UserLimits(), EVERYBODY),
+        (Role.ADMIN, UserLimits(), Allowance(20, 600, 0)),
+        (Role.USER, UserLimits(), Allowance(10, 120, 7000)),
+        (Role.USER, UserLimits(streams=1, tokens_per_day=0), Allowance(1, 120, 0)),
+        (Role.ADMIN, UserLimits(1, 2, 3), Allowance(1, 2, 3)),
+        ("no such role", UserLimits(), EVERYBODY),
     ],
 )
-def test_the_nearest_limit_counts(role: str, own: OwnLimits, expected: Allowance) -> None:
+def test_the_nearest_limit_counts(role: str, own: UserLimits, expected: Allowance) -> None:
     assert Allowances(EVERYBODY, RULES).of(role, own) == expected
 
 
 def test_roles_are_limited_by_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROLE_LIMITS", ", ".join(f"{role}.rpm=1" for role in Role))
     rules = Settings.from_environment().role_limits
-    assert {Allowances(EVERYBODY, rules).of(role, OwnLimits()).rpm for role in Role} == {1}
+    assert {Allowances(EVERYBODY, rules).of(role, UserLimits()).rpm for role in Role} == {1}
 
 
 @pytest.mark.parametrize("wrong", ["admin", "root.rpm=1", "admin.rpm=0", "admin.rpm=-1", "admin.tpm=1", "admin.rpm=1;"])

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from accounts.roles import Role
 from accounts.users import Users
-from olddb import Database
+from db import Database
 from tests.api.server import Server
 from tests.web.conftest import Visit
 from tests.web.visitor import PASSWORD, Visitor
@@ -173,7 +173,7 @@ def test_what_one_chose_to_keep_is_there_again(visit: Visit, echo: Server) -> No
 
 
 def test_another_user_of_the_device_sees_nothing(visit: Visit, echo: Server) -> None:
-    users = Users(Database(echo.log.parent / "data/state.sqlite3"))
+    users = Users(Database.in_folder(echo.log.parent / "data"))
     users.add("grace", Role.USER, PasswordHasher(time_cost=1, memory_cost=64, parallelism=1).hash(PASSWORD))
     visitor = visit(f"http://127.0.0.1:{echo.port}").open().login().inside()
     talk(visitor, "the secret of admin")
