@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from flask import Flask
 from flask_openapi3.models.info import Info
@@ -18,6 +17,7 @@ from flask_openapi3.openapi import OpenAPI
 from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from accounts.login_guard import LoginGuard
 from accounts.passwords import Passwords
 from accounts.passwords import generate as random_password
 from accounts.roles import Role
@@ -36,27 +36,25 @@ from api.sanitise import sanitise
 from audit.audit import Audit
 from audit.journal import Journal
 from audit.tail import Place
-from cache.breaker import Breaker
+from cache.redis_cache import Breaker, RedisCache, RedisLink
 from cache.responses import ResponseCache
-from cache.stores import Cache, RedisCache, SqliteCache
+from cache.sqlite_cache import SqliteCache
 from crypto import Box, KeyFileError, derive
+from db import Database as SqlDatabase
 from errors import ServiceError, StoreUnavailable
 from keys import KeyRing
 from model.flight import Flights
 from model.types import Backend
 from model.weights.catalogue import ModelError, find
 from olddb import Database
-from quotas.allowances import Allowance, Allowances
-from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
-from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
-from quotas.shared_counts import SharedCounts
+from quotas.limits import ConcurrencyLimit, Limits, LimitTable, RateLimit
+from quotas.usage import UsageStore
 from secret_files import admin_password, key_ring, read_text, signing_secret
 from settings import Settings, SettingsError
 from telemetry import Metrics, configure_logging
 
-Made = TypeVar("Made")
-
 _YEAR = 366 * 86_400
+_SETTLED_BY = 60  # seconds after a generation's time is over, by which its reservation is settled or its process dead
 _APP_LOAD_ERROR = 4  # gunicorn's word for "do not try again"
 
 
@@ -106,9 +104,12 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret, ring = signing_secret(settings), key_ring(settings)
     db = Database(settings.data_dir / "state.sqlite3")
-    shared = _shared_counts(settings, metrics)
+    sql = SqlDatabase(settings.database_url) if settings.database_url else SqlDatabase.in_folder(settings.data_dir)
+    sql.upgrade()
+    link = _redis(settings, metrics)
+    rate = RateLimit((link.redis.connection_pool, link.ask) if link else None)
     cache = ResponseCache(
-        _cache(settings, metrics),
+        RedisCache(link) if link else SqliteCache(settings.data_dir / "cache.sqlite3"),
         ring.box("cache"),
         derive(secret, "cache key"),
         settings.cache_ttl,
@@ -128,11 +129,11 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
         jwt_key=derive(secret, "jwt"),
         box=Box(derive(secret, "tickets")),
-        allowances=_allowances(settings),
-        rate=RequestRate(shared or MemoryWindows()),
-        streams=StreamLimit(shared or MemoryLeases()),
-        tokens=TokenQuota(shared or SqliteQuotas(db)),
-        logins=LoginGuard(shared or MemoryWindows()),
+        limits=_limits(settings),
+        rate=rate,
+        streams=ConcurrencyLimit(),
+        usage=UsageStore(sql, settings.request_timeout + _SETTLED_BY),
+        logins=LoginGuard(rate.hit, rate.forget),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
@@ -158,35 +159,26 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
     return LocalBackend(settings, metrics)
 
 
-def _cache(settings: Settings, metrics: Metrics) -> Cache:
-    def build(url: str) -> Cache:
-        return RedisCache(url, Breaker(on_change=metrics.breaker_open.set))
-
-    found = _at_redis("REDIS_URL", settings.redis_url, settings.redis_url_file, build)
-    return found or SqliteCache(settings.data_dir / "cache.sqlite3")
-
-
-def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
-    def build(url: str) -> SharedCounts:
-        return SharedCounts(url, Breaker(on_change=metrics.counts_breaker_open.set))
-
-    return _at_redis("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file, build)
-
-
-def _at_redis(setting: str, url: str | None, file: Path | None, build: Callable[[str], Made]) -> Made | None:
-    """What `build` makes of the address that the setting, or its file, holds; None where there is none."""
-    if file is not None:
-        setting += "_FILE"
-        url = read_text(setting, file)
+def _redis(settings: Settings, metrics: Metrics) -> RedisLink | None:
+    setting, url = "REDIS_URL", settings.redis_url
+    if settings.redis_url_file is not None:
+        setting, url = "REDIS_URL_FILE", read_text("REDIS_URL_FILE", settings.redis_url_file)
+    if not url:
+        return None
+    breaker = Breaker()
+    metrics.breaker_open.set_function(lambda: breaker.opened)
     try:
-        return build(url) if url else None
-    except ValueError:  # its words may hold the password
+        link = RedisLink(url, breaker)
+    except ValueError:  # its message may hold the password
         raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
+    link.ask(link.redis.ping)  # a wrong address or password is logged now, not at the first request
+    return link
 
 
-def _allowances(settings: Settings) -> Allowances:
-    everybody = Allowance(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
-    return Allowances(everybody, settings.role_limits)
+def _limits(settings: Settings) -> LimitTable:
+    return LimitTable(
+        Limits(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day), settings.role_limits
+    )
 
 
 def _first_user(settings: Settings, rooms: Services) -> None:

@@ -136,6 +136,8 @@ def _open_audit(rooms: Services) -> None:
 
 def worker_exit(server: Any, worker: Any) -> None:
     """A restart would meet the same model: this status ends the master too, with the same one."""
+    if getattr(worker, "wsgi", None):
+        _services(worker).usage.close()
     if getattr(worker, "gave_up", False):
         sys.exit(Arbiter.APP_LOAD_ERROR)
 

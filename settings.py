@@ -65,8 +65,6 @@ class Settings(BaseSettings):
     redis_url_file: Path | None = Field(None, examples=["/run/secrets/redis_url"])
     cache_ttl: int = Field(3600, ge=0, le=31_536_000, examples=["3600"])
     cache_shared: bool = Field(False, examples=["false"])
-    state_redis_url: str | None = Field(None, repr=False, examples=["redis://127.0.0.1:6380/0"])
-    state_redis_url_file: Path | None = Field(None, examples=["/run/secrets/state_redis_url"])
 
     audit_dir: Path | None = Field(None, examples=["/var/log/flask-llm/audit"])
     audit_head: Path | None = Field(None, examples=["/mnt/other-disk/audit-head"])

@@ -58,7 +58,6 @@ class Metrics:
         self.audit_records = counter("llm_audit_records_total", "Audit records: written, or failed to be.", "result")
         self.audit_commit = histogram("llm_audit_commit_seconds", "Making a batch of audit records durable.")
         self.breaker_open = gauge("llm_cache_breaker_open", "1 while the cache is given a rest after faults.")
-        self.counts_breaker_open = gauge("llm_state_redis_breaker_open", "1 while STATE_REDIS_URL is given a rest.")
 
     def audited(self, records: int, seconds: float, written: bool) -> None:
         """One sync of the audit log."""

@@ -16,12 +16,11 @@ from api import sse
 from api.answers import CacheUse
 from api.context import RequestLog, current, services
 from api.entry import Entry, begin
-from api.metering import Meter, allowance
+from api.metering import Meter, limits
 from api.middleware import Principal, principal, recheck
 from api.schemas.native import GenerateBody
 from errors import InvalidRequest, ServiceError
 from model.types import Chunk, Done, Event, GenerateRequest, Message, Stream
-from quotas.limits import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +49,22 @@ class Call:
 
 
 def open_call(body: GenerateBody) -> Call:
-    """Start what `body` asks for in the name of the caller. Raises ServiceError and LimitExceeded."""
+    """Start what `body` asks for in the name of the caller. Raises ServiceError."""
     rooms, caller, trace = services(), principal(), current()
-    meter = Meter(caller.owner)
+    meter = Meter(caller.owner, body.model or rooms.model)
     with ExitStack() as held:
         held.enter_context(rooms.calls.take())
         wanted = _request(body, caller, trace.id)
         entry = begin(wanted, body.turns(), caller, trace)
         held.push(entry)
-        lease = rooms.streams.take(caller.owner, allowance().streams)
-        held.callback(lease.give_back)
+        held.enter_context(rooms.streams.hold(caller.owner, limits().streams))
         held.callback(meter.settle)
         use_cache = body.cache and not request.cache_control.no_store
         answer = rooms.answers.open(wanted, use_cache, lambda prepared: _admit(prepared, entry, meter))
         held.callback(answer.stream.close)
         held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
         trace.cache = entry.cache = answer.cache
-        events = _traced(answer.stream, _watch(caller, lease), trace, meter, entry)
+        events = _traced(answer.stream, recheck(caller), trace, meter, entry)
         return Call(trace.id, wanted.model, answer.cache, entry.settle, held.pop_all().close, events)
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
@@ -118,23 +116,12 @@ def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
     )
 
 
-def _watch(caller: Principal, lease: Lease) -> sse.Check:
-    """What is looked at while a generation runs: that its caller may still have it. Keeps its place meanwhile."""
-    still_stands = recheck(caller)
-
-    def check() -> None:
-        still_stands()
-        lease.keep()
-
-    return check
-
-
 def _traced(source: Stream, check: sse.Check, trace: RequestLog, meter: Meter, entry: Entry) -> Iterator[Event | None]:
     meter.begin()
     try:
         with entry:
             for event in sse.watched(source, sse.client_check(request.environ), check):
-                meter.saw(event)
+                meter.observe(event)
                 entry.hear(event)
                 if isinstance(event, Done):
                     trace.done = event
@@ -142,5 +129,5 @@ def _traced(source: Stream, check: sse.Check, trace: RequestLog, meter: Meter, e
     except ServiceError as error:
         trace.error = error.code
         if not isinstance(error, sse.ClientGone):
-            meter.failed()
+            meter.fail()
         raise

@@ -19,7 +19,7 @@ from accounts.users import LastOfRole, OwnLimits, UnknownUser, UserExists
 from api import accounts
 from api.context import services
 from errors import StoreUnavailable
-from quotas.allowances import MOST_COUNT, MOST_TOKENS
+from quotas.limits import MAX_COUNT, MAX_TOKENS
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
 
 _BY = "command line"
@@ -119,9 +119,9 @@ class _Limit(click.ParamType[int | str, Any]):
 
 @users.command()
 @name_argument
-@click.option("--streams", type=_Limit(1, MOST_COUNT), help="Generations open at the same time.")
-@click.option("--rpm", type=_Limit(1, MOST_COUNT), help="Requests in any minute.")
-@click.option("--tokens-per-day", type=_Limit(0, MOST_TOKENS), help="Prompts and answers together; 0: no limit.")
+@click.option("--streams", type=_Limit(1, MAX_COUNT), help="Generations open at the same time.")
+@click.option("--rpm", type=_Limit(1, MAX_COUNT), help="Requests in any minute.")
+@click.option("--tokens-per-day", type=_Limit(0, MAX_TOKENS), help="Prompts and answers together; 0: no limit.")
 def limits(name: str, **wanted: int | str | None) -> None:
     """Give an account limits of its own, or its role's again."""
     columns = {limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 from flask import Flask, Response, current_app, g, request
 
+from accounts.login_guard import LoginGuard
 from accounts.passwords import Passwords
 from accounts.state import State
 from accounts.tokens import TokenPolicy
@@ -19,8 +20,8 @@ from api.running import Running
 from audit.audit import Audit
 from crypto import Box
 from model.types import Backend, Done
-from quotas.allowances import Allowances
-from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
+from quotas.limits import ConcurrencyLimit, LimitTable, RateLimit
+from quotas.usage import UsageStore
 from settings import Settings
 from telemetry import request_id
 
@@ -48,10 +49,10 @@ class Services:
     policy: TokenPolicy
     jwt_key: bytes
     box: Box
-    allowances: Allowances
-    rate: RequestRate
-    streams: StreamLimit
-    tokens: TokenQuota
+    limits: LimitTable
+    rate: RateLimit
+    streams: ConcurrencyLimit
+    usage: UsageStore
     logins: LoginGuard
     calls: Places
     guesses: Places

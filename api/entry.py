@@ -22,9 +22,8 @@ from api.middleware import Principal
 from audit.audit import Audit
 from audit.journal import AuditUnavailable
 from crypto import Box
-from errors import ServiceError, StoreUnavailable
+from errors import ServiceError
 from model.types import Chunk, Done, Event, GenerateRequest
-from quotas.limits import LimitExceeded, QuotaExceeded
 
 
 class Turn(Protocol):
@@ -76,10 +75,8 @@ class Entry:
         """The generation ended in this."""
         if isinstance(error, ServiceError):
             self._end(error.code)
-        elif isinstance(error, LimitExceeded):
-            self._end("insufficient_quota" if isinstance(error, QuotaExceeded) else "rate_limited")
         else:
-            self._end("store_unavailable" if isinstance(error, StoreUnavailable) else "internal_error")
+            self._end("internal_error")
 
     def __enter__(self) -> None:
         pass

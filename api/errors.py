@@ -18,8 +18,7 @@ from werkzeug.exceptions import HTTPException
 from accounts.users import LastOfRole, UnknownUser, UserExists
 from api.context import current
 from audit.journal import AuditUnavailable
-from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError, StoreUnavailable
-from quotas.limits import LimitExceeded, QuotaExceeded
+from errors import Conflict, InvalidRequest, NotFound, ServiceError, StoreUnavailable
 
 log = structlog.get_logger("api")
 
@@ -99,9 +98,6 @@ def translate(error: Exception) -> ServiceError:
     """Any failure in the words of a ServiceError; a bug becomes a 500."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, LimitExceeded):
-        code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None  # as OpenAI's clients know it
-        return RateLimited(_sentence(error), code=code, retry_after=error.retry_after)
     if isinstance(error, UserExists | LastOfRole):
         return Conflict(_sentence(error))
     if isinstance(error, UnknownUser):

@@ -29,7 +29,7 @@ PING = b": ping\n\n"
 _BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
 
-Check = Callable[[], None]
+Check = Callable[[], object]
 
 
 class ClientGone(ServiceError):

@@ -9,9 +9,9 @@ from statistics import median
 from urllib.parse import urlsplit
 
 import pytest
-
 from cache.breaker import Breaker
 from cache.stores import RedisCache
+
 from tests.faults import FaultProxy, Mode
 
 UNTIL_OPEN, AFTER = 0.25, 0.005  # seconds a request, which looks up and then keeps, may take longer

@@ -6,9 +6,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from cache.stores import SqliteCache
 
 from cache.responses import ResponseCache
-from cache.stores import SqliteCache
 from crypto import Box
 
 ANSWER: dict[str, object] = {"text": "Ray\n\ud800 scatters", "usage": {"prompt_tokens": 3}, "parts": [["answer", "é"]]}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import redis
+from cache.stores import Cache, RedisCache, SqliteCache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache.stores import Cache, RedisCache, SqliteCache
 from errors import StoreUnavailable
 from olddb import Database
 
