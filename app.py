@@ -47,7 +47,7 @@ from model.flight import Flights
 from model.types import Backend
 from model.weights.catalogue import ModelError, find
 from olddb import Database
-from quotas.limits import ConcurrencyLimit, Limits, LimitTable, RateLimit
+from quotas.limits import ConcurrencyLimit, Limits, LimitTable, RequestRate
 from quotas.usage import UsageStore
 from secret_files import admin_password, key_ring, read_text, signing_secret
 from settings import Settings, SettingsError
@@ -107,7 +107,6 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
     sql = SqlDatabase(settings.database_url) if settings.database_url else SqlDatabase.in_folder(settings.data_dir)
     sql.upgrade()
     link = _redis(settings, metrics)
-    rate = RateLimit((link.redis.connection_pool, link.ask) if link else None)
     cache = ResponseCache(
         RedisCache(link) if link else SqliteCache(settings.data_dir / "cache.sqlite3"),
         ring.box("cache"),
@@ -130,10 +129,10 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         jwt_key=derive(secret, "jwt"),
         box=Box(derive(secret, "tickets")),
         limits=_limits(settings),
-        rate=rate,
+        rate=RequestRate((link.redis.connection_pool, link.ask) if link else None),
         streams=ConcurrencyLimit(),
         usage=UsageStore(sql, settings.request_timeout + _SETTLED_BY),
-        logins=LoginGuard(rate.hit, rate.forget),
+        logins=LoginGuard(),
         calls=Places(generations(settings.slots, settings.max_queue), retry_after=5),
         guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import threading
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
-Count = Callable[[str, int, int], object]  # of a name, a limit and a window in seconds
+from errors import RateLimited
+
+_MAX_PAIRS = 20_000  # invented names must not fill the memory
 
 
 class LoginGuard:
@@ -16,16 +21,29 @@ class LoginGuard:
     moment are five guesses too.
     """
 
-    def __init__(self, hit: Count, forget: Count, attempts: int = 5, window: int = 900) -> None:
-        self._hit, self._forget, self._attempts, self._window = hit, forget, attempts, window
+    def __init__(self, attempts: int = 5, window: float = 900, clock: Callable[[], float] = time.monotonic) -> None:
+        self._attempts, self._window, self._clock = attempts, window, clock
+        self._tries: OrderedDict[str, deque[float]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def attempt(self, address: str, name: str) -> None:
-        """Count one try. Raises what `hit` raises when there were too many wrong ones."""
-        self._hit(_pair(address, name), self._attempts, self._window)
+        """Count one try. Raises RateLimited when there were too many wrong ones."""
+        pair = _pair(address, name)
+        with self._lock:
+            now, tries = self._clock(), self._tries.setdefault(pair, deque())
+            self._tries.move_to_end(pair)
+            while tries and tries[0] <= now - self._window:
+                tries.popleft()
+            if len(tries) >= self._attempts:
+                raise RateLimited("There were too many wrong passwords.", retry_after=tries[0] + self._window - now)
+            tries.append(now)
+            if len(self._tries) > _MAX_PAIRS:
+                self._tries.popitem(last=False)
 
     def succeeded(self, address: str, name: str) -> None:
         """The password was right: forget this pair."""
-        self._forget(_pair(address, name), self._attempts, self._window)
+        with self._lock:
+            self._tries.pop(_pair(address, name), None)
 
 
 def _pair(address: str, name: str) -> str:

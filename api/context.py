@@ -20,7 +20,7 @@ from api.running import Running
 from audit.audit import Audit
 from crypto import Box
 from model.types import Backend, Done
-from quotas.limits import ConcurrencyLimit, LimitTable, RateLimit
+from quotas.limits import ConcurrencyLimit, LimitTable, RequestRate
 from quotas.usage import UsageStore
 from settings import Settings
 from telemetry import request_id
@@ -50,7 +50,7 @@ class Services:
     jwt_key: bytes
     box: Box
     limits: LimitTable
-    rate: RateLimit
+    rate: RequestRate
     streams: ConcurrencyLimit
     usage: UsageStore
     logins: LoginGuard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import asdict
 
 from flask import Flask, Response, g
 
@@ -21,7 +21,7 @@ def register(app: Flask) -> None:
 
 def allow(user: User) -> None:
     """Remember what the caller of this request may have."""
-    g.limits = services().limits.of(user.role, *astuple(user.limits))
+    g.limits = services().limits.of(user.role, **asdict(user.limits))
 
 
 def limits() -> Limits:
@@ -32,7 +32,7 @@ def limits() -> Limits:
 
 def count_request(user_id: str) -> None:
     """Raises LimitExceeded."""
-    _shown("Requests", lambda: services().rate.hit(f"rate:{user_id}", limits().rpm))
+    _shown("Requests", lambda: services().rate.hit(user_id, limits().rpm))
 
 
 class Meter:

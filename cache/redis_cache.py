@@ -121,7 +121,7 @@ _KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ..
         "cluster",
         "REDIS_URL must name a Redis that is in no cluster",
     ),
-    (redis.TimeoutError, "timeout", f"it does not answer within {_TIMEOUT} s"),
+    (redis.TimeoutError, "timeout", f"it does not answer within {_TIMEOUT} s, or speaks no TLS (redis://)"),
     (redis.ConnectionError, "refused", "nothing answers at the address in REDIS_URL, or it wants TLS (rediss://)"),
     (Exception, "protocol", "what answers at REDIS_URL is no Redis that works"),
 )
@@ -130,7 +130,7 @@ _KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ..
 def _explain(fault: Exception) -> tuple[str, str]:
     """The kind of what redis-py raised, and what to do."""
     if isinstance(fault.__context__, ssl.SSLError):
-        return "certificate", "its certificate is not trusted, or it does not speak TLS (redis://)"
+        return "certificate", "its certificate is not trusted: ?ssl_ca_certs=FILE in REDIS_URL names a CA"
     return next((kind, advice) for types, kind, advice in _KINDS if isinstance(fault, types))
 
 

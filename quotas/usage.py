@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from secrets import token_hex
 
 import structlog
-from sqlalchemy import BigInteger, Column, Double, Index, Integer, String, Table, bindparam, select, text
+from sqlalchemy import BigInteger, Column, Connection, Double, Index, Integer, String, Table, bindparam, select, text
 
 from db import Database, metadata
 from errors import StoreUnavailable
@@ -19,7 +19,6 @@ log = structlog.get_logger("quotas")
 
 _DAY = 86_400.0
 _FLUSH_AFTER = 1.0  # seconds of usage that kill -9 may lose; a sync for each cached answer would halve their number
-_IMPORTED = "before 2.0"  # stands for the model in what an older version counted, which kept only sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +80,9 @@ _reservations = Table(
     Column("expires", Double, nullable=False),  # Unix seconds
     Index("reservations_by_user", "user_id", "day"),
 )
-_INSERT = (
-    f"INSERT INTO usage ({', '.join(_KEY + _COUNTS)}) VALUES ({', '.join(f':{name}' for name in _KEY + _COUNTS)}) "
-    f"ON CONFLICT ({', '.join(_KEY)}) DO "
-)
-_ADD = text(f"{_INSERT} UPDATE SET {', '.join(f'{name} = usage.{name} + excluded.{name}' for name in _COUNTS)}")
-_IMPORT = text(f"{_INSERT} NOTHING")
+_SUM = ", ".join(f"{name} = usage.{name} + excluded.{name}" for name in _COUNTS)
+_ADD = text(f"""INSERT INTO usage ({", ".join(_KEY + _COUNTS)}) VALUES (:{", :".join(_KEY + _COUNTS)})
+    ON CONFLICT ({", ".join(_KEY)}) DO UPDATE SET {_SUM}""")
 _SUMS = text("""SELECT
     (SELECT coalesce(sum(prompt_tokens + generated_tokens), 0) FROM usage WHERE day = :day AND user_id = :user_id),
     (SELECT coalesce(sum(tokens), 0) FROM reservations WHERE day = :day AND user_id = :user_id)""")
@@ -95,6 +91,18 @@ _EXPIRE = text("DELETE FROM reservations WHERE user_id = :user_id AND expires <=
 _RELEASE = text("DELETE FROM reservations WHERE id = :id")
 _ROWS = select(_usage).where(_usage.c.day.between(bindparam("first"), bindparam("last"))).order_by(*_usage.primary_key)
 _ROWS_OF_USER = _ROWS.where(_usage.c.user_id == bindparam("user_id"))
+
+
+def import_days(connection: Connection, rows: Iterable[tuple[str, int, int]]) -> None:
+    """Add (user_id, day, tokens) of an older version, which kept no models and only this sum."""
+    _insert(connection, {(day, user_id, ""): Counts(prompt_tokens=tokens) for user_id, day, tokens in rows})
+
+
+def _insert(connection: Connection, counts: Pending) -> None:
+    """In one order, or two processes could wait for each other's rows."""
+    if counts:
+        rows = [dict(zip(_KEY, key, strict=True)) | asdict(counts[key]) for key in sorted(counts)]
+        connection.execute(_ADD, rows)
 
 
 class UsageStore:
@@ -171,16 +179,6 @@ class UsageStore:
             found = connection.execute(statement, {"first": from_day, "last": to_day, "user_id": user_id}).all()
         return [UsageRow(row.day, row.user_id, row.model, Counts(*row[3:])) for row in found]
 
-    def import_days(self, rows: Iterable[tuple[str, int, int]]) -> None:
-        """Take over (user_id, day, tokens) of an older version; doing it twice changes nothing."""
-        values = [
-            {"user_id": user, "day": day, "model": _IMPORTED, **asdict(Counts(prompt_tokens=tokens))}
-            for user, day, tokens in rows
-        ]
-        with self._db.transaction() as connection:
-            if values:
-                connection.execute(_IMPORT, values)
-
     def close(self) -> None:
         """Write what is pending."""
         self._try_flush()
@@ -193,12 +191,10 @@ class UsageStore:
     def _write(self, pending: Pending, ended: list[str]) -> None:
         if not pending:
             return
-        # In one order, or two processes could wait for each other's rows.
-        rows = [dict(zip(_KEY, key, strict=True)) | asdict(pending[key]) for key in sorted(pending)]
         with self._db.transaction() as connection:
             if ended:
                 connection.execute(_RELEASE, [{"id": id} for id in ended])
-            connection.execute(_ADD, rows)
+            _insert(connection, pending)
 
     def _flush_later(self) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ Touches nobody's prompts, answers or keys.
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
@@ -90,6 +90,6 @@ def _shown(user: User) -> UserOut:
         role=Role(user.role),
         disabled=user.disabled,
         own_limits=LimitsBody(**asdict(user.limits)),
-        limits=LimitsOut(**asdict(rooms.limits.of(user.role, *astuple(user.limits)))),
+        limits=LimitsOut(**asdict(rooms.limits.of(user.role, **asdict(user.limits)))),
         tokens_today=rooms.usage.tokens_today(user.name),
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from accounts.login_guard import LoginGuard
-from quotas.limits import LimitExceeded, RateLimit
+from errors import RateLimited
 
 
 class Clock:
@@ -23,14 +23,13 @@ def clock() -> Clock:
 
 
 def logins(clock: Clock, attempts: int = 5) -> LoginGuard:
-    rate = RateLimit(clock=clock)
-    return LoginGuard(rate.hit, rate.forget, attempts)
+    return LoginGuard(attempts, clock=clock)
 
 
 def passes(ask: Callable[[], object]) -> bool:
     try:
         ask()
-    except LimitExceeded:
+    except RateLimited:
         return False
     return True
 
@@ -41,7 +40,7 @@ def test_the_sixth_wrong_password_is_refused(clock: Clock) -> None:
     for _ in range(5):
         guard.attempt("198.51.100.1", "ann")
         clock.now += 1
-    with pytest.raises(LimitExceeded) as refused:
+    with pytest.raises(RateLimited) as refused:
         guard.attempt("198.51.100.1", "ann")
     assert refused.value.retry_after == pytest.approx(895)
     clock.now += 895

@@ -71,7 +71,6 @@ def test_a_revoked_token_stays_revoked_after_a_restart(make_app: MakeApp) -> Non
     [
         ({"model": "no-such-model"}, "MODEL=no-such-model"),
         ({"redis_url": "http://:hunter2@localhost"}, "REDIS_URL: "),
-        ({"state_redis_url": "http://:hunter2@localhost"}, "STATE_REDIS_URL: "),
         ({"jwt_secret_file": Path("/nowhere/key")}, "JWT_SECRET_FILE: "),
         ({"admin_password_file": Path("/nowhere/password"), "admin_password": None}, "ADMIN_PASSWORD_FILE: "),
         ({"data_dir": Path("/proc/nowhere")}, "DATA_DIR: "),
@@ -104,7 +103,7 @@ def test_a_short_secret_is_refused(make_app: MakeApp, tmp_path: Path, capfd: pyt
         ("admin_password_file", b"hunter2" * 1000),
         ("admin_password_file", b"hunter2 hunter2 \xff"),
         ("redis_url_file", b"redis://:hunter2\xff@127.0.0.1"),
-        ("state_redis_url_file", b"hunter2"),
+        ("redis_url_file", b"hunter2"),
     ],
     ids=repr,
 )

@@ -1,4 +1,4 @@
-"""Sealed answers. The box is the real one, though the store itself never imports it."""
+"""Encrypted answers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from cache.stores import SqliteCache
 
 from cache.responses import ResponseCache
+from cache.sqlite_cache import SqliteCache
 from crypto import Box
 
 ANSWER: dict[str, object] = {"text": "Ray\n\ud800 scatters", "usage": {"prompt_tokens": 3}, "parts": [["answer", "é"]]}

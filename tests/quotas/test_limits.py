@@ -19,15 +19,14 @@ from hypothesis import strategies as st
 
 from accounts.roles import Role
 from cache.redis_cache import Breaker, RedisLink
-from quotas.limits import ConcurrencyLimit, LimitExceeded, Limits, LimitTable, RateLimit
+from quotas.limits import ConcurrencyLimit, LimitExceeded, Limits, LimitTable, RequestRate
 from settings import Settings, SettingsError
-from tests.api.server import eventually
 from tests.faults import FaultProxy, Mode
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = Limits(10, 120, 0)
 RULES = ("admin.rpm=600", "admin.streams=20", "user.tokens_per_day=5000", "user.tokens_per_day=7000")
-OWN = (None, None, None)
+OWN = {"streams": None, "rpm": None, "tokens_per_day": None}
 
 
 class Clock:
@@ -43,8 +42,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def rate(request: pytest.FixtureRequest) -> RateLimit:
-    return RateLimit() if request.param == "memory" else shared(request.getfixturevalue("redis_url"))
+def rate(request: pytest.FixtureRequest) -> RequestRate:
+    return RequestRate() if request.param == "memory" else shared(request.getfixturevalue("redis_url"))
 
 
 @pytest.fixture
@@ -53,9 +52,9 @@ def name() -> str:
     return uuid4().hex
 
 
-def shared(url: str, breaker: Breaker | None = None) -> RateLimit:
+def shared(url: str, breaker: Breaker | None = None) -> RequestRate:
     link = RedisLink(url, breaker)
-    return RateLimit((link.redis.connection_pool, link.ask))
+    return RequestRate((link.redis.connection_pool, link.ask))
 
 
 def passes(ask: Callable[[], object]) -> bool:
@@ -72,19 +71,19 @@ def passes(ask: Callable[[], object]) -> bool:
         (Role.AUDITOR, OWN, DEFAULT),
         (Role.ADMIN, OWN, Limits(20, 600, 0)),
         (Role.USER, OWN, Limits(10, 120, 7000)),
-        (Role.USER, (1, None, 0), Limits(1, 120, 0)),
-        (Role.ADMIN, (1, 2, 3), Limits(1, 2, 3)),
+        (Role.USER, {**OWN, "streams": 1, "tokens_per_day": 0}, Limits(1, 120, 0)),
+        (Role.ADMIN, {"streams": 1, "rpm": 2, "tokens_per_day": 3}, Limits(1, 2, 3)),
         ("no such role", OWN, DEFAULT),
     ],
 )
-def test_the_nearest_limit_counts(role: str, own: tuple[int | None, int | None, int | None], expected: Limits) -> None:
-    assert LimitTable(DEFAULT, RULES).of(role, *own) == expected
+def test_the_nearest_limit_counts(role: str, own: dict[str, int | None], expected: Limits) -> None:
+    assert LimitTable(DEFAULT, RULES).of(role, **own) == expected
 
 
 def test_roles_are_limited_by_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROLE_LIMITS", ", ".join(f"{role}.rpm=1" for role in Role))
     rules = Settings.from_environment().role_limits
-    assert {LimitTable(DEFAULT, rules).of(role, *OWN).rpm for role in Role} == {1}
+    assert {LimitTable(DEFAULT, rules).of(role, **OWN).rpm for role in Role} == {1}
 
 
 @pytest.mark.parametrize("wrong", ["admin", "root.rpm=1", "admin.rpm=0", "admin.rpm=-1", "admin.tpm=1", "admin.rpm=1;"])
@@ -94,10 +93,10 @@ def test_a_wrong_rule_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, wrong:
         Settings.from_environment()
 
 
-class TestAnyRateLimit:
+class TestAnyRequestRate:
     """Holds in memory and in Redis."""
 
-    def test_it_counts_to_its_limit_and_says_when_there_is_room(self, rate: RateLimit, name: str) -> None:
+    def test_it_counts_to_its_limit_and_says_when_there_is_room(self, rate: RequestRate, name: str) -> None:
         for left in (2, 1, 0):
             remaining = rate.hit(name, 3)
             assert (remaining.limit, remaining.left) == (3, left) and 55 < remaining.reset <= 60
@@ -108,17 +107,7 @@ class TestAnyRateLimit:
         assert 55 < refused.value.retry_after == refused.value.remaining.reset <= 60  # type: ignore[operator]
         assert passes(lambda: rate.hit(f"{name}2", 3)), "one name's hits were counted for another"
 
-    def test_a_forgotten_name_starts_again(self, rate: RateLimit, name: str) -> None:
-        rate.hit(name, 1, 900)
-        rate.forget(name, 1, 900)
-        assert passes(lambda: rate.hit(name, 1, 900))
-        rate.forget("never seen", 1, 900)
-
-    def test_its_window_moves(self, rate: RateLimit, name: str) -> None:
-        assert [passes(lambda: rate.hit(name, 2, 1)) for _ in range(3)] == [True, True, False]
-        eventually(lambda: passes(lambda: rate.hit(name, 2, 1)), 5)
-
-    def test_it_is_exact_under_32_threads(self, rate: RateLimit, name: str) -> None:
+    def test_it_is_exact_under_32_threads(self, rate: RequestRate, name: str) -> None:
         start = threading.Barrier(32)
 
         def work(_: int) -> bool:
@@ -130,7 +119,7 @@ class TestAnyRateLimit:
 
 
 def test_requests_over_the_rate_wait_as_long_as_told(clock: Clock) -> None:
-    rate = RateLimit(clock=clock)
+    rate = RequestRate(clock=clock)
     for left in (2, 1, 0):
         remaining = rate.hit("ann", 3)
         assert (remaining.left, remaining.reset) == (left, 60 - 10 * (2 - left))
@@ -145,7 +134,7 @@ def test_requests_over_the_rate_wait_as_long_as_told(clock: Clock) -> None:
 
 
 def test_a_refused_request_is_not_counted(clock: Clock) -> None:
-    rate = RateLimit(clock=clock)
+    rate = RequestRate(clock=clock)
     rate.hit("ann", 1)
     assert not any(passes(lambda: rate.hit("ann", 1)) for _ in range(100))
     clock.now += 60
@@ -153,7 +142,7 @@ def test_a_refused_request_is_not_counted(clock: Clock) -> None:
 
 
 def test_a_lowered_rate_counts_what_was_let_through_before(clock: Clock) -> None:
-    rate = RateLimit(clock=clock)
+    rate = RequestRate(clock=clock)
     for _ in range(5):
         rate.hit("ann", 5)
         clock.now += 1
@@ -168,7 +157,7 @@ def test_a_lowered_rate_counts_what_was_let_through_before(clock: Clock) -> None
 @given(st.lists(st.floats(0, 40), max_size=60), st.integers(1, 6))
 def test_no_window_of_a_minute_ever_holds_more_than_the_rate(pauses: list[float], limit: int) -> None:
     clock, taken = Clock(), []
-    rate = RateLimit(clock=clock)
+    rate = RequestRate(clock=clock)
     for pause in pauses:
         clock.now += pause
         if passes(lambda: rate.hit("ann", limit)):
@@ -176,14 +165,6 @@ def test_no_window_of_a_minute_ever_holds_more_than_the_rate(pauses: list[float]
         else:
             assert len([at for at in taken if at > clock.now - 60]) == limit, "refused without need"
     assert all(later - earlier >= 60 for earlier, later in zip(taken, taken[limit:], strict=False))
-
-
-def test_invented_names_do_not_fill_the_memory(clock: Clock) -> None:
-    rate = RateLimit(clock=clock, max_names=3)
-    for name in "abcd":
-        rate.hit(name, 1)
-    assert not passes(lambda: rate.hit("d", 1)) and not passes(lambda: rate.hit("b", 1))
-    assert passes(lambda: rate.hit("a", 1)), "the stalest of four was not forgotten"
 
 
 COUNTER = """
@@ -234,8 +215,6 @@ def test_without_redis_rates_hold_in_the_process(proxy: FaultProxy, name: str, m
     proxy.mode = mode
     assert [passes(lambda: rate.hit(name, 3)) for _ in range(5)] == [True, True, True, False, False]
     assert proxy.injected >= 2
-    rate.forget(name, 3)
-    assert passes(lambda: rate.hit(name, 3))
 
 
 def test_one_stream_too_many_is_refused_until_one_ends() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from db import Database
 from errors import StoreUnavailable
 from quotas.limits import LimitExceeded, QuotaExceeded, Remaining
-from quotas.usage import Counts, UsageStore
+from quotas.usage import Counts, UsageStore, import_days
 from tests.api.server import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_a_generation_over_midnight_is_paid_by_the_day_it_began(store: UsageStor
     assert store.tokens_today("ann") == 50
 
 
-def test_the_reservation_of_a_process_that_died_is_released(store: UsageStore, database: Database, clock: Clock) -> None:
+def test_what_a_process_that_died_reserved_is_released(store: UsageStore, database: Database, clock: Clock) -> None:
     lost = store.reserve("ann", 100, 100)
     alive = UsageStore(database, LIFETIME, clock)
     clock.now += LIFETIME - 1
@@ -168,10 +168,10 @@ def test_nothing_is_lost_while_the_database_does_not_answer(
     assert store.tokens_today("ann") == 45 and left(store, 100) == 55
 
 
-def test_old_days_are_taken_over_once(store: UsageStore) -> None:
-    for _ in range(2):
-        store.import_days([("ann", DAY - 1, 70), ("ann", DAY, 40), ("bob", DAY, 3)])
-    store.import_days([])
+def test_days_of_an_older_version_count(store: UsageStore, database: Database) -> None:
+    with database.transaction() as connection:
+        import_days(connection, [("ann", DAY - 1, 70), ("ann", DAY, 40), ("bob", DAY, 3)])
+        import_days(connection, [])
     assert (store.tokens_today("ann"), left(store, 100)) == (40, 60)
     assert [row.counts.tokens for row in store.usage(DAY - 1, DAY - 1)] == [70]
 
