@@ -59,12 +59,8 @@ class Meter:
         if self._prompt and isinstance(event, Chunk):
             self._generated += 1
         elif self._prompt and isinstance(event, Done):
-            usage = event.usage
-            self._prompt, self._cached, self._generated = (
-                usage.prompt_tokens,
-                usage.cached_tokens,
-                usage.completion_tokens,
-            )
+            self._prompt, self._cached = event.usage.prompt_tokens, event.usage.cached_tokens
+            self._generated = event.usage.completion_tokens
 
     def fail(self) -> None:
         """The service failed: the prompt costs nothing where no text came of it."""

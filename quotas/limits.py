@@ -95,7 +95,9 @@ class RequestRate:
         """Count one request. Raises LimitExceeded, and then does not count it."""
         shared = self._ask(lambda: self._hit_shared(user_id, limit))
         counted, left, reset = shared or self._hit_here(user_id, limit)
-        remaining = Remaining(limit, max(left, 0), max(reset, 0.001))
+        remaining = Remaining(
+            limit, min(max(0, left), limit), min(_MINUTE, max(0.001, reset))
+        )  # Redis may send anything
         if not counted:
             raise LimitExceeded(f"You may send {limit} requests a minute.", remaining.reset, remaining)
         return remaining

@@ -40,14 +40,7 @@ class Counts:
         return Counts(*(getattr(self, each) + getattr(other, each) for each in _COUNTS))
 
 
-@dataclass(frozen=True, slots=True)
-class UsageRow:
-    """day: days since 1970 in UTC."""
-
-    day: int
-    user_id: str
-    model: str
-    counts: Counts
+Usage = dict[tuple[int, str, str], Counts]  # by day (since 1970, in UTC), user and model
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +52,6 @@ class Reservation:
     remaining: Remaining
 
 
-Pending = dict[tuple[int, str, str], Counts]  # by day, user and model
 _KEY = ("day", "user_id", "model")
 _COUNTS = tuple(field.name for field in fields(Counts))
 _usage = Table(
@@ -98,7 +90,7 @@ def import_days(connection: Connection, rows: Iterable[tuple[str, int, int]]) ->
     _insert(connection, {(day, user_id, ""): Counts(prompt_tokens=tokens) for user_id, day, tokens in rows})
 
 
-def _insert(connection: Connection, counts: Pending) -> None:
+def _insert(connection: Connection, counts: Usage) -> None:
     """In one order, or two processes could wait for each other's rows."""
     if counts:
         rows = [dict(zip(_KEY, key, strict=True)) | asdict(counts[key]) for key in sorted(counts)]
@@ -113,7 +105,7 @@ class UsageStore:
 
     def __init__(self, db: Database, lifetime: float, clock: Callable[[], float] = time.time) -> None:
         self._db, self._lifetime, self._clock = db, lifetime, clock
-        self._pending: Pending = {}
+        self._pending: Usage = {}
         self._ended: list[str] = []  # reservations that what is pending replaces
         self._timer: threading.Timer | None = None
         self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -169,26 +161,26 @@ class UsageStore:
     def tokens_today(self, user_id: str) -> int:
         """Tokens of today, without those of what still runs."""
         today = int(self._clock() // _DAY)
-        return sum(row.counts.tokens for row in self.usage(today, today, user_id))
+        return sum(counts.tokens for counts in self.usage(today, today, user_id).values())
 
-    def usage(self, from_day: int, to_day: int, user_id: str | None = None) -> list[UsageRow]:
-        """One user's or everybody's usage of these days, both included, by day, user and model."""
+    def usage(self, from_day: int, to_day: int, user_id: str | None = None) -> Usage:
+        """One user's or everybody's usage of these days, both included, in order."""
         self.flush()
         statement = _ROWS if user_id is None else _ROWS_OF_USER
         with self._db.reading() as connection:
             found = connection.execute(statement, {"first": from_day, "last": to_day, "user_id": user_id}).all()
-        return [UsageRow(row.day, row.user_id, row.model, Counts(*row[3:])) for row in found]
+        return {(row.day, row.user_id, row.model): Counts(*row[3:]) for row in found}
 
     def close(self) -> None:
         """Write what is pending."""
         self._try_flush()
 
-    def _add(self, pending: Pending, ended: list[str]) -> None:
+    def _add(self, pending: Usage, ended: list[str]) -> None:
         for key, counts in pending.items():
             self._pending[key] = self._pending.get(key, Counts()) + counts
         self._ended += ended
 
-    def _write(self, pending: Pending, ended: list[str]) -> None:
+    def _write(self, pending: Usage, ended: list[str]) -> None:
         if not pending:
             return
         with self._db.transaction() as connection:

@@ -52,7 +52,7 @@ def spent(rooms: Services) -> int:
 def counted(rooms: Services) -> Counts:
     """All that was recorded for bob today."""
     today = int(time.time() // 86_400)
-    return sum((row.counts for row in rooms.usage.usage(today, today, bob_id(rooms))), Counts())
+    return sum(rooms.usage.usage(today, today, bob_id(rooms)).values(), Counts())
 
 
 def free(rooms: Services, limit: int) -> int:

@@ -242,3 +242,16 @@ def test_streams_are_exact_under_32_threads() -> None:
             return passes(lambda: held.enter_context(streams.hold("ann", 10)))
 
         assert sum(pool.map(work, range(32))) == 10
+
+
+@pytest.mark.parametrize(
+    ("start", "count"), [("nan", 1), ("inf", 1), ("-inf", -9), ("1e308", 1 << 40), ("x", 1), ("1", "x")]
+)
+def test_what_redis_answers_is_kept_in_bounds(
+    redis_url: str, name: str, monkeypatch: pytest.MonkeyPatch, start: str, count: object
+) -> None:
+    """Redis is not trusted: Retry-After must stay a number that a client can wait for."""
+    rate = shared(redis_url)
+    monkeypatch.setattr(rate._shared.storage, "lua_moving_window", lambda *_: [start, count])
+    remaining = rate.hit(name, 3)
+    assert 0 <= remaining.left <= 3 and 0 < remaining.reset <= 60

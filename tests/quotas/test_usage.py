@@ -118,14 +118,13 @@ def test_usage_is_recorded_without_a_quota_and_summed_by_day_user_and_model(stor
     store.record("bob", "m", Counts(1, 2, 0, 2))
     clock.now += 86_400
     store.record("ann", "m", Counts(1, 1))
-    rows = [(row.day - DAY, row.user_id, row.model, row.counts) for row in store.usage(DAY, DAY + 1)]
-    assert rows == [
-        (0, "ann", "m", Counts(4, 35, 4, 10, 1)),
-        (0, "ann", "other", Counts(1, 1, 0, 1)),
-        (0, "bob", "m", Counts(1, 2, 0, 2)),
-        (1, "ann", "m", Counts(1, 1)),
+    assert list(store.usage(DAY, DAY + 1).items()) == [
+        ((DAY, "ann", "m"), Counts(4, 35, 4, 10, 1)),
+        ((DAY, "ann", "other"), Counts(1, 1, 0, 1)),
+        ((DAY, "bob", "m"), Counts(1, 2, 0, 2)),
+        ((DAY + 1, "ann", "m"), Counts(1, 1)),
     ]
-    assert [row.model for row in store.usage(DAY, DAY, "ann")] == ["m", "other"]
+    assert [model for _, _, model in store.usage(DAY, DAY, "ann")] == ["m", "other"]
     assert (store.tokens_today("ann"), store.tokens_today("nobody")) == (1, 0)
 
 
@@ -173,7 +172,7 @@ def test_days_of_an_older_version_count(store: UsageStore, database: Database) -
         import_days(connection, [("ann", DAY - 1, 70), ("ann", DAY, 40), ("bob", DAY, 3)])
         import_days(connection, [])
     assert (store.tokens_today("ann"), left(store, 100)) == (40, 60)
-    assert [row.counts.tokens for row in store.usage(DAY - 1, DAY - 1)] == [70]
+    assert store.usage(DAY - 1, DAY - 1) == {(DAY - 1, "ann", ""): Counts(prompt_tokens=70)}
 
 
 def test_32_threads_reserve_no_token_too_many(store: UsageStore) -> None:
@@ -195,7 +194,7 @@ def test_recording_at_once_loses_and_doubles_nothing(store: UsageStore) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(work, range(32)))
-    assert store.usage(DAY, DAY)[0].counts == Counts(32, 64, 0, 32)
+    assert store.usage(DAY, DAY) == {(DAY, "ann", "m"): Counts(32, 64, 0, 32)}
     assert left(store, 160) == 64
 
 
