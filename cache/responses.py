@@ -26,7 +26,10 @@ class ResponseCache:
         on_lookup: Callable[[str], None] = lambda result: None,
     ) -> None:
         self._store, self._box, self._mac_key, self._ttl, self._on_lookup = store, box, mac_key, ttl, on_lookup
-        self.problem, self.close = store.problem, store.close
+
+    def problem(self) -> str | None:
+        """What is wrong with the store, in a word; it costs hits alone."""
+        return self._store.problem()
 
     def key(self, *parts: Part) -> str:
         """HMAC-SHA256 over the parts as a JSON array: neither 1 and "1" nor ("ab", "c") and ("a", "bc") meet."""
@@ -40,6 +43,9 @@ class ResponseCache:
 
     def put(self, key: str, value: dict[str, object]) -> None:
         self._store.put(key, self._box.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self._ttl)
+
+    def close(self) -> None:
+        self._store.close()
 
     def _opened(self, key: str) -> dict[str, object] | None:
         sealed = self._store.get(key)

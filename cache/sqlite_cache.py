@@ -57,11 +57,12 @@ class SqliteCache:
 
     def put(self, key: str, value: bytes, ttl: int) -> None:
         """Keep `value` for `ttl` seconds; not at all when `ttl` is 0."""
-        if ttl > 0 and len(key) + len(value) <= self._max_bytes:
-            self._use(lambda connection: self._write(connection, key, value, ttl))
+        fits = ttl > 0 and len(key) + len(value) <= self._max_bytes
+        if fits and self._use(lambda connection: self._write(connection, key, value, ttl)):
+            self._problem = None
 
     def problem(self) -> str | None:
-        """SQLite's name for what is wrong with the file; None as far as the last use tells."""
+        """SQLite's name for what is wrong with the file; None since the last value was written."""
         return self._problem
 
     def close(self) -> None:
@@ -69,7 +70,7 @@ class SqliteCache:
         with self._lock:
             self._close()
 
-    def _write(self, connection: sqlite3.Connection, key: str, value: bytes, ttl: int) -> None:
+    def _write(self, connection: sqlite3.Connection, key: str, value: bytes, ttl: int) -> bool:
         size, now = len(key) + len(value), self._clock()
         connection.execute("BEGIN IMMEDIATE")
         with connection:  # ends the transaction
@@ -77,16 +78,15 @@ class SqliteCache:
             while connection.execute("SELECT bytes FROM total").fetchone()[0] + size > self._max_bytes:
                 connection.execute("DELETE FROM entries WHERE number = (SELECT min(number) FROM entries)")
             connection.execute(_PUT, (key, now + ttl, size, value))
+        return True
 
     def _use(self, work: Callable[[sqlite3.Connection], Result]) -> Result | None:
         with self._lock:
             try:
-                result = work(self._connection or self._open())
+                return work(self._connection or self._open())
             except (sqlite3.Error, OSError) as error:
                 self._failed(error)
                 return None
-            self._problem = None
-            return result
 
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 
 from api.context import NAME, Services
+from db import Database
 from errors import StoreUnavailable
 from model.types import GenerateRequest, Message
-from quotas.usage import Counts
-from tests.api.conftest import Client, assert_refused
+from quotas.usage import Counts, UsageStore
+from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import MODEL, ScriptedBackend
+from tests.api.server import Server
 from tests.api.test_generate import events
 
 WORDS = {"prompt": "one two three", "max_new_tokens": 10, "cache": False}
@@ -239,6 +244,20 @@ def test_tokens_of_today_are_shown_without_a_quota_too(bob: Client, admin: Clien
     listed = {user["username"]: user["tokens_today"] for user in admin.get("/admin/users").json["users"]}
     assert listed == {"admin": 0, "bob": 2 * COST}
     assert counted(rooms) == Counts(3, 2 * PROMPT, 0, 6, errors=1)
+
+
+@pytest.mark.parametrize(("sent", "wait"), [(signal.SIGTERM, 0.0), (signal.SIGKILL, 2.0)])
+def test_usage_outlives_a_clean_stop_and_a_kill_costs_a_second_of_it(
+    tmp_path: Path, sent: signal.Signals, wait: float
+) -> None:
+    with Server(tmp_path, PASSWORD) as server:
+        for _ in range(3):
+            server.ask("POST", "/generate", {**WORDS, "temperature": 0, "cache": True})
+        time.sleep(wait)
+        os.killpg(server.process.pid, sent) if sent == signal.SIGKILL else server.process.send_signal(sent)
+        server.process.wait(20)
+    store, today = UsageStore(Database.in_folder(tmp_path / "data"), 1), int(time.time() // 86_400)
+    assert sum(store.usage(today - 1, today).values(), Counts()) == Counts(3, PROMPT, 0, 3)
 
 
 @pytest.mark.promise("P17", injected="a Redis that is gone", counted="logins and generations 200, limits hold")

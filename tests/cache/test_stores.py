@@ -251,13 +251,19 @@ def test_a_folder_that_cannot_be_used_is_a_miss_and_is_told(tmp_path: Path, logg
     assert cache.problem() == "NotADirectoryError" and len(logged) == 1
 
 
-def test_a_missing_table_is_a_miss(sqlite: SqliteCache, tmp_path: Path) -> None:
-    sqlite.put("k", b"value", 60)
+@pytest.mark.parametrize(
+    "breaks",
+    ["DROP TABLE entries", "CREATE TRIGGER full BEFORE INSERT ON entries BEGIN SELECT RAISE(FAIL, 'full'); END"],
+)
+def test_a_store_that_takes_no_values_is_told_once(
+    sqlite: SqliteCache, tmp_path: Path, logged: list[dict[str, object]], breaks: str
+) -> None:
     with closing(sqlite3.connect(tmp_path / "cache.db")) as breaking:
-        breaking.execute("DROP TABLE entries")
-    assert sqlite.get("k") is None
-    sqlite.put("k", b"value", 60)
-    assert sqlite.problem() == "SQLITE_ERROR"
+        breaking.execute(breaks)
+    for number in range(5):
+        sqlite.put(f"k{number}", b"value", 60)
+        assert sqlite.get(f"k{number}") is None
+    assert sqlite.problem() in ("SQLITE_ERROR", "SQLITE_CONSTRAINT_TRIGGER") and len(logged) == 1
 
 
 def test_a_key_of_another_kind_is_a_miss(server: redis.Redis, redis_url: str) -> None:
