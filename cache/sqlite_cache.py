@@ -76,7 +76,8 @@ class SqliteCache:
         with connection:  # ends the transaction
             connection.execute("DELETE FROM entries WHERE key = ? OR expires <= ?", (key, now))
             while connection.execute("SELECT bytes FROM total").fetchone()[0] + size > self._max_bytes:
-                connection.execute("DELETE FROM entries WHERE number = (SELECT min(number) FROM entries)")
+                if not connection.execute(_DROP_OLDEST).rowcount:
+                    break  # the total is wrong: another program has written to the file
             connection.execute(_PUT, (key, now + ttl, size, value))
         return True
 
@@ -127,4 +128,5 @@ class SqliteCache:
 
 
 _GET = "SELECT value FROM entries WHERE key = ? AND expires > ?"
+_DROP_OLDEST = "DELETE FROM entries WHERE number = (SELECT min(number) FROM entries)"
 _PUT = "INSERT INTO entries (key, expires, size, value) VALUES (?, ?, ?, ?)"
