@@ -165,6 +165,8 @@ def _welcome(settings: Settings) -> str:
 
 def worker_exit(server: Any, worker: Any) -> None:
     """A restart would meet the same model: this status ends the master too, with the same one."""
+    if getattr(worker, "wsgi", None):
+        _services(worker).usage.close()
     if getattr(worker, "gave_up", False):
         sys.exit(Arbiter.APP_LOAD_ERROR)
 

@@ -16,7 +16,7 @@ from accounts.users import UserLimits
 from api import accounts
 from api.context import services
 from errors import ServiceError
-from quotas.allowances import MOST_COUNT, MOST_TOKENS
+from quotas.limits import MAX_COUNT, MAX_TOKENS
 
 _PAGE = 1000
 _AS_ROLE = "role"  # the value for a limit that is again what the role has
@@ -115,16 +115,16 @@ class _Limit(click.ParamType[int | str, Any]):
 
 @users.command()
 @name_argument
-@click.option("--streams", type=_Limit(1, MOST_COUNT), help="Generations open at the same time.")
-@click.option("--rpm", type=_Limit(1, MOST_COUNT), help="Requests in any minute.")
-@click.option("--tokens-per-day", type=_Limit(0, MOST_TOKENS), help="Prompts and answers together; 0: no limit.")
+@click.option("--streams", type=_Limit(1, MAX_COUNT), help="Generations open at the same time.")
+@click.option("--rpm", type=_Limit(1, MAX_COUNT), help="Requests in any minute.")
+@click.option("--tokens-per-day", type=_Limit(0, MAX_TOKENS), help="Prompts and answers together; 0: no limit.")
 def limits(name: str, **wanted: int | str | None) -> None:
     """Show an account's limits, or give it limits of its own, or its role's again."""
     columns = {limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None}
     if columns:
         _change(name, **columns)
     user = accounts.get(name)
-    click.echo(json.dumps(asdict(services().allowances.of(user.role, user.limits))))
+    click.echo(json.dumps(asdict(services().limits.of(user.role, **asdict(user.limits)))))
 
 
 @keys.command("add")

@@ -24,8 +24,8 @@ from crypto import Encryptor
 from db import Database
 from errors import Overloaded
 from model.types import Backend, Done
-from quotas.allowances import Allowances
-from quotas.limits import RequestRate, StreamLimit, TokenQuota
+from quotas.limits import ConcurrencyLimit, LimitTable, RequestRate
+from quotas.usage import UsageStore
 from settings import Settings
 from telemetry import request_id
 
@@ -81,10 +81,10 @@ class Services:
     policy: TokenPolicy
     guard: LoginGuard
     tickets: Tickets
-    allowances: Allowances
+    limits: LimitTable
     rate: RequestRate
-    streams: StreamLimit
-    tokens: TokenQuota
+    streams: ConcurrencyLimit
+    usage: UsageStore
     generations: Capacity
     sanitise: Callable[[str], tuple[str, int]]
     preparing: Capacity = field(default_factory=lambda: Capacity(PREPARING, retry_after=5))

@@ -24,7 +24,6 @@ from audit.journal import AuditUnavailable
 from crypto import Encryptor
 from errors import ServiceError, StoreUnavailable
 from model.types import Chunk, Done, Event, GenerateRequest
-from quotas.limits import LimitExceeded, QuotaExceeded
 
 
 class Turn(Protocol):
@@ -78,10 +77,8 @@ class Entry:
         """The generation ended in this."""
         if isinstance(error, ServiceError):
             self._end(error.code)
-        elif isinstance(error, LimitExceeded):
-            self._end("insufficient_quota" if isinstance(error, QuotaExceeded) else "rate_limited")
         else:
-            self._end("store_unavailable" if isinstance(error, StoreUnavailable) else "internal_error")
+            self._end("internal_error")
 
     def __enter__(self) -> None:
         pass

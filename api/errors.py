@@ -14,8 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from api.context import current
 from audit.journal import AuditUnavailable
-from errors import InvalidRequest, RateLimited, ServiceError
-from quotas.limits import LimitExceeded, QuotaExceeded
+from errors import InvalidRequest, ServiceError
 
 log = structlog.get_logger("api")
 
@@ -97,10 +96,6 @@ def translate(error: Exception) -> ServiceError:
         if error.detail is not None:
             log.error("refused", code=error.code, reason=error.detail)
         return error
-    # At the merge these five mappings go: such errors are ServiceErrors then.
-    if isinstance(error, LimitExceeded):
-        code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None
-        return RateLimited(_sentence(error), code=code, retry_after=error.retry_after)
     return _bug(error)
 
 

@@ -16,12 +16,12 @@ from flask import Response, request
 from api import generation_audit, sse
 from api.context import RequestLog, current, services
 from api.generation_audit import GenerationAudit
-from api.metering import Meter, allowance
-from api.middleware import Principal, principal, recheck
+from api.metering import Meter, limits
+from accounts.credentials import Principal
+from api.middleware import principal, recheck
 from api.schemas.native import GenerateBody
 from errors import InvalidRequest, ServiceError
 from model.types import Chunk, Done, Event, FinishReason, GenerateRequest, Message, Status, Usage
-from quotas.limits import Lease, LimitExceeded
 
 CacheUse = Literal["hit", "miss", "off"]
 _SHORT = 8_000  # characters: cleaning and tokenising fewer takes under 5 ms, and needs no place of its own
@@ -60,22 +60,22 @@ class Completion:
 def start(body: GenerateBody) -> Generation:
     """Start what `body` asks for in the name of the caller. Raises ServiceError."""
     caller, log, sent = principal(), current(), body.conversation()
-    wanted, meter = _wanted(body, caller, log.id), Meter(caller.owner)
+    wanted = _wanted(body, caller, log.id)
+    meter = Meter(caller.user_id, wanted.model)
     with ExitStack() as held:
         held.enter_context(services().generations.take())
         try:
-            lease = services().streams.take(caller.owner, allowance().streams)
-            held.callback(lease.give_back)
+            held.enter_context(services().streams.hold(caller.user_id, limits().streams))
             prepared, sanitised = _prepare(body, wanted)
             cache, key, remembered = _look_up(body, prepared)
             held.callback(meter.settle)
             if remembered is None:
                 meter.reserve(prepared)
-        except (ServiceError, LimitExceeded):
+        except ServiceError:
             with generation_audit.start(wanted, sent, caller, log, None):
                 raise
         log.cache = cache
-        generation = Generation(log.id, caller.owner, prepared, sanitised, cache)
+        generation = Generation(log.id, caller.name, prepared, sanitised, cache)
         if remembered is not None:
             events = [*_replay(remembered)]
             generation_audit.record_hit(prepared, sent, caller, log, events)
@@ -88,7 +88,7 @@ def start(body: GenerateBody) -> Generation:
             generation.cancel = stream.close
             services().running[prepared.id] = generation
             held.callback(services().running.pop, prepared.id, None)
-            watched = sse.watched(stream, sse.client_check(request.environ), _still_allowed(caller, lease))
+            watched = sse.watched(stream, sse.client_check(request.environ), recheck(caller))
             keep = partial(services().cache.put, key) if key is not None else None
             generation.events = _observed(watched, generation, keep, meter, audit, log)
         meter.begin()
@@ -125,7 +125,7 @@ def headers(generation: Generation) -> dict[str, str]:
 def _wanted(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
     return GenerateRequest(
         id=f"{id}.{token_hex(4)}",  # two callers may have chosen the same request id
-        owner=caller.owner,
+        owner=caller.user_id,
         model=body.model or services().model,
         messages=tuple(Message(message.role, message.content) for message in body.conversation()),
         sampling=body.sampling(),
@@ -175,16 +175,6 @@ def _look_up(body: GenerateBody, prepared: GenerateRequest) -> tuple[CacheUse, s
     key = built.cache.key("answer-1", built.backend.fingerprint(), owner, prepared.prompt_ids, *ending)
     found = built.cache.get(key)
     return ("miss" if found is None else "hit"), key, found
-
-
-def _still_allowed(caller: Principal, lease: Lease) -> sse.Check:
-    still_stands = recheck(caller)
-
-    def check() -> None:
-        still_stands()
-        lease.keep()
-
-    return check
 
 
 def _observed(

@@ -24,7 +24,7 @@ _BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
 
-Check = Callable[[], None]
+Check = Callable[[], object]
 
 
 class ClientGone(ServiceError):

@@ -1,7 +1,4 @@
-"""Whole answers, kept sealed: who reads the cache reads nothing, and who writes it can plant nothing.
-
-Does not decide which answers may be kept, nor what a key must hold; the caller names the parts.
-"""
+"""Finished answers, encrypted: reading the store tells nothing, and writing to it plants nothing."""
 
 from __future__ import annotations
 
@@ -9,33 +6,30 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable
-from typing import Protocol
 
-from cache.stores import Cache
+from cache.redis_cache import RedisCache
+from cache.sqlite_cache import SqliteCache
+from crypto import Box
 
 Part = str | int | float | bool | None | list["Part"] | tuple["Part", ...]
 
 
-class Sealer(Protocol):
-    """The part of `crypto.Box` that is needed here; `open` raises a ValueError for a broken seal."""
-
-    def seal(self, plain: bytes, context: bytes) -> bytes: ...
-
-    def open(self, sealed: bytes, context: bytes) -> bytes: ...
-
-
 class ResponseCache:
-    """JSON objects under keyed names. `on_lookup` hears "hit" or "miss"; `ttl` in seconds, 0 keeps nothing."""
+    """JSON objects under keyed names. `on_lookup` is told "hit" or "miss"; `ttl` in seconds, 0 keeps nothing."""
 
     def __init__(
         self,
-        cache: Cache,
-        box: Sealer,
+        store: RedisCache | SqliteCache,
+        box: Box,
         mac_key: bytes,
         ttl: int,
         on_lookup: Callable[[str], None] = lambda result: None,
     ) -> None:
-        self._cache, self._box, self._mac_key, self._ttl, self._on_lookup = cache, box, mac_key, ttl, on_lookup
+        self._store, self._box, self._mac_key, self._ttl, self._on_lookup = store, box, mac_key, ttl, on_lookup
+
+    def problem(self) -> str | None:
+        """What is wrong with the store, in a word; it costs hits alone."""
+        return self._store.problem()
 
     def problem(self) -> str | None:
         return None
@@ -45,24 +39,21 @@ class ResponseCache:
         return hmac.new(self._mac_key, json.dumps(parts, allow_nan=False).encode(), hashlib.sha256).hexdigest()
 
     def get(self, key: str) -> dict[str, object] | None:
-        """What was put, or None. A value that does not open under this key, or is no JSON object, is a miss."""
+        """What was put, or None. A value that does not decrypt under this key, or is no JSON object, is a miss."""
         value = self._opened(key)
         self._on_lookup("miss" if value is None else "hit")
         return value
 
     def put(self, key: str, value: dict[str, object]) -> None:
-        context = key.encode()
-        self._cache.put(key, self._box.seal(json.dumps(value, allow_nan=False).encode(), context), self._ttl)
+        self._store.put(key, self._box.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self._ttl)
 
     def close(self) -> None:
-        self._cache.close()
+        self._store.close()
 
     def _opened(self, key: str) -> dict[str, object] | None:
-        sealed = self._cache.get(key)
-        if sealed is None:
-            return None
+        sealed = self._store.get(key)
         try:
-            value = json.loads(self._box.open(sealed, key.encode()))
+            value = None if sealed is None else json.loads(self._box.open(sealed, key.encode()))
         except ValueError:  # the seal, the encoding or the JSON
             return None
         return value if isinstance(value, dict) else None

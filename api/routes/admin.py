@@ -73,6 +73,6 @@ def _shown(user: User) -> schemas.UserOut:
         role=Role(user.role),
         disabled=user.disabled,
         own_limits=schemas.LimitsBody(**asdict(user.limits)),
-        limits=schemas.LimitsOut(**asdict(found.allowances.of(user.role, user.limits))),
-        tokens_today=found.tokens.spent(user.id),
+        limits=schemas.LimitsOut(**asdict(found.limits.of(user.role, **asdict(user.limits)))),
+        tokens_today=found.usage.tokens_today(user.id),
     )

@@ -9,14 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from accounts.roles import Role
 from accounts.users import NAME, Changes, UserLimits
 from api.schemas.native import WHOLE, Strict
-from quotas.allowances import MOST_COUNT, MOST_TOKENS
+from quotas.limits import MAX_COUNT, MAX_TOKENS
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
 
 UserName = Annotated[str, Field(pattern=f"^{NAME}$", examples=["ann"])]
 NewPassword = Annotated[str, Field(min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST)]
 Wanted = Annotated[Role, Field(strict=False)]  # JSON knows no enum, only its word
-Count = Annotated[int, Field(ge=1, le=MOST_COUNT), WHOLE]
-Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE]
+Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS), WHOLE]
 
 
 class LimitsBody(Strict):
@@ -81,7 +81,7 @@ class UserOut(BaseModel):
     disabled: bool
     own_limits: LimitsBody
     limits: LimitsOut = Field(description="What holds: the user's own, else the role's, else everybody's.")
-    tokens_today: int = Field(description="Of ended generations; counted where a limit of tokens holds.")
+    tokens_today: int = Field(description="Prompts and answers of the generations that ended today (UTC).")
 
 
 class NewUserOut(UserOut):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 
 from api.context import NAME, Services
+from db import Database
 from errors import StoreUnavailable
 from model.types import GenerateRequest, Message
+from quotas.usage import Counts, UsageStore
 from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import MODEL, ScriptedBackend
+from tests.api.server import Server
 from tests.api.test_generate import events
 
 WORDS = {"prompt": "one two three", "max_new_tokens": 10, "cache": False}
@@ -37,8 +44,25 @@ def left(answer: Any, kind: str) -> int:
     return int(answer.headers[f"X-RateLimit-Remaining-{kind}"])
 
 
+def bob_id(rooms: Services) -> str:
+    user = rooms.users.get("bob")
+    assert user is not None
+    return user.id
+
+
 def spent(rooms: Services) -> int:
-    return rooms.tokens.spent(rooms.users.get("bob").id)
+    return rooms.usage.tokens_today(bob_id(rooms))
+
+
+def counted(rooms: Services) -> Counts:
+    """All that was recorded for bob today."""
+    today = int(time.time() // 86_400)
+    return sum(rooms.usage.usage(today, today, bob_id(rooms)).values(), Counts())
+
+
+def free(rooms: Services, limit: int) -> int:
+    """What bob could still reserve."""
+    return rooms.usage.reserve(bob_id(rooms), 0, limit).remaining.left
 
 
 def test_every_answer_says_how_many_requests_are_left(bob: Client, rooms: Services) -> None:
@@ -128,7 +152,7 @@ def test_a_cached_answer_costs_no_tokens(bob: Client, rooms: Services) -> None:
     sure = {**WORDS, "temperature": 0, "cache": True}
     answers = [bob.post("/generate", sure) for _ in range(4)]
     assert [answer.headers["X-Cache"] for answer in answers] == ["miss", "hit", "hit", "hit"]
-    assert spent(rooms) == COST
+    assert counted(rooms) == Counts(requests=4, prompt_tokens=PROMPT, generated_tokens=3)
 
 
 def test_whoever_leaves_early_pays_what_came(bob: Client, rooms: Services) -> None:
@@ -147,16 +171,14 @@ def test_what_fails_costs_only_what_came_of_it(
     limit(rooms, tokens_per_day=1000)
     assert bob.post("/generate", {**WORDS, "prompt": prompt}).status_code == status
     assert spent(rooms) == cost
-    assert rooms.tokens.reserve(rooms.users.get("bob").id, 1000 - cost, 1000).room.left == 0, (
-        "something is still set aside"
-    )
+    assert free(rooms, 1000) == 1000 - cost, "something is still set aside"
 
 
 def test_a_request_that_is_refused_before_it_runs_costs_nothing(bob: Client, rooms: Services) -> None:
     limit(rooms, tokens_per_day=1000)
     for body in ({"prompt": ""}, {"prompt": "hi", "max_new_tokens": 5000}, {"prompt": "hi", "model": "no"}):
         assert bob.post("/generate", body).status_code in (404, 422)
-    assert rooms.tokens.reserve(rooms.users.get("bob").id, 1000, 1000).room.left == 0
+    assert free(rooms, 1000) == 1000 and counted(rooms) == Counts()
 
 
 def test_a_ticket_is_paid_when_it_is_used(bob: Client, nobody: Client, rooms: Services) -> None:
@@ -183,19 +205,20 @@ def test_quotas_are_exact_for_32_requests_at_once(bob: Client, rooms: Services) 
             assert sorted(pool.map(begin, range(32))) == [200] * 10 + [429] * 22
 
 
-def test_a_bill_that_cannot_be_settled_ends_no_answer_and_stays(
+def test_tokens_that_cannot_be_recorded_end_no_answer_and_count_later(
     bob: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limit(rooms, tokens_per_day=MOST)
 
     def full(*_: object) -> None:
-        raise StoreUnavailable("the store does not answer (SQLITE_FULL)")
+        raise StoreUnavailable("the database does not answer (SQLITE_FULL)")
 
     with monkeypatch.context() as patched:
-        patched.setattr("quotas.counts.SqliteQuotas.settle", full)
+        patched.setattr("quotas.usage.UsageStore._write", full)
         assert bob.post("/generate", WORDS).json["response"] == "one two three"
-    assert "tokens not settled" in caplog.text
-    assert_refused(bob.post("/generate", WORDS), 429)
+        assert "usage is kept in memory" in caplog.text
+        assert_refused(bob.post("/generate", WORDS), 429)
+    assert spent(rooms) == COST and free(rooms, MOST) == MOST - COST
 
 
 def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
@@ -204,26 +227,49 @@ def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
     limit(rooms, tokens_per_day=1000)
 
     def full(*_: object) -> None:
-        raise StoreUnavailable("the store does not answer (SQLITE_FULL)")
+        raise StoreUnavailable("the database does not answer (SQLITE_FULL)")
 
-    monkeypatch.setattr("quotas.counts.SqliteQuotas.reserve", full)
+    monkeypatch.setattr("quotas.usage.UsageStore.reserve", full)
     assert_refused(bob.post("/generate", WORDS), 503)
     assert backend.submitted == []
 
 
-@pytest.mark.promise(
-    "P18", injected="a state Redis that is gone", counted="503 for login and for a token, never let in"
-)
-def test_without_its_state_redis_nobody_is_let_in_and_health_answers(make_app: Callable[..., Flask]) -> None:
-    token = Client(make_app()).login().token
+def test_tokens_of_today_are_shown_without_a_quota_too(bob: Client, admin: Client, rooms: Services) -> None:
+    bob.post("/generate", WORDS)
+    stream = bob.post("/stream", WORDS)
+    assert events(stream.text)[-1][0] == "done"
+    stream.close()
+    assert bob.post("/generate", {**WORDS, "prompt": "fail"}).status_code == 503
+    assert admin.get("/admin/users/bob").json["tokens_today"] == 2 * COST
+    listed = {user["username"]: user["tokens_today"] for user in admin.get("/admin/users").json["users"]}
+    assert listed == {"admin": 0, "bob": 2 * COST}
+    assert counted(rooms) == Counts(3, 2 * PROMPT, 0, 6, errors=1)
+
+
+@pytest.mark.parametrize(("sent", "wait"), [(signal.SIGTERM, 0.0), (signal.SIGKILL, 2.0)])
+def test_usage_outlives_a_clean_stop_and_a_kill_costs_a_second_of_it(
+    tmp_path: Path, sent: signal.Signals, wait: float
+) -> None:
+    with Server(tmp_path, PASSWORD) as server:
+        for _ in range(3):
+            server.ask("POST", "/generate", {**WORDS, "temperature": 0, "cache": True})
+        time.sleep(wait)
+        os.killpg(server.process.pid, sent) if sent == signal.SIGKILL else server.process.send_signal(sent)
+        server.process.wait(20)
+    store, today = UsageStore(Database.in_folder(tmp_path / "data"), 1), int(time.time() // 86_400)
+    assert sum(store.usage(today - 1, today).values(), Counts()) == Counts(3, PROMPT, 0, 3)
+
+
+@pytest.mark.promise("P17", injected="a Redis that is gone", counted="logins and generations 200, limits hold")
+def test_without_redis_everything_goes_on(make_app: Callable[..., Flask]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    app = make_app(state_redis_url=f"redis://127.0.0.1:{port}/0")
-    login = {"username": "admin", "password": PASSWORD}
-    for answer in (Client(app).post("/login", login), Client(app, token).post("/generate", WORDS)):
-        assert_refused(answer, 503)
-        assert answer.json["error"]["code"] == "store_unavailable" and int(answer.headers["Retry-After"]) >= 1
-    assert Client(app).get("/healthz").status_code == Client(app).get("/readyz").status_code == 200
+    app = make_app(redis_url=f"redis://127.0.0.1:{port}/0", role_limits="admin.rpm=9")
+    admin = Client(app).login()
+    answers = [admin.post("/generate", WORDS) for _ in range(10)]
+    assert [answer.status_code for answer in answers] == [200] * 9 + [429]
+    assert [left(answer, "Requests") for answer in answers] == [*range(8, -1, -1), 0]
+    assert Client(app).get("/readyz").status_code == 200
 
 
 def test_the_script_counts_as_these_tests_do(backend: ScriptedBackend) -> None:

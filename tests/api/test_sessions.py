@@ -116,11 +116,10 @@ def test_a_revoked_token_stays_revoked_through_kill_restart_and_a_lost_cache(tmp
 
 @pytest.fixture
 def pair(tmp_path: Path, redis_url: str) -> Iterator[tuple[Server, Server]]:
-    """Two processes with one data folder and one state Redis."""
-    state = redis.Redis.from_url(redis_url)
-    state.flushall()
-    state.close()
-    shared = {"STATE_REDIS_URL": redis_url, "DATA_DIR": str(tmp_path / "data"), "USER_RPM": "120"}
+    """Two processes with one data folder and one Redis."""
+    with redis.Redis.from_url(redis_url) as counts:
+        counts.flushall()
+    shared = {"REDIS_URL": redis_url, "DATA_DIR": str(tmp_path / "data"), "USER_RPM": "120"}
     (tmp_path / "two").mkdir()
     with Server(tmp_path, PASSWORD, **shared) as one, Server(tmp_path / "two", PASSWORD, **shared) as two:
         one.ask("POST", "/admin/users", {"username": "bob", "password": PASSWORD})
@@ -132,16 +131,15 @@ def at_once(pair: tuple[Server, Server], begin: Callable[[Server], int]) -> list
         return sorted(pool.map(lambda number: begin(pair[number % 2]), range(64)))
 
 
-def test_two_processes_share_each_limit_exactly(pair: tuple[Server, Server]) -> None:
+def test_two_processes_share_rates_and_quotas_exactly_and_each_bounds_its_streams(pair: tuple[Server, Server]) -> None:
     one, two = pair
-    one.ask("PATCH", "/admin/users/bob", {"limits": {"rpm": 150, "streams": 9, "tokens_per_day": 0}})
+    one.ask("PATCH", "/admin/users/bob", {"limits": {"rpm": 100, "streams": 9, "tokens_per_day": 0}})
     admin = one.token
     one.token = two.token = bob = login(two, "bob")["access_token"]
     with ExitStack() as held:
-        assert at_once(pair, lambda server: opened(held, server, SILENT, bob).status) == [200] * 9 + [429] * 55
+        assert at_once(pair, lambda server: opened(held, server, SILENT, bob).status) == [200] * 18 + [429] * 46
     eventually(lambda: one.open_streams() + two.open_streams() == 0, 5)
-    assert at_once(pair, lambda server: status(server, "GET", "/v1/models")) == [200] * 64
-    assert at_once(pair, lambda server: status(server, "GET", "/v1/models")) == [200] * 22 + [429] * 42
+    assert [status(pair[number % 2], "GET", "/v1/models") for number in range(38)] == [200] * 36 + [429] * 2
 
     one.token = admin
     limits = {"rpm": 1000, "streams": 100, "tokens_per_day": 7 * 111 + 110}

@@ -1,4 +1,4 @@
-"""Sealed answers. The box is the real one, though the store itself never imports it."""
+"""Encrypted answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache.responses import ResponseCache
-from cache.stores import SqliteCache
+from cache.sqlite_cache import SqliteCache
 from crypto import Box
 
 ANSWER: dict[str, object] = {"text": "Ray\n\ud800 scatters", "usage": {"prompt_tokens": 3}, "parts": [["answer", "é"]]}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
-from cache.stores import Cache, RedisCache, SqliteCache
-from errors import StoreUnavailable
-from olddb import Database
+from cache.redis_cache import RedisCache, RedisLink
+from cache.sqlite_cache import SqliteCache
+
+Cache = RedisCache | SqliteCache
 
 
 class Clock:
@@ -31,7 +35,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def sqlite(tmp_path: Path, clock: Clock) -> Iterator[SqliteCache]:
-    cache = SqliteCache(tmp_path / "cache.db", most_bytes=2000, clock=clock)
+    cache = SqliteCache(tmp_path / "cache.db", max_bytes=2000, clock=clock)
     yield cache
     cache.close()
 
@@ -41,6 +45,12 @@ def server(redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture
+def logged() -> Iterator[list[dict[str, object]]]:
+    with capture_logs() as lines:
+        yield lines
 
 
 @pytest.fixture(params=["redis", "sqlite"])
@@ -54,7 +64,7 @@ def cache(backend: str, request: pytest.FixtureRequest) -> Iterator[Cache]:
         yield request.getfixturevalue("sqlite")
         return
     request.getfixturevalue("server")
-    cache = RedisCache(request.getfixturevalue("redis_url"))
+    cache = RedisCache(RedisLink(request.getfixturevalue("redis_url")))
     yield cache
     cache.close()
 
@@ -143,14 +153,14 @@ def test_a_value_that_cannot_fit_drops_nothing(sqlite: SqliteCache) -> None:
 def test_the_file_never_holds_more_than_its_bound(
     sqlite: SqliteCache, clock: Clock, tmp_path: Path, puts: list[tuple[str, int, int]]
 ) -> None:
-    reader = Database(tmp_path / "cache.db", ((),))
     for key, size, pause in puts:
         clock.now += pause
         sqlite.put(key, bytes(size), 5)
         found = sqlite.get(key)
         assert found == bytes(size), "what was just put is there"
-    held, total = reader.rows("SELECT coalesce(sum(size), 0), (SELECT bytes FROM total) FROM entries")[0]
-    reader.close()
+    with closing(sqlite3.connect(tmp_path / "cache.db")) as reader:
+        sums = "SELECT coalesce(sum(size), 0), (SELECT bytes FROM total) FROM entries"
+        held, total = reader.execute(sums).fetchone()
     assert held == total <= 2000
 
 
@@ -158,9 +168,8 @@ def test_expired_values_leave_the_file(sqlite: SqliteCache, clock: Clock, tmp_pa
     for i in range(50):
         sqlite.put(f"k{i}", b"v", 5)
         clock.now += 5
-    reader = Database(tmp_path / "cache.db", ((),))
-    assert reader.rows("SELECT count(*) FROM entries")[0][0] == 1
-    reader.close()
+    with closing(sqlite3.connect(tmp_path / "cache.db")) as reader:
+        assert reader.execute("SELECT count(*) FROM entries").fetchone() == (1,)
 
 
 def test_a_cache_file_outlives_its_process(sqlite: SqliteCache, clock: Clock, tmp_path: Path) -> None:
@@ -169,52 +178,103 @@ def test_a_cache_file_outlives_its_process(sqlite: SqliteCache, clock: Clock, tm
     assert SqliteCache(tmp_path / "cache.db", clock=clock).get("k") == b"value"
 
 
-def test_a_broken_cache_file_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "cache.db").write_bytes(b"no database" * 1000)
-    cache = SqliteCache(tmp_path / "cache.db")
+def break_file(path: Path) -> None:
+    """Overwrite everything but the first page, as a failing disk might."""
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+
+
+@pytest.mark.parametrize("content", [b"no database" * 1000, b"\x00" * 8192])
+def test_a_file_that_is_no_database_is_renamed_and_a_new_one_made(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "cache.db"
+    path.write_bytes(content)
+    cache = SqliteCache(path)
+    for _ in range(2):  # the first use may be the one that finds it broken
+        cache.put("k", b"value", 60)
+    assert cache.get("k") == b"value" and cache.problem() is None
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert content[:1] == b"\x00" or path.with_name("cache.db.broken").read_bytes() == content
+
+
+def test_a_file_that_breaks_later_is_renamed_and_logged_once(tmp_path: Path, logged: list[dict[str, object]]) -> None:
+    path = tmp_path / "cache.db"
+    cache = SqliteCache(path)
+    for number in range(50):
+        cache.put(f"k{number}", bytes(4000), 60)
+    cache.close()  # and with it goes the WAL
+    break_file(path)
+    assert [cache.get(f"k{number}") for number in range(50)] == [None] * 50
     cache.put("k", b"value", 60)
-    assert cache.get("k") == b"value"
+    assert cache.get("k") == b"value" and cache.problem() is None
+    assert path.with_name("cache.db.broken").exists()
+    assert [line["problem"] for line in logged] == ["SQLITE_CORRUPT"]
 
 
-def test_a_place_without_files_is_told_at_once(tmp_path: Path) -> None:
+def test_a_file_that_is_only_busy_is_a_miss_and_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    first = SqliteCache(path)
+    first.put("k", b"value", 60)
+    first.close()
+    inode = path.stat().st_ino
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        second = SqliteCache(path)
+        second.put("k", b"other", 60)
+        assert second.get("k") is None
+    assert second.get("k") == b"value" and second.problem() is None
+    assert path.stat().st_ino == inode and not path.with_name("cache.db.broken").exists()
+
+
+def test_processes_that_find_one_file_broken_make_one_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    caches = [SqliteCache(path) for _ in range(2)]
+    caches[0].put("k", b"value", 60)
+    for suffix in ("", "-wal"):
+        file = path.with_name(path.name + suffix)
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    for cache in caches:
+        assert cache.get("k") in (None, b"value")  # what a process had read it may still know
+        cache.close()
+        cache.get("k")
+    caches[0].put("k", b"new", 60)
+    assert [cache.get("k") for cache in caches] == [b"new", b"new"]
+
+
+def test_a_folder_that_cannot_be_used_is_a_miss_and_is_told(tmp_path: Path, logged: list[dict[str, object]]) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreUnavailable):
-        SqliteCache(tmp_path / "file" / "cache.db")
-
-
-def test_a_file_that_breaks_later_is_a_miss(sqlite: SqliteCache, tmp_path: Path) -> None:
-    sqlite.put("k", b"value", 60)
-    breaking = Database(tmp_path / "cache.db", ((),))
-    breaking.write("DROP TABLE entries")
-    breaking.close()
-    assert sqlite.get("k") is None
-    sqlite.put("k", b"value", 60)
-
-
-def test_a_redis_that_asks_for_a_password_is_a_miss(server: redis.Redis, redis_url: str) -> None:
-    server.config_set("requirepass", "secret")
-    try:
-        cache = RedisCache(redis_url)
+    cache = SqliteCache(tmp_path / "file" / "cache.db")
+    for _ in range(3):
         cache.put("k", b"value", 60)
         assert cache.get("k") is None
-        with_password = RedisCache(redis_url.replace("//", "//:secret@"))
-        with_password.put("k", b"value", 60)
-        assert with_password.get("k") == b"value"
-        for each in (cache, with_password):
-            each.close()
-    finally:
-        server.config_set("requirepass", "")
+    assert cache.problem() == "NotADirectoryError" and len(logged) == 1
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    ["DROP TABLE entries", "CREATE TRIGGER full BEFORE INSERT ON entries BEGIN SELECT RAISE(FAIL, 'full'); END"],
+)
+def test_a_store_that_takes_no_values_is_told_once(
+    sqlite: SqliteCache, tmp_path: Path, logged: list[dict[str, object]], breaks: str
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "cache.db")) as breaking:
+        breaking.execute(breaks)
+    for number in range(5):
+        sqlite.put(f"k{number}", b"value", 60)
+        assert sqlite.get(f"k{number}") is None
+    assert sqlite.problem() in ("SQLITE_ERROR", "SQLITE_CONSTRAINT_TRIGGER") and len(logged) == 1
 
 
 def test_a_key_of_another_kind_is_a_miss(server: redis.Redis, redis_url: str) -> None:
     server.lpush("k", "not a string")
-    cache = RedisCache(redis_url)
+    cache = RedisCache(RedisLink(redis_url))
     assert cache.get("k") is None
     cache.close()
 
 
 def test_a_restarted_redis_costs_no_miss(server: redis.Redis, redis_url: str) -> None:
-    cache = RedisCache(redis_url)
+    cache = RedisCache(RedisLink(redis_url))
     cache.put("k", b"value", 60)
     assert server.client_kill_filter(_type="normal", skipme=True) >= 1, "no connection was cut"
     assert cache.get("k") == b"value"
@@ -224,4 +284,4 @@ def test_a_restarted_redis_costs_no_miss(server: redis.Redis, redis_url: str) ->
 @pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
 def test_a_malformed_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
-        RedisCache(url)
+        RedisLink(url)
