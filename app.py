@@ -33,19 +33,17 @@ from api.places import LOGINS, Places, generations
 from api.routes import admin, audit, auth, generate, health, openai, page
 from api.running import Running
 from api.sanitise import sanitise
-from audit.audit import Audit
-from audit.journal import Journal
-from audit.tail import Place
+from audit.log import AuditLog
 from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
 from crypto import Box, KeyFileError, derive
+from db import Database
 from errors import ServiceError, StoreUnavailable
-from keys import KeyRing
 from model.flight import Flights
 from model.types import Backend
 from model.weights.catalogue import ModelError, find
-from olddb import Database
+from olddb import Database as OldDatabase
 from quotas.allowances import Allowance, Allowances
 from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
 from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
@@ -105,7 +103,9 @@ def _flask(settings: Settings, rooms: Services, metrics: Metrics) -> Flask:
 def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Services:
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret, ring = signing_secret(settings), key_ring(settings)
-    db = Database(settings.data_dir / "state.sqlite3")
+    db = OldDatabase(settings.data_dir / "state.sqlite3")
+    database = Database(settings.database_url) if settings.database_url else Database.in_folder(settings.data_dir)
+    database.upgrade()
     shared = _shared_counts(settings, metrics)
     cache = ResponseCache(
         _cache(settings, metrics),
@@ -122,7 +122,9 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         running=Running(),
         users=Users(db),
         state=State(db, derive(secret, "api keys")),
-        audit=Audit(Journal(_place(settings, ring), metrics.audited)),
+        audit=AuditLog(
+            database, ring.codes("audit"), settings.data_dir, settings.audit_head, settings.audit_days, metrics
+        ),
         contents=ring.box("audit contents"),
         passwords=Passwords(),
         policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
@@ -137,12 +139,6 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         guesses=Places(LOGINS, retry_after=1),
         sanitise=sanitise if settings.sanitise == "strip" else str,
     )
-
-
-def _place(settings: Settings, ring: KeyRing) -> Place:
-    """Where the audit log is; its head lies beside the folder of its files, unless it is kept further apart."""
-    folder, head = settings.audit_dir or settings.data_dir / "audit", settings.audit_head
-    return Place(folder, head or settings.data_dir / "audit-head", ring.codes("audit"), settings.audit_days)
 
 
 def _log_to(settings: Settings) -> None:

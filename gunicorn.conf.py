@@ -131,7 +131,7 @@ def _open_audit(rooms: Services) -> None:
     try:
         rooms.audit.open()
     except StoreUnavailable as error:
-        print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
+        print(f"DATA_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

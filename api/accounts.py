@@ -10,7 +10,7 @@ from typing import Unpack
 import structlog
 
 from accounts.users import Changes, OwnLimits, User
-from api.acts import record
+from api.audit_events import record
 from api.context import services
 
 log = structlog.get_logger("accounts")

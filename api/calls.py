@@ -12,10 +12,10 @@ from secrets import token_hex
 
 from flask import Response, request
 
-from api import sse
+from api import generation_audit, sse
 from api.answers import CacheUse
 from api.context import RequestLog, current, services
-from api.entry import Entry, begin
+from api.generation_audit import GenerationAudit
 from api.metering import Meter, allowance
 from api.middleware import Principal, principal, recheck
 from api.schemas.native import GenerateBody
@@ -35,16 +35,11 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A generation under way. `close` gives everything back, any number of times.
-
-    settle: returns once its beginning is on record, which has to be before anybody hears of it; the end of `events`
-    comes when all of it is.
-    """
+    """A generation under way. `close` gives everything back, any number of times."""
 
     id: str
     model: str
     cache: CacheUse
-    settle: Callable[[], None]
     close: Callable[[], None]
     events: Iterator[Event | None]
 
@@ -56,18 +51,18 @@ def open_call(body: GenerateBody) -> Call:
     with ExitStack() as held:
         held.enter_context(rooms.calls.take())
         wanted = _request(body, caller, trace.id)
-        entry = begin(wanted, body.turns(), caller, trace)
+        entry = generation_audit.start(wanted, body.turns(), caller, trace, None)
         held.push(entry)
         lease = rooms.streams.take(caller.owner, allowance().streams)
         held.callback(lease.give_back)
         held.callback(meter.settle)
         use_cache = body.cache and not request.cache_control.no_store
-        answer = rooms.answers.open(wanted, use_cache, lambda prepared: _admit(prepared, entry, meter))
+        answer = rooms.answers.open(wanted, use_cache, meter.reserve)
         held.callback(answer.stream.close)
         held.callback(rooms.running.add(caller.owner, trace.id, answer.stream.close))
         trace.cache = entry.cache = answer.cache
         events = _traced(answer.stream, _watch(caller, lease), trace, meter, entry)
-        return Call(trace.id, wanted.model, answer.cache, entry.settle, held.pop_all().close, events)
+        return Call(trace.id, wanted.model, answer.cache, held.pop_all().close, events)
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
 
@@ -85,20 +80,9 @@ def read_all(call: Call) -> Whole:
 
 def stream(call: Call, frames: sse.Frames) -> Response:
     """The answer as server-sent events in the dialect of `frames`."""
-    response = sse.respond(_settled(call), frames, call.close)
+    response = sse.respond(call.events, frames, call.close)
     response.headers["X-Cache"] = call.cache
     return response
-
-
-def _settled(call: Call) -> Iterator[Event | None]:
-    call.settle()  # a hit has not waited for it yet: in one piece it needs one sync for beginning and end
-    yield from call.events
-
-
-def _admit(prepared: GenerateRequest, entry: Entry, meter: Meter) -> None:
-    """What has to be sure before the model is asked."""
-    meter.reserve(prepared)
-    entry.settle()
 
 
 def _request(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
@@ -129,13 +113,15 @@ def _watch(caller: Principal, lease: Lease) -> sse.Check:
     return check
 
 
-def _traced(source: Stream, check: sse.Check, trace: RequestLog, meter: Meter, entry: Entry) -> Iterator[Event | None]:
+def _traced(
+    source: Stream, check: sse.Check, trace: RequestLog, meter: Meter, entry: GenerationAudit
+) -> Iterator[Event | None]:
     meter.begin()
     try:
         with entry:
             for event in sse.watched(source, sse.client_check(request.environ), check):
                 meter.saw(event)
-                entry.hear(event)
+                entry.observe(event)
                 if isinstance(event, Done):
                     trace.done = event
                 yield event

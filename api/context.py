@@ -16,7 +16,7 @@ from accounts.users import Users
 from api.answers import Answers
 from api.places import Places
 from api.running import Running
-from audit.audit import Audit
+from audit.log import AuditLog
 from crypto import Box
 from model.types import Backend, Done
 from quotas.allowances import Allowances
@@ -42,7 +42,7 @@ class Services:
     running: Running
     users: Users
     state: State
-    audit: Audit
+    audit: AuditLog
     contents: Box
     passwords: Passwords
     policy: TokenPolicy

@@ -17,7 +17,6 @@ from werkzeug.exceptions import HTTPException
 
 from accounts.users import LastOfRole, UnknownUser, UserExists
 from api.context import current
-from audit.journal import AuditUnavailable
 from errors import Conflict, InvalidRequest, NotFound, RateLimited, ServiceError, StoreUnavailable
 from quotas.limits import LimitExceeded, QuotaExceeded
 
@@ -106,10 +105,6 @@ def translate(error: Exception) -> ServiceError:
         return Conflict(_sentence(error))
     if isinstance(error, UnknownUser):
         return NotFound(_sentence(error), param="name")
-    if isinstance(error, AuditUnavailable):
-        log.error("audit unavailable", reason=str(error))
-        words = "The service cannot keep its records just now, and answers nothing without them."
-        return ServiceError(words, code="audit_unavailable", retry_after=5)
     if isinstance(error, StoreUnavailable):
         log.error("store unavailable", reason=str(error))
         return ServiceError("The service cannot look up its state just now.", code="store_unavailable", retry_after=5)

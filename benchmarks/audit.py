@@ -18,6 +18,7 @@ from pathlib import Path
 
 from audit.journal import Journal
 from audit.tail import Place
+
 from benchmarks.record import machine
 from keys import KeyRing
 from settings import Settings

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -61,3 +64,41 @@ def _redis(command: str, port: int, folder: Path) -> subprocess.Popen[str]:
 def _ready(server: subprocess.Popen[str]) -> bool:
     assert server.stdout is not None
     return any("Ready to accept connections" in line for line in server.stdout)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL of its own on loopback, from the distribution's binaries; it refuses to run as root."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    if not binaries:
+        lacking("postgresql is not installed")
+    as_postgres = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to other users
+    if as_postgres:
+        shutil.chown(folder, "postgres", "postgres")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    made = [str(binaries[-1] / "initdb"), "-D", "data", "-U", "llm", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    subprocess.run(made, cwd=folder, check=True, capture_output=True, timeout=60, **as_postgres)
+    options = f"-D data -h 127.0.0.1 -p {port} -k {folder} -c fsync=off -c max_connections=200".split()
+    command = [str(binaries[-1] / "postgres"), *options]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, **as_postgres)
+    try:
+        _wait_for_port(port)
+        yield f"postgresql+psycopg://llm@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGINT)  # fast shutdown
+        server.wait(30)
+        shutil.rmtree(folder)
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "PostgreSQL does not start"
+            time.sleep(0.05)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from api.context import Services
 from audit.audit import Wanted
+
+from api.context import Services
 from audit.verify import verify
 
 PROMPT = "<b>why</b> is the sky blue"

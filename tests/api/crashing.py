@@ -6,13 +6,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from argon2 import PasswordHasher
+from audit.audit import Audit, Wanted
+from audit.journal import Journal
+from audit.tail import Place
 from werkzeug.serving import make_server
 
 import app
 from accounts.passwords import Passwords
-from audit.audit import Audit, Wanted
-from audit.journal import Journal
-from audit.tail import Place
 from audit.verify import verify
 from keys import KeyRing
 from settings import Settings

@@ -1,0 +1,25 @@
+"""Audit events that are not generations: durable before what they report is done."""
+
+from __future__ import annotations
+
+from flask import has_request_context, request
+
+from api.context import RequestLog, current, services
+
+
+def record(user: str | None, event: str, **fields: object) -> None:
+    """`user` is the actor, None for one that is not known. Raises AuditUnavailable."""
+    where = origin(current()) if has_request_context() else {}
+    services().audit.append({"kind": event, **where, "user": user, **fields})
+
+
+def record_refusal(user: str | None, event: str, **fields: object) -> None:
+    """The first of each address in a minute; the next one says how many were left out. Raises AuditUnavailable."""
+    source = request.remote_addr or ""
+    services().audit.append_refusal({"kind": event, **origin(current()), "user": user, **fields}, source)
+
+
+def origin(log: RequestLog) -> dict[str, object]:
+    """Where a request came from, and with which account and API key."""
+    known = {name: getattr(log, name, None) for name in ("user_id", "key")}
+    return {"request": log.id, **known, "route": log.route, "address": request.remote_addr}
