@@ -25,7 +25,7 @@ from api.errors import ErrorBody
 from api.generation_audit import unsealed
 from api.middleware import SECURED, Reply, needs, principal
 from api.schemas.native import IdPath
-from audit.log import AuditFilter
+from audit.log import AuditFilter, AuditLog
 from audit.records import stamp
 from errors import NotFound, Overloaded
 
@@ -144,16 +144,16 @@ def _export(query: AuditQuery) -> Response:
     """A streamed file. At most two at once, each bounded in records and time, so that slow readers hold few threads."""
     if not _exports.acquire(blocking=False):
         raise Overloaded("Two exports are running already.", retry_after=10)
-    pages = _exported(query.filter(), query.after)
+    pages = _exported(services().audit, query.filter(), query.after)
     response = Response(_csv(pages) if query.format == "csv" else _jsonl(pages))
-    weakref.finalize(response, _exports.release)
+    response.call_on_close(weakref.finalize(response, _exports.release))  # closed or dropped, and once
     response.content_type = "text/csv; charset=utf-8" if query.format == "csv" else "application/jsonl"
     response.headers["Content-Disposition"] = f'attachment; filename="audit.{query.format}"'
     return response
 
 
-def _exported(wanted: AuditFilter, after: int) -> Iterator[Sequence[Any]]:
-    log, ends, count = services().audit, time.monotonic() + _EXPORTING, 0
+def _exported(log: AuditLog, wanted: AuditFilter, after: int) -> Iterator[Sequence[Any]]:
+    ends, count = time.monotonic() + _EXPORTING, 0
     while count < _EXPORTED and (page := log.find(wanted, min(_PAGE, _EXPORTED - count), after, newest_first=False)):
         yield page
         after, count = page[-1].seq, count + len(page)
