@@ -13,12 +13,6 @@ def record(user: str | None, event: str, **fields: object) -> None:
     services().audit.append({"kind": event, **where, "user": user, **fields})
 
 
-def record_refusal(user: str | None, event: str, **fields: object) -> None:
-    """The first of each address in a minute; the next one says how many were left out. Raises AuditUnavailable."""
-    source = request.remote_addr or ""
-    services().audit.append_refusal({"kind": event, **origin(current()), "user": user, **fields}, source)
-
-
 def origin(log: RequestLog) -> dict[str, object]:
     """Where a request came from, and with which account and API key."""
     known = {name: getattr(log, name, None) for name in ("user_id", "key")}

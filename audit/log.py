@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
@@ -28,7 +29,6 @@ _PATIENCE = 30.0  # seconds to wait for another thread's commit: a disk that han
 _PROBE_EVERY = 1.0  # seconds; /readyz is public
 _TELL_EVERY = 600.0  # seconds between two lines in the service's log that say where the audit log stands
 _PRUNED = 1000  # records deleted with one commit at most: 5 ms, where a day of a busy service takes seconds
-_SOURCES = 100  # refusals on record in a minute: 60 MB a day under a flood
 
 _NEWEST = 1 << 62
 _LOCK = text("SELECT pg_advisory_xact_lock(7235402)")
@@ -38,12 +38,7 @@ _ADD = insert(audit)
 _OPEN = insert(audit_open)
 _CLOSE = delete(audit_open).where(audit_open.c.id == bindparam("ended"))
 _BODY = select(audit.c.body).where(audit.c.seq == bindparam("seq"))
-_UP_TO = (
-    select(audit.c.seq, audit.c.mac)
-    .where(audit.c.seq <= bindparam("seq"))
-    .order_by(audit.c.seq.desc())
-    .limit(1)
-)  # fmt: skip
+_UP_TO = select(audit.c.seq, audit.c.mac).where(audit.c.seq <= bindparam("seq")).order_by(audit.c.seq.desc()).limit(1)
 
 _log = structlog.get_logger("audit")
 
@@ -126,7 +121,6 @@ class AuditLog:
         self._lost: set[str] = set()  # generations of which an event could not be written
         self._fault: str | None = None
         self._probed = self._told = float("-inf")
-        self._minute, self._sources, self._not_recorded = 0, set[str](), 0
 
     def open(self) -> None:
         """Say that a process starts, check the log's end, and close what dead processes left open."""
@@ -147,29 +141,12 @@ class AuditLog:
         if batch.fault is not None:
             raise AuditUnavailable(f"the audit log cannot be written ({batch.fault})")
 
-    def append_refusal(self, event: Event, source: str) -> None:
-        """Write the first event of each source (an address) in a minute; the next one says how many were left out."""
-        with self._mutex:
-            minute = int(self._wall() // 60)
-            if minute != self._minute:
-                self._minute, self._sources = minute, set()
-            if source in self._sources or len(self._sources) >= _SOURCES:
-                self._not_recorded += 1
-                return
-            self._sources.add(source)
-            left_out, self._not_recorded = self._not_recorded, 0
-        self.append({**event, "not_recorded": left_out})
-
     def problem(self) -> str | None:
-        """Why nothing can be written, None if it can. After a fault it tries again, once a second."""
-        with self._mutex:
-            probes = self._fault is not None and time.monotonic() - self._probed >= _PROBE_EVERY
-            self._probed = time.monotonic() if probes else self._probed
-        if probes:
-            try:
+        """Why nothing can be written, None if it can. After a fault it tries again, at most once a second."""
+        if self._fault is not None and time.monotonic() - self._probed >= _PROBE_EVERY:
+            self._probed = time.monotonic()
+            with suppress(AuditUnavailable):
                 self.append({"kind": "resumed"})
-            except AuditUnavailable as error:
-                return str(error)
         return self._fault
 
     def find(self, wanted: AuditFilter, limit: int, after: int = 0, newest_first: bool = True) -> Sequence[Any]:
@@ -262,47 +239,40 @@ class AuditLog:
 
     def _closing(self, connection: Connection) -> list[Event]:
         """Ends for generations that have lost theirs: their process is gone, or a write failed."""
-        ends = []
-        if not self.database.is_sqlite and self._writer and self._writer.has_ended(self._name, connection):
+        if self._writer and not self.database.is_sqlite and self._writer.has_ended(self._name, connection):
             self._writer = None  # the connection with its lock was lost
-        if self._writer is None or self._left is None:
-            ends += self._arrived(connection)
-        if self._lost:
-            lost = select(audit_open).where(audit_open.c.id.in_(self._lost))
-            ends += [_end(connection, row, "audit_unavailable") for row in connection.execute(lost).all()]
-        return ends
+        ended = self._arrived(connection) if self._writer is None or self._left is None else []
+        if not ended and not self._lost:
+            return []
+        mine = audit_open.c.id.in_(self._lost)
+        rows = connection.execute(
+            select(audit_open).where(mine | audit_open.c.writer.in_(ended)).order_by(audit_open.c.seq)
+        )
+        return [_end(connection, row, "aborted" if row.writer in ended else "audit_unavailable") for row in rows.all()]
 
-    def _arrived(self, connection: Connection) -> list[Event]:
+    def _arrived(self, connection: Connection) -> list[str]:
+        """The writers that have ended, once this process has a name of its own."""
         if self._writer is None:
             self._writer = Writer(self.database, self._folder / "writers")
-            ours = update(audit_open).where(audit_open.c.writer == self._name)
-            connection.execute(ours.values(writer=self._writer.name))
-            self._name = self._writer.name
+            before, self._name = self._name, self._writer.name
+            connection.execute(update(audit_open).where(audit_open.c.writer == before).values(writer=self._name))
         self._writer.tidy(connection)
         names = connection.scalars(select(audit_open.c.writer).distinct()).all()
-        ended = [name for name in names if name != self._name and self._writer.has_ended(name, connection)]
-        rows = connection.execute(select(audit_open).where(audit_open.c.writer.in_(ended)).order_by(audit_open.c.seq))
-        return [_end(connection, row, "aborted") for row in rows.all()]
+        return [name for name in names if name != self._name and self._writer.has_ended(name, connection)]
 
     def _added(self, connection: Connection, events: Sequence[Event], head: Head) -> Head:
-        rows, seq, mac, now = [], head.seq, head.mac, stamp(head.time)
-        started, ended = {}, set()
-        for event in events:
-            seq += 1
-            rows.append(chained(event, seq, now, mac, self.keys))
+        rows, mac = [], head.mac
+        for seq, event in enumerate(events, head.seq + 1):
+            rows.append(chained(event, seq, stamp(head.time), mac, self.keys))
             mac = rows[-1]["mac"]
-            if event["kind"] == "start":
-                started[event["id"]] = seq
-            elif event["kind"] == "end":
-                ended.add(event["id"])
-        if rows:
-            connection.execute(_ADD, rows)
-        opened = [{"id": id, "seq": at, "writer": self._name} for id, at in started.items() if id not in ended]
-        if opened:
-            connection.execute(_OPEN, opened)
-        if closed := [{"ended": id} for id in ended if id not in started]:
-            connection.execute(_CLOSE, closed)
-        return replace(head, seq=seq, mac=mac)
+        started = {event["id"]: row["seq"] for event, row in zip(events, rows, strict=True) if event["kind"] == "start"}
+        ended = {event["id"] for event in events if event["kind"] == "end"}
+        opened = [{"id": id, "seq": seq, "writer": self._name} for id, seq in started.items() if id not in ended]
+        closed = [{"ended": id} for id in ended if id not in started]
+        for statement, values in ((_ADD, rows), (_OPEN, opened), (_CLOSE, closed)):
+            if values:
+                connection.execute(statement, values)
+        return replace(head, seq=head.seq + len(rows), mac=mac)
 
     def _too_old(self, connection: Connection, head: Head) -> int:
         """The newest daily mark behind which everything may go, by marks that are signed; 0 for none."""

@@ -30,17 +30,17 @@ def take_over(
     connection: Connection, log: str, folder: Path, head_path: Path, keys: MacKeys
 ) -> tuple[Head, list[Event]]:
     """The head of a log that begins, and its first event. An old log in `folder` is taken in, if it is whole."""
-    first: Event = {"kind": "log", "log": log, "clock": 0.0}
-    if not list(folder.glob("*.jsonl")):
-        return Head(log, mac=log, anchor=log), [first]
+    head, first = Head(log, mac=log, anchor=log), {"kind": "log", "log": log, "clock": 0.0}
+    if not folder.is_dir():
+        return head, [first]
     step = connection.begin_nested()
     try:
         head = _imported(connection, log, folder, head_path, keys)
+        return head, [{"kind": "imported", "log": log, "records": head.seq - head.first + 1}]
     except (_Damaged, OSError, ValueError, KeyError, TypeError) as error:
         step.rollback()
         _log.error("the old audit log is damaged: it was not imported and stays", folder=str(folder), why=str(error))
-        return Head(log, mac=log, anchor=log), [{**first, "not_imported": str(error)}]
-    return head, [{"kind": "imported", "log": log, "records": head.seq - head.first + 1}]
+        return head, [{**first, "not_imported": str(error)}]
 
 
 def retire(folder: Path) -> None:
@@ -63,13 +63,11 @@ def _imported(connection: Connection, log: str, folder: Path, head_path: Path, k
         elif body["kind"] == "end":
             opened.pop(body["id"], None)
         rows.append({**row, **{name: body.get(name) for name in COLUMNS}})
-        if len(rows) == _ROWS:
+        if len(rows) == _ROWS or seq == old["seq"]:
             connection.execute(insert(audit), rows)
             rows = []
     if (seq, mac) != (old["seq"], old["tip"]):
         raise _Damaged(f"record {old['seq']}, the last, is missing")
-    if rows:
-        connection.execute(insert(audit), rows)
     if opened:
         connection.execute(insert(audit_open), list(opened.values()))
     return Head(log, seq, mac, old["first"], old["anchor"], old["clock"], old["opened"], old["time"])
@@ -90,9 +88,7 @@ def _head(raw: bytes, keys: MacKeys) -> dict[str, Any]:
 
 def _rows(folder: Path, first: int, last: int) -> Iterator[dict[str, Any]]:
     """Its lines in order, from the oldest that is kept to the last that the head counts."""
-    for path in sorted(path for path in folder.glob("*.jsonl") if path.stem.isdigit()):
-        if not first <= int(path.stem) <= last:
-            continue
+    for path in sorted(path for path in folder.glob("*.jsonl") if first <= int(path.stem) <= last):
         with path.open("rb") as file:
             key = ""
             for line in file:

@@ -54,21 +54,22 @@ def verify(database: Database, keys: MacKeys, head: HeadFile, at_least: tuple[st
 def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
     """What is wrong between the table, the database's head and the file's; and whether a backup looks like that."""
     last = connection.execute(_LAST).one_or_none()
+    why, is_copy = "", False
     if head is None:
-        return "the head in the database is missing, or not signed with a known key", False
-    if last is None or (last.seq, last.mac) != (head.seq, head.mac):
-        return f"record {head.seq}, the last by the database's head, is not the last of the table", False
-    if kept is None:  # it is written a moment after the first record
-        is_begun = last.kind in ("log", "imported")
-        return "" if is_begun else "the head file is missing, or not signed with a known key", False
-    if kept.log != head.log:
-        return "the head file belongs to another log", False
-    if kept.seq > head.seq:
+        why = "the head in the database is missing, or not signed with a known key"
+    elif last is None or (last.seq, last.mac) != (head.seq, head.mac):
+        why = f"record {head.seq}, the last by the database's head, is not the last of the table"
+    elif kept is None:
+        if last.kind not in ("log", "imported"):  # the file is written a moment after the first record
+            why = "the head file is missing, or not signed with a known key"
+    elif kept.log != head.log:
+        why = "the head file belongs to another log"
+    elif kept.seq > head.seq:
+        why = f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy"
         is_copy = kept.time - head.time <= _COPYING
-        return f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy", is_copy
-    if kept.seq >= head.first and connection.scalar(_AT, {"seq": kept.seq}) != kept.mac:
-        return f"record {kept.seq} is not the one that the head file remembers", False
-    return "", False
+    elif kept.seq >= head.first and connection.scalar(_AT, {"seq": kept.seq}) != kept.mac:
+        why = f"record {kept.seq} is not the one that the head file remembers"
+    return why, is_copy
 
 
 def _verified(connection: Connection, keys: MacKeys, kept: Head | None, at_least: tuple[str, int] | None) -> Report:

@@ -241,20 +241,6 @@ def test_a_lost_connection_closes_no_generation_that_lives(log: Log) -> None:
     assert [end["outcome"] for end in log.records("end")] == ["stop"]
 
 
-def test_a_flood_of_refusals_is_counted_not_written(log: Log) -> None:
-    audit = log.open()
-    for n in range(5):
-        audit.append_refusal({"kind": "login refused"}, "192.0.2.1")
-        audit.append_refusal({"kind": "login refused"}, f"198.51.100.{n}")
-    log.clocks.wall += 60
-    audit.append_refusal({"kind": "login refused"}, "192.0.2.1")
-    assert [record["not_recorded"] for record in log.records("login refused")] == [0, 0, 1, 1, 1, 1, 0]
-    log.clocks.wall += 60
-    for n in range(1000):
-        audit.append_refusal({"kind": "login refused"}, str(n))
-    assert len(log.records("login refused")) == 107
-
-
 @pytest.fixture
 def three(log: Log) -> Log:
     """Three generations of two users, over two days."""

@@ -40,7 +40,7 @@ def test_its_records_are_kept_as_they_were_signed_and_the_chain_goes_on(old: Log
     kept = [row.body[:-1] + f',"mac":"{row.mac}"}}'.encode() for row in rows]
     count = len(lines(old))
     assert count == 8 and kept[:count] == lines(old)
-    assert [row.kind for row in rows[count:]] == ["imported", "end", "said"]
+    assert [row.kind for row in rows[count:]] == ["imported", "end", "said", "day"]
     assert [record["outcome"] for record in find(audit, user="ann", kind="end")] == ["stop", "stop", "aborted"]
     assert [record["act"] for record in find(audit, kind="act", request="r0")] == ["login"]
     assert verified(old, audit) == [] and not (old.folder / "audit").exists()
@@ -48,7 +48,7 @@ def test_its_records_are_kept_as_they_were_signed_and_the_chain_goes_on(old: Log
     assert (old.folder / "audit-head.old").read_bytes().strip() == (SAMPLE / "audit-head").read_bytes().strip()
     again = opened(old)
     again.append(said("once"))
-    assert len(old.rows()) == count + 4 and verified(old, again) == []
+    assert len(old.rows()) == count + 5 and verified(old, again) == []
 
 
 def test_its_age_counts_on(old: Log) -> None:
