@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
+import click
 from flask import Flask
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
@@ -16,59 +16,54 @@ from prometheus_flask_exporter import PrometheusMetrics
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from accounts.credentials import Credentials
+from accounts.guard import LoginGuard
+from accounts.old_state import import_old_state
 from accounts.passwords import Passwords
-from accounts.passwords import generate as random_password
-from accounts.roles import Role
-from accounts.state import State
+from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
-from accounts.users import UserExists, Users
-from api import audit_cli as audit_commands
-from api import bearer, context, errors, metering, middleware
-from api import cli as commands
+from accounts.users import Users
+from api import accounts, audit_cli, bearer, cli, context, errors, metering, middleware
 from api.context import LOGINS, NAME, Capacity, Services, max_generations
 from api.routes import admin, audit, auth, generate, health, openai, page
-from api.sanitise import sanitise
-from audit.audit import Audit
-from audit.journal import Journal
-from audit.tail import Place
-from cache.breaker import Breaker
+from api.sanitise import sanitiser
+from audit.log import AuditLog
+from cache.redis_cache import Breaker, RedisCache, RedisLink
 from cache.responses import ResponseCache
-from cache.stores import Cache, RedisCache, SqliteCache
-from crypto import Box, KeyFileError, derive
+from cache.sqlite_cache import SqliteCache
+from crypto import Encryptor, KeyFileError, derive, key_ring, require_keys, signing_secret
+from db import Database
 from errors import ServiceError
-from keys import KeyRing
 from model.types import Backend
 from model.weights.catalogue import ModelError, find
-from olddb import Database
-from quotas.allowances import Allowance, Allowances
-from quotas.counts import MemoryLeases, MemoryWindows, SqliteQuotas
-from quotas.limits import LoginGuard, RequestRate, StreamLimit, TokenQuota
-from quotas.shared_counts import SharedCounts
-from secret_files import admin_password, key_ring, read_text, signing_secret
+from quotas.limits import ConcurrencyLimit, Limits, LimitTable, RequestRate
+from quotas.usage import UsageStore, import_days
 from settings import Settings, SettingsError
 from telemetry import Metrics, configure_logging
+from version import VERSION
 
-Made = TypeVar("Made")
-
-_YEAR = 366 * 86_400
 _APP_LOAD_ERROR = 4  # gunicorn's exit status for "do not start again"
+_SETTLED_BY = 60  # seconds after REQUEST_TIMEOUT by which every reservation of a living process is settled
 
 
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
     """The app, ready to serve. Exits with one line on stderr when a setting or the data folder cannot be used."""
     with _refusals():
         settings = settings or Settings.from_environment()
+        if _is_command():
+            require_keys(settings)
         _log_to(settings)
         metrics = Metrics()
         services = _services(settings, metrics, backend or _local(settings, metrics))
-        _add_first_user(settings, services)
+        if not _is_command():
+            accounts.add_first_admin(services, settings.admin_password)
     return _flask(settings, services, metrics)
 
 
 def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     app = OpenAPI(
         __name__,
-        info=Info(title="Flask LLM", version="1"),
+        info=Info(title="Flask LLM", version=VERSION),
         security_schemes={"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
         validation_error_callback=errors.invalid,
         validation_error_model=errors.ErrorBody,
@@ -82,11 +77,11 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     middleware.register(app)
     metering.register(app)
     errors.register(app)
-    bearer.register(app, services)
+    bearer.register(app, services.policy)
     for routes in (health, auth, admin, audit, generate, openai, page):
         app.register_api(routes.blueprint)
-    app.cli.add_command(commands.users)
-    app.cli.add_command(audit_commands.audit)
+    for commands in (cli.users, cli.keys, audit_cli.audit):
+        app.cli.add_command(commands)
     if prefix := settings.url_prefix:  # with and without it: a proxy may strip it, and probes ask without
         app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {prefix: app.wsgi_app})  # type: ignore[method-assign]
     if hops := settings.trusted_proxies:
@@ -96,44 +91,50 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
 
 def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Services:
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    secret, ring = signing_secret(settings), key_ring(settings)
-    db = Database(settings.data_dir / "state.sqlite3")
-    shared = _shared_counts(settings, metrics)
-    everyone = Allowance(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
+    secret, ring, redis = signing_secret(settings), key_ring(settings), _redis(settings, metrics)
+    db = Database(settings.database_url) if settings.database_url else Database.in_folder(settings.data_dir)
+    db.upgrade()
+    import_old_state(db, settings.data_dir / "state.sqlite3", import_days)
+    limits = Limits(settings.user_streams, settings.user_rpm, settings.user_tokens_per_day)
     return Services(
         settings=settings,
         model=find(settings).name,
         backend=backend,
+        database=db,
         cache=ResponseCache(
-            _cache(settings, metrics),
-            ring.box("cache"),
+            RedisCache(redis) if redis else SqliteCache(settings.data_dir / "cache.sqlite3"),
+            ring.encryptor("cache"),
             derive(secret, "cache key"),
             settings.cache_ttl,
             lambda result: metrics.cache_lookups.labels(result).inc(),
         ),
         users=Users(db),
-        state=State(db, derive(secret, "api keys")),
-        audit=Audit(Journal(_place(settings, ring), metrics.audited)),
-        contents=ring.box("audit contents"),
+        credentials=Credentials(db, derive(secret, "api keys"), settings.refresh_ttl),
+        audit=AuditLog(
+            db, ring.mac_keys("audit"), settings.data_dir, settings.audit_head, settings.audit_days, metrics
+        ),
+        contents=ring.encryptor("audit contents"),
         passwords=Passwords(),
-        policy=TokenPolicy(NAME, NAME, settings.access_ttl, settings.refresh_ttl, _YEAR),
-        jwt_key=derive(secret, "jwt"),
-        box=Box(derive(secret, "tickets")),
-        allowances=Allowances(everyone, settings.role_limits),
-        rate=RequestRate(shared or MemoryWindows()),
-        streams=StreamLimit(shared or MemoryLeases()),
-        tokens=TokenQuota(shared or SqliteQuotas(db)),
-        logins=LoginGuard(shared or MemoryWindows()),
+        policy=TokenPolicy(derive(secret, "jwt"), settings.access_ttl, settings.refresh_ttl),
+        guard=LoginGuard(derive(secret, "devices"), LOGINS, settings.redis_url),
+        tickets=Tickets(Encryptor(derive(secret, "tickets")), settings.redis_url),
+        limits=LimitTable(limits, settings.role_limits),
+        rate=RequestRate((redis.redis.connection_pool, redis.ask) if redis else None),
+        streams=ConcurrencyLimit(),
+        usage=UsageStore(db, settings.request_timeout + _SETTLED_BY),
         generations=Capacity(max_generations(settings), retry_after=5),
-        guesses=Capacity(LOGINS, retry_after=1),
-        sanitise=(lambda text: (sanitise(text), 0)) if settings.sanitise == "strip" else (lambda text: (text, 0)),
+        sanitise=sanitiser(settings.sanitise),
     )
 
 
-def _place(settings: Settings, ring: KeyRing) -> Place:
-    """Where the audit log is; its head lies beside the folder of its files, unless it is kept further apart."""
-    folder, head = settings.audit_dir or settings.data_dir / "audit", settings.audit_head
-    return Place(folder, head or settings.data_dir / "audit-head", ring.codes("audit"), settings.audit_days)
+def _redis(settings: Settings, metrics: Metrics) -> RedisLink | None:
+    if not settings.redis_url:
+        return None
+    breaker = Breaker()
+    metrics.breaker_open.set_function(lambda: breaker.opened)
+    link = RedisLink(settings.redis_url, breaker)
+    link.ask(link.redis.ping)  # a wrong address or password is logged now, not at the first request
+    return link
 
 
 def _log_to(settings: Settings) -> None:
@@ -149,43 +150,10 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
     return LocalBackend(settings, metrics)
 
 
-def _cache(settings: Settings, metrics: Metrics) -> Cache:
-    def build(url: str) -> Cache:
-        return RedisCache(url, Breaker(on_change=metrics.breaker_open.set))
-
-    found = _at_redis("REDIS_URL", settings.redis_url, settings.redis_url_file, build)
-    return found or SqliteCache(settings.data_dir / "cache.sqlite3")
-
-
-def _shared_counts(settings: Settings, metrics: Metrics) -> SharedCounts | None:
-    def build(url: str) -> SharedCounts:
-        return SharedCounts(url, Breaker(on_change=metrics.counts_breaker_open.set))
-
-    return _at_redis("STATE_REDIS_URL", settings.state_redis_url, settings.state_redis_url_file, build)
-
-
-def _at_redis(setting: str, url: str | None, file: Path | None, build: Callable[[str], Made]) -> Made | None:
-    """What `build` makes of the address that the setting, or its file, holds; None where there is none."""
-    if file is not None:
-        setting += "_FILE"
-        url = read_text(setting, file)
-    try:
-        return build(url) if url else None
-    except ValueError:  # its words may hold the password
-        raise SettingsError(f"{setting}: holds no address of a Redis, such as redis://127.0.0.1:6379/0") from None
-
-
-def _add_first_user(settings: Settings, services: Services) -> None:
-    if services.users.count():
-        return
-    given = admin_password(settings)
-    password = given or random_password()
-    try:
-        services.users.add("admin", Role.ADMIN, services.passwords.hash(password))
-    except UserExists:
-        return  # another process was first
-    if not given:
-        print(f"First start: sign in as admin with the password {password} (it is not shown again)", file=sys.stderr)
+def _is_command() -> bool:
+    """Whether this is `flask users ...`, which changes a service and never makes one."""
+    running = click.get_current_context(silent=True)
+    return running is not None and running.info_name != "run"
 
 
 @contextmanager
@@ -201,4 +169,4 @@ def _refusals() -> Iterator[None]:
 
 def _refuse(line: str) -> NoReturn:
     print(line, file=sys.stderr)
-    raise SystemExit(_APP_LOAD_ERROR)
+    raise SystemExit(1 if _is_command() else _APP_LOAD_ERROR)

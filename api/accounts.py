@@ -15,7 +15,7 @@ from accounts.roles import Permission, Role
 from accounts.tokens import TokenType
 from accounts.users import Changes, UnknownUser, User, UserExists, UserLimits
 from api import bearer
-from api.acts import record
+from api.audit_events import record
 from api.context import Services, services
 from errors import Forbidden
 from settings import SettingsError

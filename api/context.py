@@ -18,7 +18,7 @@ from accounts.passwords import Passwords
 from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
-from audit.audit import Audit
+from audit.log import AuditLog
 from cache.responses import ResponseCache
 from crypto import Encryptor
 from db import Database
@@ -75,7 +75,7 @@ class Services:
     database: Database
     users: Users
     credentials: Credentials
-    audit: Audit
+    audit: AuditLog
     contents: Encryptor
     passwords: Passwords
     policy: TokenPolicy

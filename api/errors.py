@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
 from api.context import current
-from audit.journal import AuditUnavailable
 from errors import InvalidRequest, ServiceError
 
 log = structlog.get_logger("api")

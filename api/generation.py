@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from flask import Response, request
 
+from accounts.credentials import Principal
 from api import generation_audit, sse
 from api.context import RequestLog, current, services
 from api.generation_audit import GenerationAudit
 from api.metering import Meter, limits
-from accounts.credentials import Principal
 from api.middleware import principal, recheck
 from api.schemas.native import GenerateBody
 from errors import InvalidRequest, ServiceError

@@ -1,90 +1,113 @@
-"""Whether an audit log is whole: every line, every link, and the end that the head tells of.
-
-Changes nothing, and may read while others write.
-"""
+"""Whether the audit log is whole: every record, every link, and the end that two signed heads tell of."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from audit import chain
-from audit.chain import Line, Signer
-from audit.head import Head, HeadFile
-from audit.segments import opening, segments
+from sqlalchemy import Connection, bindparam, select
+
+from audit.records import COLUMNS, Head, HeadFile, audit, audit_head, follows
+from crypto import MacKeys
+from db import Database
+
+_SHOWN = 20  # problems; the first ones tell what happened
+_PAGE = 500
+_COPYING = 600.0  # seconds that may lie between the copies of the database and of the head file in a backup
+_AT = select(audit.c.mac).where(audit.c.seq == bindparam("seq"))
+_LAST = select(audit.c.seq, audit.c.mac, audit.c.kind).order_by(audit.c.seq.desc()).limit(1)
+_FROM = select(audit).where(audit.c.seq > bindparam("seq")).order_by(audit.c.seq).limit(_PAGE)
 
 
 @dataclass(slots=True)
 class Report:
     """What was read and what is wrong with it, in order; the log is whole when nothing is."""
 
-    segments: int = 0
+    log: str = ""
     records: int = 0
     first: int = 0
     last: int = 0
+    count: int = 0
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def blame(self, problem: str) -> None:
+        self.count += 1
+        if self.count <= _SHOWN:
+            self.problems.append(problem)
 
 
-class _Walk:
-    """Goes through the lines one by one. After a fault it goes on from what it found, so as to find the rest."""
+def verify(database: Database, keys: MacKeys, head: HeadFile, at_least: tuple[str, int] | None = None) -> Report:
+    """Read the whole log, while others write. at_least: a log id and a number that another machine remembers.
 
-    def __init__(self, signer: Signer, head: Head | None) -> None:
-        self.report = Report(first=head.first if head else 0)
-        self.next, self._mac = (head.first, head.anchor) if head else (0, "")
-        self._signer, self._key, self._head = signer, "", head
-        self._arrived = False
-
-    def enter(self, path: Path) -> None:
-        found = opening(path, self._signer)
-        self._key = found.key if found else ""
-        self.report.segments += 1
-        if found is None:
-            self._blame(path, "its first line is not signed with a key that is known")
-        elif found.why in ("damaged", "no head"):
-            self._blame(path, f"was begun because of this: {found.why}")
-        if self.next == 0:  # no head tells where to begin
-            self.next, self._mac = int(path.stem), found.prev if found else ""
-        self.report.first = self.report.first or self.next
-
-    def line(self, path: Path, number: int, line: Line | None) -> None:
-        self.report.records += 1
-        if line is None:
-            self._blame(path, f"line {number} is not a whole record")
-            self.next += 1
-            return
-        if line.seq != self.next:
-            self._blame(path, f"line {number} is record {line.seq}, where {self.next} belongs")
-        elif not line.follows(self._mac, self._key, self._signer):
-            self._blame(path, f"line {number} (record {line.seq}) was changed, or the line before it was")
-        self.next, self._mac = line.seq + 1, line.mac
-        if self._head and line.seq == self._head.seq:
-            self._arrived = line.mac == self._head.tip
-
-    def end(self) -> Report:
-        """Whether the last record that the head counts was there."""
-        self.report.last = self.next - 1
-        if self._head is None:
-            self.report.problems.append("there is no head that is signed with a known key: a tail may be missing")
-        elif not self._arrived:
-            self.report.problems.append(f"record {self._head.seq}, the last that the head counts, is not there")
-        return self.report
-
-    def _blame(self, path: Path, what: str) -> None:
-        self.report.problems.append(f"{path.name}: {what}")
+    Raises StoreUnavailable, OSError.
+    """
+    kept = head.read()  # before the snapshot: the table may be ahead of the file, and never behind
+    with database.reading() as connection:
+        connection.detach()  # it ends with the snapshot
+        connection.exec_driver_sql("BEGIN" if database.is_sqlite else "BEGIN ISOLATION LEVEL REPEATABLE READ")
+        return _verified(connection, keys, kept, at_least)
 
 
-def verify(folder: Path, head_path: Path, signer: Signer) -> Report:
-    """Read the whole log. Raises OSError when it cannot be read."""
-    head = HeadFile(head_path, signer).look()
-    walk = _Walk(signer, head)
-    for path in segments(folder):
-        if head and not head.first <= int(path.stem) <= head.seq:
-            continue  # about to be dropped, or not promised yet
-        walk.enter(path)
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                line = chain.read(raw)
-                if line is None and head and walk.next > head.seq:
-                    break  # just being written
-                walk.line(path, number, line)
-    return walk.end()
+def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
+    """What is wrong between the table, the database's head and the file's; and whether a backup looks like that."""
+    last = connection.execute(_LAST).one_or_none()
+    why, is_copy = "", False
+    if head is None:
+        why = "the head in the database is missing, or not signed with a known key"
+    elif last is None or (last.seq, last.mac) != (head.seq, head.mac):
+        why = f"record {head.seq}, the last by the database's head, is not the last of the table"
+    elif kept is None:
+        if last.kind not in ("log", "imported"):  # the file is written a moment after the first record
+            why = "the head file is missing, or not signed with a known key"
+    elif kept.log != head.log:
+        why = "the head file belongs to another log"
+    elif kept.seq > head.seq:
+        why = f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy"
+        is_copy = kept.time - head.time <= _COPYING
+    elif kept.seq >= head.first and connection.scalar(_AT, {"seq": kept.seq}) != kept.mac:
+        why = f"record {kept.seq} is not the one that the head file remembers"
+    return why, is_copy
+
+
+def _verified(connection: Connection, keys: MacKeys, kept: Head | None, at_least: tuple[str, int] | None) -> Report:
+    log, state = connection.execute(select(audit_head.c.log, audit_head.c.state)).one_or_none() or ("", None)
+    head, report = Head.parse(state, keys), Report(log)
+    is_virgin = log and state is None and kept is None and connection.execute(_LAST).one_or_none() is None
+    why, is_copy = ("", False) if is_virgin else disagreement(connection, head, kept)
+    if head and head.log != log:
+        report.blame("the log's id in the database was changed")
+    report.first, mac = (head.first, head.anchor) if head else (0, "")
+    report.last = report.first - 1
+    for row in _rows(connection):
+        for problem in _problems(row, report.last, mac, keys):
+            report.blame(f"record {row.seq}{problem}")
+        report.records += 1
+        report.last, mac = row.seq, row.mac
+    if why:
+        report.remarks.append(why) if is_copy else report.blame(why)
+    if at_least and (at_least[0] != log or at_least[1] > report.last):
+        report.blame(f"another machine remembers record {at_least[1]} of log {at_least[0]}: this is log {log}")
+    return report
+
+
+def _rows(connection: Connection) -> Iterator[Any]:
+    seq = -1
+    while page := connection.execute(_FROM, {"seq": seq}).all():
+        yield from page
+        seq = page[-1].seq
+
+
+def _problems(row: Any, before: int, mac: str, keys: MacKeys) -> Iterator[str]:
+    if not follows(row, mac, keys):
+        yield " was changed, signed with an unknown key, or does not follow the one before it"
+        return
+    fields = json.loads(row.body)
+    if fields["seq"] != row.seq or any(fields.get(name) != getattr(row, name) for name in COLUMNS):
+        yield " has columns that are not what was signed"
+    if row.seq != before + 1 and not (row.kind == "restored" and fields["after"] == before):
+        yield f" is where {before + 1} belongs"
+    if row.kind == "damaged":
+        yield f" says that the log was found damaged: {fields['why']}"

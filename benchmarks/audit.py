@@ -16,18 +16,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from audit.journal import Journal
-from audit.tail import Place
+from audit.log import AuditLog
 from benchmarks.record import machine
 from crypto import KeyRing
+from db import Database
 from settings import Settings
 
 _MASTER = b"b" * 32
 # As long as a generation's start.
 _RECORD = {
-    "kind": "start",
-    "id": "f" * 32,
-    "writer": "0" * 16,
+    "kind": "login",
+    "request": "f" * 32,
+    "outcome": "0" * 16,
     "user": "somebody",
     "model": "m" * 20,
     "parameters": {"max_new_tokens": 256, "temperature": 0.6, "top_p": 0.95, "top_k": 50},
@@ -50,12 +50,12 @@ def sync_ms(folder: Path) -> float:
 
 def records_per_second(folder: Path, threads: int, seconds: float) -> float:
     """Each thread appends a record, waits until it is durable, and appends the next."""
-    journal, end = Journal(_place(folder)), time.monotonic() + seconds
+    log, end = _log(folder), time.monotonic() + seconds
     counts = [0] * threads
 
     def write(thread: int) -> None:
         while time.monotonic() < end:
-            journal.append(_RECORD)
+            log.append(_RECORD)
             counts[thread] += 1
 
     _together(write, threads)
@@ -77,8 +77,10 @@ def _together(work: Callable[[int], None], threads: int) -> None:
         thread.join()
 
 
-def _place(folder: Path) -> Place:
-    return Place(folder / "log", folder / "head", KeyRing([_MASTER]).mac_keys("audit"))
+def _log(folder: Path) -> AuditLog:
+    database = Database.in_folder(folder)
+    database.upgrade()
+    return AuditLog(database, KeyRing([_MASTER]).mac_keys("audit"), folder)
 
 
 def main() -> None:

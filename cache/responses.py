@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cache.redis_cache import RedisCache
 from cache.sqlite_cache import SqliteCache
-from crypto import Box
+from crypto import Encryptor
 
 Part = str | int | float | bool | None | list["Part"] | tuple["Part", ...]
 
@@ -20,19 +20,22 @@ class ResponseCache:
     def __init__(
         self,
         store: RedisCache | SqliteCache,
-        box: Box,
+        encryptor: Encryptor,
         mac_key: bytes,
         ttl: int,
         on_lookup: Callable[[str], None] = lambda result: None,
     ) -> None:
-        self._store, self._box, self._mac_key, self._ttl, self._on_lookup = store, box, mac_key, ttl, on_lookup
+        self._store, self._encryptor, self._mac_key, self._ttl, self._on_lookup = (
+            store,
+            encryptor,
+            mac_key,
+            ttl,
+            on_lookup,
+        )
 
     def problem(self) -> str | None:
         """What is wrong with the store, in a word; it costs hits alone."""
         return self._store.problem()
-
-    def problem(self) -> str | None:
-        return None
 
     def key(self, *parts: Part) -> str:
         """HMAC-SHA256 over the parts as a JSON array: neither 1 and "1" nor ("ab", "c") and ("a", "bc") meet."""
@@ -45,7 +48,7 @@ class ResponseCache:
         return value
 
     def put(self, key: str, value: dict[str, object]) -> None:
-        self._store.put(key, self._box.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self._ttl)
+        self._store.put(key, self._encryptor.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self._ttl)
 
     def close(self) -> None:
         self._store.close()
@@ -53,7 +56,7 @@ class ResponseCache:
     def _opened(self, key: str) -> dict[str, object] | None:
         sealed = self._store.get(key)
         try:
-            value = None if sealed is None else json.loads(self._box.open(sealed, key.encode()))
+            value = None if sealed is None else json.loads(self._encryptor.open(sealed, key.encode()))
         except ValueError:  # the seal, the encoding or the JSON
             return None
         return value if isinstance(value, dict) else None

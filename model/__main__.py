@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crypto import KeyFileError
+from crypto import KeyFileError, key_ring, signing_secret
 from model.weights.catalogue import ModelError, find
-from secret_files import key_ring, signing_secret
 from settings import Settings, SettingsError, check
 from telemetry import configure_logging
 

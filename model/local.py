@@ -77,9 +77,6 @@ class LocalBackend:
             raise too_long(self._context(), len(ids), request.max_new_tokens)
         return replace(request, prompt_ids=ids)
 
-    def max_characters(self) -> int:
-        return self._context() * 128  # the longest tokens of today's vocabularies
-
     def submit(self, request: GenerateRequest) -> TextStream:
         prompt = self._rendered(request.timeout)
         assembler = TextAssembler(prompt.decode, request.stop, prompt.think, prompt.think_open, prompt.unfinished)

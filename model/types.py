@@ -145,9 +145,6 @@ class Backend(Protocol):
         Raises InvalidRequest when prompt and limit do not fit the context, UnknownModel for another model's name.
         """
 
-    def max_characters(self) -> int:
-        """A prompt with more characters in all its messages cannot fit the context."""
-
     def submit(self, request: GenerateRequest) -> Stream:
         """Queue a prepared request. Raises Overloaded at once when the queue is full, ModelUnavailable when down."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"settings", "errors", "telemetry", "db", "olddb", "oldschema", "crypto"}
+BASE = {"settings", "errors", "telemetry", "db", "crypto", "version"}
 FEATURES = {"model", "accounts", "quotas", "cache", "audit"}
 ROOMS = BASE | FEATURES | {"api", "app"}
 MAY_IMPORT = {

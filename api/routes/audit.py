@@ -1,16 +1,16 @@
-"""The audit log, for auditors: found, exported, and one request with what was said, where that was kept.
-
-Changes nothing; every look is itself on record.
-"""
+"""The audit log for auditors: records by filter and page, exports, and one request with its kept texts."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import islice
+from threading import BoundedSemaphore
 from typing import Any, Literal
 
 from flask import Response
@@ -19,22 +19,25 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
 from accounts.roles import Permission
-from api.acts import record
+from api.audit_events import record
 from api.context import services
-from api.entry import unseal
 from api.errors import ErrorBody
+from api.generation_audit import unsealed
 from api.middleware import SECURED, Reply, needs, principal
 from api.schemas.native import IdPath
-from audit.audit import Wanted
-from audit.segments import stamp
-from crypto import SealBroken
-from errors import NotFound
+from audit.log import AuditFilter, AuditLog
+from audit.records import stamp
+from errors import NotFound, Overloaded
 
-_FIELDS = """
-    seq time kind id request user role token address route model act account outcome cache served_by duration_ms
+_COLUMNS = """
+    seq time kind id request user user_id key role address route model account outcome cache served_by duration_ms
     parameters tokens raw_sha256 input_sha256 output_sha256 reasoning_sha256 mac
 """
 _SEALED = ("input", "output")
+_EXPORTED = 100_000  # records in one reply
+_PAGE = 500  # records read at a time
+_EXPORTING = 300.0  # seconds that one export may take: its thread serves others then
+_exports = BoundedSemaphore(2)
 
 blueprint = APIBlueprint(
     "audit",
@@ -51,23 +54,18 @@ class AuditQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     user: str | None = Field(None, max_length=64)
-    kind: Literal["start", "end", "act", "segment", "died"] | None = None
-    act: str | None = Field(None, max_length=64)
-    outcome: str | None = Field(None, max_length=64)
+    kind: str | None = Field(None, max_length=64, description="start, end, login, ...")
     request: str | None = Field(None, max_length=64, description="An X-Request-Id.")
     since: datetime | None = None
     until: datetime | None = None
-    before: int = Field(0, ge=0, le=10**15, description="Only records before this one: `next` of the page before.")
+    after: int = Field(0, ge=0, le=10**15, description="`next` of the page before; in an export its last `seq`.")
     limit: int = Field(100, ge=1, le=1000)
     format: Literal["json", "jsonl", "csv"] = Field(
-        "json",
-        description="jsonl and csv: all that matches, oldest first; jsonl unfiltered is the log itself.",
+        "json", description="json: newest first. jsonl, csv: a file, oldest first, of at most 100,000 records."
     )
 
-    def wanted(self) -> Wanted:
-        fields = self.model_dump(include={"user", "kind", "act", "outcome", "request"}, exclude_none=True)
-        since, until = (_stamp(moment) for moment in (self.since, self.until))
-        return Wanted(fields, since or "", until or "~", self.before)
+    def filter(self) -> AuditFilter:
+        return AuditFilter(self.user, self.kind, self.request, _stamp(self.since), _stamp(self.until))
 
 
 class RecordOut(BaseModel):
@@ -83,11 +81,11 @@ class RecordOut(BaseModel):
 
 class RecordsOut(BaseModel):
     records: list[RecordOut]
-    next: int | None = Field(description="Send it as `before` for the next page; null when there is none.")
+    next: int | None = Field(description="Send it as `after` for the next page; null when there is none.")
 
 
 class WordsOut(BaseModel):
-    """What was said, where AUDIT_CONTENT kept it; null where not, or where its key is lost."""
+    """The texts, where AUDIT_CONTENT kept them; null where not, or where their key is lost."""
 
     input: Any = None
     output: Any = None
@@ -101,36 +99,35 @@ class OneOut(BaseModel):
 @blueprint.get("/admin/audit", responses={200: RecordsOut})
 @needs(Permission.READ_AUDIT)
 def find(query: AuditQuery) -> Reply:
-    """Records, newest first; or all of them in a file."""
-    wanted = query.wanted()
-    record(principal().name, "audit read", format=query.format, **{f"of_{k}": v for k, v in wanted.fields.items()})
+    """Records, newest first; or an export in a file."""
+    filters = {f"of_{name}": value for name in ("user", "kind", "request") if (value := getattr(query, name))}
+    record(principal().name, "audit read", format=query.format, **filters)
     if query.format != "json":
-        return _export(services().audit.find(wanted, newest_first=False), query.format)
-    found = list(islice(services().audit.find(wanted), query.limit + 1))
-    page = [RecordOut.model_validate(_shown(each)) for each in found[: query.limit]]
-    return RecordsOut(records=page, next=page[-1].seq if len(found) > query.limit else None).model_dump()
+        return _export(query)
+    rows = services().audit.find(query.filter(), query.limit + 1, query.after)
+    page = [RecordOut.model_validate(_shown(each)) for each in _records(rows[: query.limit])]
+    return RecordsOut(records=page, next=rows[query.limit - 1].seq if len(rows) > query.limit else None).model_dump()
 
 
 @blueprint.get("/admin/audit/<id>", responses={200: OneOut, 404: ErrorBody})
 @needs(Permission.READ_AUDIT)
 def one(path: IdPath) -> Reply:
-    """One request's records (`id` as in a record), with its words where they were kept."""
+    """One generation's records (`id` as in a record), with its texts where they were kept."""
     record(principal().name, "audit read", of_id=path.id)
-    found = list(services().audit.find(Wanted({"id": path.id}), newest_first=False))
+    rows = services().audit.find(AuditFilter(request=path.id.rpartition(".")[0]), 1000, newest_first=False)
+    found = [each for each in _records(rows) if each.get("id") == path.id]
     if not found:
         raise NotFound("There is no record of this id.", param="id")
-    words = {part: _words(path.id, part, found) for part in _SEALED}
-    out = OneOut(records=[RecordOut.model_validate(_shown(each)) for each in found], words=WordsOut(**words))
-    return out.model_dump()
+    sealed = {part: each[part] for each in found for part in _SEALED if part in each}
+    words = {part: unsealed(services().contents, path.id, part, text) for part, text in sealed.items()}
+    records = [RecordOut.model_validate(_shown(each)) for each in found]
+    return OneOut(records=records, words=WordsOut(**words)).model_dump()
 
 
-def _words(id: str, part: str, records: Iterable[Mapping[str, Any]]) -> Any:
-    for sealed in (each[part] for each in records if part in each):
-        try:
-            return unseal(services().contents, id, part, sealed)
-        except SealBroken:
-            return None
-    return None
+def _records(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        with suppress(ValueError):  # a body that was tampered with is for `verify` to report
+            yield {**json.loads(row.body), "mac": row.mac}
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,25 +140,44 @@ def _stamp(moment: datetime | None) -> str | None:
     return stamp((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-def _export(records: Iterator[dict[str, Any]], form: str) -> Response:
-    lines: dict[str, Callable[[Iterator[dict[str, Any]]], Iterator[str]]] = {"jsonl": _jsonl, "csv": _csv}
-    kinds = {"jsonl": "application/jsonl", "csv": "text/csv; charset=utf-8"}
-    response = Response(lines[form](records), content_type=kinds[form])
-    response.headers["Content-Disposition"] = f'attachment; filename="audit.{form}"'
+def _export(query: AuditQuery) -> Response:
+    """A streamed file. At most two at once, each bounded in records and time, so that slow readers hold few threads."""
+    if not _exports.acquire(blocking=False):
+        raise Overloaded("Two exports are running already.", retry_after=10)
+    pages = _exported(services().audit, query.filter(), query.after)
+    response = Response(_csv(pages) if query.format == "csv" else _jsonl(pages))
+    response.call_on_close(weakref.finalize(response, _exports.release))  # closed or dropped, and once
+    response.content_type = "text/csv; charset=utf-8" if query.format == "csv" else "application/jsonl"
+    response.headers["Content-Disposition"] = f'attachment; filename="audit.{query.format}"'
     return response
 
 
-def _jsonl(records: Iterator[dict[str, Any]]) -> Iterator[str]:
-    for each in records:
-        yield json.dumps(each, separators=(",", ":")) + "\n"  # byte for byte the line that is signed
+def _exported(log: AuditLog, wanted: AuditFilter, after: int) -> Iterator[Sequence[Any]]:
+    ends, count = time.monotonic() + _EXPORTING, 0
+    while count < _EXPORTED and (page := log.find(wanted, min(_PAGE, _EXPORTED - count), after, newest_first=False)):
+        yield page
+        after, count = page[-1].seq, count + len(page)
+        if time.monotonic() > ends:
+            raise TimeoutError("the client reads this export too slowly")
 
 
-def _csv(records: Iterator[dict[str, Any]]) -> Iterator[str]:
+def _jsonl(pages: Iterator[Sequence[Any]]) -> Iterator[bytes]:
+    for page in pages:  # without `mac` each line is the bytes that were signed
+        yield b"".join(row.body[:-1] + f',"mac":"{row.mac}"}}\n'.encode() for row in page)
+
+
+def _csv(pages: Iterator[Sequence[Any]]) -> Iterator[str]:
     text = io.StringIO()
-    rows = csv.DictWriter(text, _FIELDS.split(), extrasaction="ignore")
-    rows.writeheader()
-    for each in records:
-        rows.writerow({k: json.dumps(v) if isinstance(v, dict) else v for k, v in each.items()})
+    writer, columns = csv.writer(text), _COLUMNS.split()
+    writer.writerow(columns)
+    for page in pages:
+        writer.writerows([_cell(each.get(name)) for name in columns] for each in _records(page))
         yield text.getvalue()
         text.seek(text.truncate(0))
     yield text.getvalue()
+
+
+def _cell(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula."""
+    text = json.dumps(value) if isinstance(value, dict) else value
+    return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -15,7 +15,7 @@ from accounts.roles import Permission
 from accounts.tokens import TokenType
 from accounts.users import User
 from api import accounts, bearer
-from api.acts import record
+from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request

@@ -11,7 +11,7 @@ from flask_openapi3.models.tag import Tag
 
 from accounts.roles import Permission, allowed
 from api import sse, tickets
-from api.acts import record
+from api.audit_events import record
 from api.context import services
 from api.errors import ErrorBody, payload
 from api.generation import Generation, headers, read_all, respond, start
@@ -78,11 +78,11 @@ def cancel(path: IdPath) -> Reply:
     """Cancel one's own request, or as an administrator anyone's: its stream ends with `cancelled`."""
     caller, id = principal(), path.id.removeprefix("chatcmpl-")
     found = [each for each in list(services().running.values()) if each.id == id]
-    mine = [each for each in found if each.request.owner == caller.owner]
+    mine = [each for each in found if each.request.owner == caller.user_id]
     if not mine and allowed(caller.role, Permission.MANAGE_USERS, caller.scopes):
         mine = found
         for each in found:
-            record(caller.owner, "request cancelled", of_request=id, account=each.user)
+            record(caller.name, "request cancelled", of_request=id, account=each.user)
     if not mine:
         raise NotFound("No request of yours with this id is running.", param="id")
     for each in mine:

@@ -1,7 +1,4 @@
-"""What the tests of the audit log share: the ways to have text made, and a look at what was recorded.
-
-Proves nothing itself.
-"""
+"""What the tests of the audit log share: the ways to have text made, and a look at what was recorded."""
 
 from __future__ import annotations
 
@@ -9,8 +6,9 @@ import hashlib
 from typing import Any
 
 from api.context import Services
-from audit.audit import Wanted
+from audit.records import HeadFile
 from audit.verify import verify
+from tests.audit.logs import find
 
 PROMPT = "<b>why</b> is the sky blue"
 SENT, CLEANED = f'[["user","{PROMPT}"]]', '[["user","why is the sky blue"]]'
@@ -22,13 +20,12 @@ def sha256(text: str) -> str:
 
 def records(rooms: Services, *kinds: str) -> list[dict[str, Any]]:
     """In order, those of generations unless said otherwise."""
-    wanted = kinds or ("start", "end")
-    return [each for each in rooms.audit.find(Wanted(), newest_first=False) if each["kind"] in wanted]
+    return [each for each in find(rooms.audit) if each["kind"] in (kinds or ("start", "end"))]
 
 
 def whole(rooms: Services) -> bool:
-    place = rooms.audit.place
-    return not verify(place.folder, place.head, place.signer).problems
+    log = rooms.audit
+    return not verify(log.database, log.keys, HeadFile(log.head_path, log.keys)).problems
 
 
 WAYS = {

@@ -10,13 +10,14 @@ from werkzeug.serving import make_server
 
 import app
 from accounts.passwords import Passwords
-from audit.audit import Audit, Wanted
-from audit.journal import Journal
-from audit.tail import Place
+from audit.log import AuditLog
+from audit.records import HeadFile
 from audit.verify import verify
 from crypto import KeyRing
+from db import Database
 from settings import Settings
 from tests.api.scripted import ScriptedBackend
+from tests.audit.logs import find
 
 
 def serve(folder: Path, password: str, port: Connection) -> None:
@@ -33,11 +34,10 @@ class Remains:
     """The log in a data folder after the last kill, once the next process has opened it."""
 
     def __init__(self, folder: Path) -> None:
-        codes = KeyRing.load_or_create(folder / "keys").mac_keys("audit")
-        place = Place(folder / "audit", folder / "audit-head", codes)
-        audit = Audit(Journal(place))
-        audit.open()
-        self.starts = {record["request"]: record["id"] for record in audit.find(Wanted({"kind": "start"}))}
-        self.outcomes = {record["id"]: record["outcome"] for record in audit.find(Wanted({"kind": "end"}))}
+        keys = KeyRing.load_or_create(folder / "keys").mac_keys("audit")
+        log = AuditLog(Database.in_folder(folder), keys, folder)
+        log.open()
+        self.starts = {record["request"]: record["id"] for record in find(log, kind="start")}
+        self.outcomes = {record["id"]: record["outcome"] for record in find(log, kind="end")}
         self.complete = self if set(self.starts.values()) == set(self.outcomes) else None
-        self.report = verify(place.folder, place.head, place.signer)
+        self.report = verify(log.database, keys, HeadFile(log.head_path, keys))

@@ -79,6 +79,6 @@ def test_a_listed_model_is_not_rewritten_by_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_torch_free_rooms_import_no_torch() -> None:
-    names = "model.weights.catalogue, model.text.detokenizer, model.flight, model.weights.checkpoint"
+    names = "model.weights.catalogue, model.text.detokenizer, model.weights.checkpoint"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,310 @@
+"""The audit log: events made durable by any number of threads and processes, and found again."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import structlog
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, select, text, tuple_, update
+
+from audit import old_log
+from audit.records import Event, Head, HeadFile, audit, audit_head, audit_open, chained, follows, stamp
+from audit.verify import disagreement
+from audit.writers import Writer
+from crypto import MacKeys
+from db import Database
+from errors import StoreUnavailable
+from telemetry import Metrics
+
+DAY = 86_400.0  # seconds
+_PATIENCE = 30.0  # seconds to wait for another thread's commit: a disk that hangs holds the threads that write, no more
+_PROBE_EVERY = 1.0  # seconds; /readyz is public
+_TELL_EVERY = 600.0  # seconds between two lines in the service's log that say where the audit log stands
+_PRUNED = 1000  # records deleted with one commit at most: 5 ms, where a day of a busy service takes seconds
+
+_NEWEST = 1 << 62
+_LOCK = text("SELECT pg_advisory_xact_lock(7235402)")
+_HEAD = select(audit_head.c.log, audit_head.c.state)
+_MOVE_HEAD = update(audit_head).values(state=bindparam("new"))
+_ADD = insert(audit)
+_OPEN = insert(audit_open)
+_CLOSE = delete(audit_open).where(audit_open.c.id == bindparam("ended"))
+_BODY = select(audit.c.body).where(audit.c.seq == bindparam("seq"))
+_UP_TO = select(audit.c.seq, audit.c.mac).where(audit.c.seq <= bindparam("seq")).order_by(audit.c.seq.desc()).limit(1)
+
+_log = structlog.get_logger("audit")
+
+
+class AuditUnavailable(StoreUnavailable):
+    """The events are not durable: what they report must not be answered as if it had happened."""
+
+    code = "audit_unavailable"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.message = "The service cannot write its audit log just now, and answers nothing without it."
+
+
+def since_boot() -> float:
+    """Seconds that no administrator can set, those asleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Events that are committed together."""
+
+    events: list[Event] = field(default_factory=list)
+    led: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    fault: str | None = "the disk does not answer"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which records: all that is given must match. since (included), until (excluded): as `stamp` in a record."""
+
+    user: str | None = None
+    kind: str | None = None
+    request: str | None = None
+    since: str | None = None
+    until: str | None = None
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        equal = {name: getattr(self, name) for name in ("user", "kind", "request")}
+        found = [audit.c[name] == value for name, value in equal.items() if value is not None]
+        found += [audit.c.time >= self.since] if self.since else []
+        return found + ([audit.c.time < self.until] if self.until else [])
+
+
+class AuditLog:
+    """One log. What writes raises AuditUnavailable, what reads StoreUnavailable.
+
+    Group commit without a thread: the first that waits writes for all that wait, and meanwhile the next batch fills.
+    A generation that its process left open is closed as `aborted` by the next process that writes.
+
+    folder: for the locks of living writers, and where an older version kept its log. head: the file that tells a log
+    that was cut or put back to an older copy; best on another disk. days: that a record is kept at least. wall: Unix
+    seconds; ticks: seconds since boot.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        keys: MacKeys,
+        folder: Path,
+        head: Path | None = None,
+        days: float = 180,
+        metrics: Metrics | None = None,
+        wall: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = since_boot,
+    ) -> None:
+        self.database, self.keys, self.head_path = database, keys, head or folder / "audit-head"
+        self._file = HeadFile(self.head_path, keys)
+        self._folder, self._days, self._metrics = folder, days, metrics or Metrics()
+        self._wall, self._ticks, self._ticked = wall, ticks, 0.0
+        self._mutex, self._writing = threading.Lock(), threading.Lock()
+        self._filling = _Batch()
+        self._writer: Writer | None = None
+        self._name = ""  # of the writer
+        self._left: Head | None = None  # as this process left it, and its bytes in the database
+        self._signed = b""
+        self._doomed = 0  # records before this one are too old to keep
+        self._lost: set[str] = set()  # generations of which an event could not be written
+        self._fault: str | None = None
+        self._probed = self._told = float("-inf")
+
+    def open(self) -> None:
+        """Say that a process starts, check the log's end, and close what dead processes left open."""
+        self.append({"kind": "started"})
+
+    def append(self, *events: Event) -> None:
+        """Write `events` (JSON objects with a `kind`; starts and ends of generations with an `id`), in this order.
+
+        They are durable when it returns. Raises AuditUnavailable.
+        """
+        with self._mutex:
+            batch = self._filling
+            batch.events.extend(events)
+            leads, batch.led = not batch.led, True
+        if leads:
+            self._write(batch)
+        batch.done.wait(_PATIENCE)
+        if batch.fault is not None:
+            raise AuditUnavailable(f"the audit log cannot be written ({batch.fault})")
+
+    def problem(self) -> str | None:
+        """Why nothing can be written, None if it can. After a fault it tries again, at most once a second."""
+        if self._fault is not None and time.monotonic() - self._probed >= _PROBE_EVERY:
+            self._probed = time.monotonic()
+            with suppress(AuditUnavailable):
+                self.append({"kind": "resumed"})
+        return self._fault
+
+    def find(self, wanted: AuditFilter, limit: int, after: int = 0, newest_first: bool = True) -> Sequence[Any]:
+        """seq, body and mac of at most `limit` records in order of time, from the one that follows record `after`."""
+        place, conditions = tuple_(audit.c.time, audit.c.seq), wanted.conditions()
+        with self.database.reading() as connection:
+            if after:
+                at = connection.scalar(select(audit.c.time).where(audit.c.seq == after)) or ""
+                there = tuple_(bindparam("at", at), bindparam("after", after))
+                conditions.append(place < there if newest_first else place > there)
+            order = [column.desc() if newest_first else column for column in (audit.c.time, audit.c.seq)]
+            query = select(audit.c.seq, audit.c.body, audit.c.mac).where(*conditions).order_by(*order).limit(limit)
+            return connection.execute(query).all()
+
+    def _write(self, batch: _Batch) -> None:
+        with self._writing:
+            with self._mutex:
+                self._filling = _Batch()
+            begin = time.perf_counter()
+            try:
+                self._commit(batch.events)
+                batch.fault = None
+            except (StoreUnavailable, OSError) as error:
+                batch.fault = str(error)
+                self._lost.update(event["id"] for event in batch.events if event["kind"] in ("start", "end"))
+                _log.error("audit unavailable", reason=batch.fault)
+            finally:  # also after a bug, so that the others do not wait for ever
+                self._fault = batch.fault
+                batch.done.set()
+                self._metrics.audited(len(batch.events), time.perf_counter() - begin, batch.fault is None)
+
+    def _commit(self, events: Sequence[Event]) -> None:
+        with self._file.locked() as file:
+            with self.database.transaction() as connection:
+                if not self.database.is_sqlite:
+                    connection.execute(_LOCK)
+                head, remarks = self._found(connection)
+                head = self._timed(head)
+                events = [*remarks, *self._closing(connection), *events]
+                if (is_new_day := head.clock - head.day >= DAY) or self._left is None:
+                    self._doomed = self._too_old(connection, head)
+                if is_new_day:
+                    head = replace(head, day=head.clock)
+                    events.append({"kind": "day", "clock": head.clock})
+                head = self._pruned(connection, self._added(connection, events, head))
+                signed = head.signed(self.keys)
+                connection.execute(_MOVE_HEAD, {"new": signed})
+            self._left, self._signed = head, signed
+            self._lost.clear()
+            if any(event["kind"] == "imported" for event in remarks):
+                old_log.retire(self._folder / "audit")
+            self._file.write(file, signed)
+        self._tell(head)
+
+    def _found(self, connection: Connection) -> tuple[Head, list[Event]]:
+        """The head to go on from, and what is to be said about how the log was found."""
+        log, state = (connection.execute(_HEAD).one_or_none() or (None, None))  # fmt: skip
+        if self._left is not None and state == self._signed:
+            return self._left, []
+        head = Head.parse(state, self.keys)
+        if self._left and head and head.log == self._left.log and head.seq >= self._left.seq:
+            return head, []  # another process wrote meanwhile
+        kept, last = self._file.read(), connection.execute(_UP_TO, {"seq": _NEWEST}).one_or_none()
+        if log and state is None and last is None and kept is None:
+            return old_log.take_over(connection, log, self._folder / "audit", self.head_path, self.keys)
+        if log is None:
+            log = token_hex(8)
+            connection.execute(insert(audit_head).values(log=log))
+        why, is_copy = disagreement(connection, head, kept)
+        if head is None:
+            first = connection.scalar(select(func.min(audit.c.seq))) or 1
+            head = Head(log, last.seq if last else 0, last.mac if last else "", first)
+        remark = {"kind": "restored" if is_copy else "damaged", "why": why, "after": head.seq}
+        if kept and kept.log == log:  # no number is used twice
+            head = replace(head, seq=max(head.seq, kept.seq))
+        return head, [remark] if why else []
+
+    def _timed(self, head: Head) -> Head:
+        """The head now. The log counts its age itself, so that a wall clock set wrong makes no record old.
+
+        Within a process it goes by the time since boot; from one process to the next it believes in a day at most.
+        """
+        wall, ticks = self._wall(), self._ticks()
+        if self._left is None:
+            clock = head.clock + (min(max(wall - head.time, 0.0), DAY) if head.time else 0.0)
+        else:
+            clock = max(head.clock, self._left.clock + ticks - self._ticked)
+        self._ticked = ticks
+        return replace(head, clock=clock, time=wall)
+
+    def _closing(self, connection: Connection) -> list[Event]:
+        """Ends for generations that have lost theirs: their process is gone, or a write failed."""
+        if self._writer and not self.database.is_sqlite and self._writer.has_ended(self._name, connection):
+            self._writer = None  # the connection with its lock was lost
+        ended = self._arrived(connection) if self._writer is None or self._left is None else []
+        if not ended and not self._lost:
+            return []
+        mine = audit_open.c.id.in_(self._lost)
+        rows = connection.execute(
+            select(audit_open).where(mine | audit_open.c.writer.in_(ended)).order_by(audit_open.c.seq)
+        )
+        return [_end(connection, row, "aborted" if row.writer in ended else "audit_unavailable") for row in rows.all()]
+
+    def _arrived(self, connection: Connection) -> list[str]:
+        """The writers that have ended, once this process has a name of its own."""
+        if self._writer is None:
+            self._writer = Writer(self.database, self._folder / "writers")
+            before, self._name = self._name, self._writer.name
+            connection.execute(update(audit_open).where(audit_open.c.writer == before).values(writer=self._name))
+        self._writer.tidy(connection)
+        names = connection.scalars(select(audit_open.c.writer).distinct()).all()
+        return [name for name in names if name != self._name and self._writer.has_ended(name, connection)]
+
+    def _added(self, connection: Connection, events: Sequence[Event], head: Head) -> Head:
+        rows, mac = [], head.mac
+        for seq, event in enumerate(events, head.seq + 1):
+            rows.append(chained(event, seq, stamp(head.time), mac, self.keys))
+            mac = rows[-1]["mac"]
+        started = {event["id"]: row["seq"] for event, row in zip(events, rows, strict=True) if event["kind"] == "start"}
+        ended = {event["id"] for event in events if event["kind"] == "end"}
+        opened = [{"id": id, "seq": seq, "writer": self._name} for id, seq in started.items() if id not in ended]
+        closed = [{"ended": id} for id in ended if id not in started]
+        for statement, values in ((_ADD, rows), (_OPEN, opened), (_CLOSE, closed)):
+            if values:
+                connection.execute(statement, values)
+        return replace(head, seq=head.seq + len(rows), mac=mac)
+
+    def _too_old(self, connection: Connection, head: Head) -> int:
+        """The newest daily mark behind which everything may go, by marks that are signed; 0 for none."""
+        marks = select(audit).where(audit.c.kind.in_(("log", "day", "segment"))).order_by(audit.c.seq)
+        found = 0
+        for row in connection.execute(marks):
+            before = connection.execute(_UP_TO, {"seq": row.seq - 1}).one_or_none()
+            is_ours = follows(row, before.mac if before else head.anchor, self.keys)
+            if not is_ours or json.loads(row.body)["clock"] > head.clock - self._days * DAY:
+                break
+            found = row.seq
+        return found
+
+    def _pruned(self, connection: Connection, head: Head) -> Head:
+        if self._doomed <= head.first:
+            return head
+        last = connection.execute(_UP_TO, {"seq": min(self._doomed, head.first + _PRUNED) - 1}).one_or_none()
+        if last is None or last.seq < head.first:
+            return head
+        connection.execute(delete(audit).where(audit.c.seq <= last.seq))
+        return replace(head, first=last.seq + 1, anchor=last.mac)
+
+    def _tell(self, head: Head) -> None:
+        """Where the log stands, for other machines to remember: one that is behind this was put back."""
+        self._metrics.audit_last_seq.labels(head.log).set(head.seq)
+        if time.monotonic() - self._told >= _TELL_EVERY:
+            self._told = time.monotonic()
+            _log.info("audit head", log=head.log, seq=head.seq, mac=head.mac)
+
+
+def _end(connection: Connection, row: Row[Any], outcome: str) -> Event:
+    body = connection.scalar(_BODY, {"seq": row.seq})
+    start = json.loads(body) if body else {}
+    kept = {name: start[name] for name in ("request", "user", "user_id", "key", "route", "model") if name in start}
+    return {"kind": "end", "id": row.id, **kept, "outcome": outcome}

@@ -1,0 +1,295 @@
+"""Writing the audit log: durable, in order, by many, whatever fails; finding records; closing what was left open."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from audit.log import AuditFilter, AuditUnavailable
+from audit.records import HeadFile
+from tests.audit.logs import Fault, Log, failing_database, find, said
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(log: Log, code: str, *arguments: str, **options: object) -> subprocess.Popen[str]:
+    """A process of its own with `audit`, the log opened, and `log`."""
+    start = "import os, sys; from tests.audit.logs import *; log = Log(Path(sys.argv[1]), sys.argv[2])\n"
+    command = [sys.executable, "-c", f"{start}audit = log.open()\n{code}", str(log.folder), log.url, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def test_records_are_numbered_and_stamped_in_the_order_of_writing(log: Log) -> None:
+    audit = log.open()
+    audit.append(said("a"), said("b"))
+    audit.append(said("c"))
+    records = log.records()
+    assert [(record["seq"], record.get("said")) for record in records] == [(1, None), (2, "a"), (3, "b"), (4, "c")]
+    assert {record["time"] for record in records} == {"2027-01-15T08:00:00.000Z"}
+    assert log.whole and log.head.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_record_is_committed_before_the_head_file_is_written(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[object]] = []
+    write = HeadFile.write
+    monkeypatch.setattr(HeadFile, "write", lambda *given: (found.append(log.said()), write(*given)))
+    log.open().append(said("a"))
+    assert found == [["a"]]
+
+
+@pytest.mark.promise("P16", counted="32 threads x 100 records: 3,200 in the log, no gap, no duplicate, fewer commits")
+def test_many_threads_lose_nothing_and_share_commits(log: Log) -> None:
+    audit = log.open()
+
+    def write(thread: int) -> None:
+        for n in range(100):
+            audit.append(said(f"{thread}.{n}"))
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(write, range(32)))
+    assert sorted(log.said()) == sorted(f"{thread}.{n}" for thread in range(32) for n in range(100))
+    commits = audit._metrics.registry.get_sample_value("llm_audit_commit_seconds_count")
+    assert log.whole and commits is not None and commits < 1600
+
+
+@pytest.mark.promise("P16", counted="4 processes x 500 records, SQLite and PostgreSQL: exactly 2,000, no gap")
+def test_many_processes_lose_nothing(log: Log) -> None:
+    code = "sys.stdin.read()\nfor n in range(500): audit.append(said(f'{sys.argv[3]}.{n}'))"
+    ready, go = os.pipe()
+    running = [run(log, code, str(n), stdin=ready) for n in range(4)]
+    os.close(ready)
+    os.close(go)  # the end of file for which all four wait
+    assert [process.wait(100) for process in running] == [0, 0, 0, 0]
+    assert sorted(log.said()) == sorted(f"{process}.{n}" for process in range(4) for n in range(500))
+    report = log.verify()
+    assert report.problems == [] and report.last == report.records == 2001
+
+
+@pytest.mark.parametrize("words", ["database or disk is full", "disk I/O error"])
+@pytest.mark.promise(
+    "P13",
+    injected="full and I/O error at the Nth statement, commit or head write, for every N",
+    counted="none lost",
+)
+def test_a_write_that_fails_promises_nothing_and_the_next_goes_on(log: Log, words: str) -> None:
+    audit, kept, faults = log.open(), ["before"], 0
+    audit.append(said("before"))
+    for at in range(1, 30):
+        with failing_database(Fault(at, words)) as fault:
+            try:
+                audit.append({"kind": "start", "id": str(at)}, said(at))
+                kept.append(at)  # type: ignore[arg-type]
+            except AuditUnavailable as error:
+                assert error.code == "audit_unavailable" and error.status == 503 and error.retry_after == 5
+                faults += 1
+        if not fault.injected:
+            break
+        audit.append(said(f"after {at}"))
+        kept.append(f"after {at}")
+    assert faults == 5 and fault.injected == 0, "three statements, the commit and the head were hit once each"
+    assert [word for word in log.said() if word in kept] == kept and log.whole
+
+
+@pytest.mark.promise(
+    "P13", injected="the kernel cuts writes short at each of 60 sizes of the file", counted="each whole, or refused"
+)
+def test_a_short_write_is_finished_or_refused(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    code = """
+import resource, signal
+from audit.log import AuditUnavailable
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+audit.append(said("before"))
+for n in range(60):
+    size = os.stat(log.folder / "service.sqlite3-wal").st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 700 * n, hard))
+    try:
+        audit.append(said(n)); print("kept", n, flush=True)
+    except AuditUnavailable: print("refused", n, flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    audit.append(said(f"after {n}"))
+"""
+    process = run(log, code, stdout=subprocess.PIPE)
+    lines = [line.split() for line in process.communicate(timeout=100)[0].splitlines()]
+    answers = {int(line[1]): line[0] for line in lines if line and line[0] in ("kept", "refused")}
+    assert process.returncode == 0 and len(answers) == 60 and list(answers.values()).count("refused") >= 10
+    told = log.said()
+    assert [n for n in told if answers.get(n) == "kept"] == [n for n, answer in answers.items() if answer == "kept"]
+    assert [f"after {n}" in told for n in range(60)] == [True] * 60 and log.whole
+
+
+@pytest.mark.promise("P13", injected="a database that stays full", counted="every record refused, until there is room")
+def test_a_full_disk_refuses_until_there_is_room(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    audit = log.open()
+    audit.append(said("before"))
+    _limit_pages(log, full=True)
+    refused = 0
+    for _ in range(100):
+        try:
+            audit.append(said("x" * 2000))
+        except AuditUnavailable as error:
+            assert "SQLITE_FULL" in str(error)
+            refused += 1
+    assert refused > 90
+    _limit_pages(log, full=False)
+    audit._probed = 0
+    assert audit.problem() is None and log.records()[-1]["kind"] == "resumed"
+    audit.append(said("after"))
+    assert log.said()[0] == "before" and log.said()[-1] == "after" and log.whole
+
+
+def _limit_pages(log: Log, full: bool) -> None:
+    """Of the one connection in the pool of writers."""
+    with log.database._writer.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one() if full else 1 << 30
+        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}").scalar_one()
+
+
+def test_everyone_who_waits_is_told_of_a_fault(log: Log) -> None:
+    audit, refused, gate = log.open(), [], threading.Barrier(8)
+    audit.append(said("before"))
+
+    def write() -> None:
+        gate.wait(10)
+        try:
+            audit.append(said("x"))
+        except AuditUnavailable as error:
+            refused.append(error)
+
+    with failing_database(Fault(1, lasts=10**6)), ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: write(), range(8)))
+    assert len(refused) == 8
+
+
+def test_a_problem_is_told_until_a_write_works_again(log: Log) -> None:
+    audit = log.open()
+    assert audit.problem() is None
+    with failing_database(Fault(1, lasts=10**6)):
+        with pytest.raises(AuditUnavailable):
+            audit.open()
+        assert "cannot be written" in (audit.problem() or "")
+        audit._probed = 0
+        assert "cannot be written" in (audit.problem() or "")
+    audit._probed = 0
+    assert audit.problem() is None and audit.problem() is None
+    assert [record["kind"] for record in log.records()] == ["log", "resumed"]
+
+
+def test_a_folder_that_cannot_be_used_is_refused(log: Log) -> None:
+    log.head.parent.touch()
+    with pytest.raises(AuditUnavailable):
+        log.open().open()
+
+
+@pytest.mark.promise("P12", injected="kill -9 with two generations open", counted="both closed as aborted by the next")
+def test_what_a_killed_process_left_open_is_closed(log: Log) -> None:
+    code = "for id in 'abc': audit.append({'kind': 'start', 'id': id, 'user': 'ann', 'route': '/generate'})\n"
+    code += "audit.append({'kind': 'end', 'id': 'b', 'outcome': 'stop'}); os.kill(os.getpid(), 9)"
+    assert run(log, code).wait(60) == -9
+    log.open().open()
+    ends = log.records("end")
+    assert [(end["id"], end["outcome"]) for end in ends] == [("b", "stop"), ("a", "aborted"), ("c", "aborted")]
+    assert all(end["user"] == "ann" and end["route"] == "/generate" for end in ends[1:]) and log.whole
+    log.open().open()
+    assert len(log.records("end")) == 3, "once is enough"
+    assert len(list((log.folder / "writers").glob("*"))) <= 2
+
+
+def test_what_a_living_process_has_open_is_left_alone(log: Log) -> None:
+    living = log.open()
+    living.append({"kind": "start", "id": "a"})
+    log.open().append({"kind": "start", "id": "b"})
+    assert log.records("end") == []
+    living.append({"kind": "end", "id": "a", "outcome": "stop"})
+    assert [end["outcome"] for end in log.records("end")] == ["stop"]
+
+
+@pytest.mark.promise("P12", injected="an end that cannot be written, then a clean end of the process", counted="closed")
+def test_a_start_whose_end_was_lost_does_not_stay_open(log: Log) -> None:
+    audit = log.open()
+    for id in ("a", "b"):
+        audit.append({"kind": "start", "id": id, "user": "ann"})
+        with failing_database(Fault(1)), pytest.raises(AuditUnavailable):
+            audit.append({"kind": "end", "id": id, "outcome": "stop"})
+        if id == "a":
+            audit.append(said("the process goes on"))
+            assert [(end["id"], end["outcome"]) for end in log.records("end")] == [("a", "audit_unavailable")]
+    del audit
+    log.open().open()
+    assert [(end["id"], end["outcome"]) for end in log.records("end")][1:] == [("b", "aborted")]
+
+
+@pytest.mark.parametrize("log", ["postgresql"], indirect=True)
+def test_a_lost_connection_closes_no_generation_that_lives(log: Log) -> None:
+    audit = log.open()
+    audit.append({"kind": "start", "id": "a"})
+    others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+    with log.database.reading() as connection:
+        connection.exec_driver_sql(f"SELECT pg_terminate_backend(pid) {others}")
+    audit.append(said("on new connections"))
+    log.open().open()
+    assert log.records("end") == []
+    audit.append({"kind": "end", "id": "a", "outcome": "stop"})
+    assert [end["outcome"] for end in log.records("end")] == ["stop"]
+
+
+@pytest.fixture
+def three(log: Log) -> Log:
+    """Three generations of two users, over two days."""
+    audit = log.open()
+    for day, (id, user) in enumerate((("r1", "ann"), ("r2", "bob"), ("r3", "ann"))):
+        audit.append({"kind": "start", "id": id, "request": id, "user": user, "parameters": {"user": "bob"}})
+        audit.append({"kind": "end", "id": id, "request": id, "user": user, "outcome": "stop" if day else "length"})
+        log.clocks.pass_days(1)
+    return log
+
+
+def test_filters_are_all_to_be_met(three: Log) -> None:
+    audit = three.open()
+    assert [record["id"] for record in find(audit, user="ann", kind="end")] == ["r1", "r3"]
+    assert [record["kind"] for record in find(audit, request="r2")] == ["start", "end"]
+    assert find(audit, user="an") == [] == find(audit, user='"')
+    since = find(audit, kind="end")[1]["time"]
+    assert [record["id"] for record in find(audit, kind="end", since=since)] == ["r2", "r3"]
+    assert [record["id"] for record in find(audit, kind="end", until=since)] == ["r1"]
+
+
+def test_pages_lead_through_the_log_both_ways(three: Log) -> None:
+    audit = three.open()
+    for newest_first in (True, False):
+        seen, after = [], 0
+        while page := audit.find(AuditFilter(kind="end"), 2, after, newest_first):
+            seen += [row.seq for row in page]
+            after = page[-1].seq
+        assert seen == sorted(seen, reverse=newest_first) and len(seen) == 3
+
+
+@pytest.mark.parametrize("wanted", [{"user": "x"}, {"kind": "x"}, {"request": "x"}, {"since": "2"}, {"until": "2"}])
+def test_every_filter_is_looked_up_in_an_index(tmp_path: Path, wanted: dict[str, str]) -> None:
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    log, plans = Log(tmp_path), []
+
+    def explain(connection, cursor, statement, parameters, *_):  # type: ignore[no-untyped-def]
+        if statement.startswith("SELECT audit.seq"):
+            plans.append([row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()])
+
+    audit = log.open()
+    audit.append(said("a"))
+    event.listen(Engine, "before_cursor_execute", explain)
+    try:
+        for after in (0, 1):
+            audit.find(AuditFilter(**wanted), 10, after)
+    finally:
+        event.remove(Engine, "before_cursor_execute", explain)
+    assert len(plans) == 2 and all("SEARCH audit USING INDEX" in plan[0] for plan in plans), plans
+    assert not any("TEMP B-TREE" in step for plan in plans for step in plan) or "request" in wanted
