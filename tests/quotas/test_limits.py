@@ -52,9 +52,20 @@ def name() -> str:
     return uuid4().hex
 
 
+LINKS: list[RedisLink] = []
+
+
 def shared(url: str, breaker: Breaker | None = None) -> RequestRate:
     link = RedisLink(url, breaker)
+    LINKS.append(link)
     return RequestRate((link.redis.connection_pool, link.ask))
+
+
+@pytest.fixture(autouse=True)
+def links_are_closed() -> Iterator[None]:
+    yield
+    while LINKS:
+        LINKS.pop().close()
 
 
 def passes(ask: Callable[[], object]) -> bool:
