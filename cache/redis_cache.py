@@ -116,11 +116,7 @@ _KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ..
     (redis.AuthenticationError, "password", "it refuses the user or the password in REDIS_URL"),
     (NoPermissionError, "permission", "its ACL forbids a command; ops/make-secrets writes the ACL that is needed"),
     (OutOfMemoryError, "full", "it is full and may not evict: set maxmemory-policy allkeys-lru"),
-    (
-        (AskError, ClusterError, ClusterCrossSlotError),
-        "cluster",
-        "REDIS_URL must name a Redis that is in no cluster",
-    ),
+    ((AskError, ClusterError, ClusterCrossSlotError), "cluster", "it is part of a cluster: name a single server"),
     (redis.TimeoutError, "timeout", f"it does not answer within {_TIMEOUT} s, or speaks no TLS (redis://)"),
     (redis.ConnectionError, "refused", "nothing answers at the address in REDIS_URL, or it wants TLS (rediss://)"),
     (Exception, "protocol", "what answers at REDIS_URL is no Redis that works"),

@@ -50,9 +50,6 @@ class ResponseCache:
     def put(self, key: str, value: dict[str, object]) -> None:
         self._store.put(key, self._encryptor.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self._ttl)
 
-    def close(self) -> None:
-        self._store.close()
-
     def _opened(self, key: str) -> dict[str, object] | None:
         sealed = self._store.get(key)
         try:

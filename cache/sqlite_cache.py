@@ -45,7 +45,7 @@ class SqliteCache:
 
     def __init__(self, path: Path, max_bytes: int = 64 << 20, clock: Callable[[], float] = time.time) -> None:
         self._path, self._max_bytes, self._clock = path, max_bytes, clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
         self._problem: str | None = None
@@ -68,7 +68,9 @@ class SqliteCache:
     def close(self) -> None:
         """Later uses open the file again."""
         with self._lock:
-            self._close()
+            if self._connection:
+                self._connection.close()
+            self._connection = None
 
     def _write(self, connection: sqlite3.Connection, key: str, value: bytes, ttl: int) -> bool:
         size, now = len(key) + len(value), self._clock()
@@ -101,11 +103,6 @@ class SqliteCache:
         self._connection = connection
         return connection
 
-    def _close(self) -> None:
-        if self._connection:
-            self._connection.close()
-        self._connection = None
-
     def _failed(self, error: Exception) -> None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without what extended codes add
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -115,7 +112,7 @@ class SqliteCache:
             log.warning("the cache file cannot be used", problem=problem, file=self._path.name)
         self._problem = problem
         if code in _BROKEN:
-            self._close()
+            self.close()
             self._set_aside()
 
     def _set_aside(self) -> None:

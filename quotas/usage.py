@@ -9,7 +9,20 @@ from dataclasses import asdict, dataclass, fields
 from secrets import token_hex
 
 import structlog
-from sqlalchemy import BigInteger, Column, Connection, Double, Index, Integer, String, Table, bindparam, select, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    Index,
+    Integer,
+    String,
+    Table,
+    Text,
+    bindparam,
+    select,
+    text,
+)
 
 from db import Database, metadata
 from errors import StoreUnavailable
@@ -59,7 +72,7 @@ _usage = Table(
     metadata,
     Column("day", Integer, primary_key=True),
     Column("user_id", String(64), primary_key=True),
-    Column("model", String(256), primary_key=True),
+    Column("model", Text, primary_key=True),  # may be a path
     *(Column(name, BigInteger, nullable=False) for name in _COUNTS),
 )
 _reservations = Table(
@@ -139,8 +152,9 @@ class UsageStore:
         While the database does not answer it is kept in memory and tried again each second.
         """
         day = reservation.day if reservation else int(self._clock() // _DAY)
+        added = {} if counts == Counts() else {(day, user_id, model): counts}
         with self._lock:
-            self._add({(day, user_id, model): counts}, [reservation.id] if reservation else [])
+            self._add(added, [reservation.id] if reservation else [])
         if reservation:
             self._try_flush()
         else:
@@ -181,7 +195,7 @@ class UsageStore:
         self._ended += ended
 
     def _write(self, pending: Usage, ended: list[str]) -> None:
-        if not pending:
+        if not pending and not ended:
             return
         with self._db.transaction() as connection:
             if ended:

@@ -12,7 +12,7 @@ def upgrade() -> None:
         "usage",
         sa.Column("day", sa.Integer, primary_key=True),
         sa.Column("user_id", sa.String(64), primary_key=True),
-        sa.Column("model", sa.String(256), primary_key=True),
+        sa.Column("model", sa.Text, primary_key=True),
         sa.Column("requests", sa.BigInteger, nullable=False),
         sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
         sa.Column("cached_tokens", sa.BigInteger, nullable=False),

@@ -43,8 +43,10 @@ def proxy(redis_url: str) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def link(proxy: FaultProxy, breaker: Breaker) -> RedisLink:
-    return RedisLink(f"redis://127.0.0.1:{proxy.port}/0", breaker)
+def link(proxy: FaultProxy, breaker: Breaker) -> Iterator[RedisLink]:
+    link = RedisLink(f"redis://127.0.0.1:{proxy.port}/0", breaker)
+    yield link
+    link.close()
 
 
 @pytest.fixture
@@ -110,6 +112,7 @@ def test_a_server_that_never_accepts_is_a_short_miss(breaker: Breaker) -> None:
             costs = [cost(link) for _ in range(3)]
             assert breaker.opened and max(costs) > 0.15, "nothing hung"
             assert median(costs) < UNTIL_OPEN and max(costs) < UNTIL_OPEN + SLACK
+            link.close()
 
 
 def test_a_request_lost_with_its_connection_is_tried_once_more(cache: RedisCache, proxy: FaultProxy) -> None:

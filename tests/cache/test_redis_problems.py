@@ -18,6 +18,7 @@ from tests.conftest import program
 from tests.faults import FaultProxy
 
 Serve = Callable[..., int]
+Connect = Callable[..., RedisLink]
 
 
 @contextmanager
@@ -38,6 +39,18 @@ def server(folder: Path, *options: str) -> Iterator[int]:
 def serve(tmp_path: Path) -> Iterator[Serve]:
     with ExitStack() as running:
         yield lambda *options: running.enter_context(server(tmp_path, *options))
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    with ExitStack() as open_links:
+
+        def connect(url: str, breaker: Breaker | None = None) -> RedisLink:
+            link = RedisLink(url, breaker)
+            open_links.callback(link.close)
+            return link
+
+        yield connect
 
 
 def certificate(folder: Path) -> list[str]:
@@ -87,12 +100,14 @@ def test_a_password_that_the_server_does_not_have(serve: Serve) -> None:
     assert problems(f"redis://ann:secret@127.0.0.1:{serve()}/0") == ("password", ["password"])
 
 
-def test_a_certificate_that_nobody_trusts_and_the_wrong_side_of_tls(serve: Serve, tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_trusts_and_the_wrong_side_of_tls(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
     tls, plain = serve(*certificate(tmp_path)), serve()
     assert problems(f"rediss://127.0.0.1:{tls}/0") == ("certificate", ["certificate"])
     assert problems(f"redis://127.0.0.1:{tls}/0") == ("refused", ["refused"])
     assert problems(f"rediss://127.0.0.1:{plain}/0") == ("timeout", ["timeout"]), "it waits for the rest of a line"
-    link = RedisLink(f"rediss://localhost:{tls}/0?ssl_ca_certs={tmp_path}/tls.crt&ssl_check_hostname=false")
+    link = connect(f"rediss://localhost:{tls}/0?ssl_ca_certs={tmp_path}/tls.crt&ssl_check_hostname=false")
     RedisCache(link).put("k", b"value", 60)
     assert RedisCache(link).get("k") == b"value" and link.problem() is None
 
@@ -119,8 +134,8 @@ def with_acl(serve: Serve, folder: Path, commands: str) -> str:
     return f"redis://app:x@127.0.0.1:{serve('--aclfile', str(folder / 'acl'))}/0"
 
 
-def test_a_user_who_may_not_count(serve: Serve, tmp_path: Path) -> None:
-    link = RedisLink(with_acl(serve, tmp_path, "+get +set +ping"))
+def test_a_user_who_may_not_count(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    link = connect(with_acl(serve, tmp_path, "+get +set +ping"))
     rate, cache = RequestRate((link.redis.connection_pool, link.ask)), RedisCache(link)
     for left in range(9, 0, -1):
         assert rate.hit("ann", 10).left == left
@@ -129,20 +144,20 @@ def test_a_user_who_may_not_count(serve: Serve, tmp_path: Path) -> None:
     assert link.problem() == "permission"
 
 
-def test_the_acl_of_make_secrets_allows_all_that_is_asked(serve: Serve, tmp_path: Path) -> None:
+def test_the_acl_of_make_secrets_allows_all_that_is_asked(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     script = (Path(__file__).parents[2] / "ops/make-secrets").read_text()
     user = next(line for line in script.splitlines() if line.startswith("user app on "))
-    link = RedisLink(with_acl(serve, tmp_path, user.partition("-@all")[2]))
+    link = connect(with_acl(serve, tmp_path, user.partition("-@all")[2]))
     rate, cache = RequestRate((link.redis.connection_pool, link.ask)), RedisCache(link)
     assert link.ask(link.redis.ping)
     cache.put("k", b"value", 60)
     assert rate.hit("ann", 2).left == 1 and cache.get("k") == b"value" and link.problem() is None
 
 
-def test_a_problem_that_is_mended_is_gone_and_a_new_one_is_told_again(serve: Serve) -> None:
+def test_a_problem_that_is_mended_is_gone_and_a_new_one_is_told_again(serve: Serve, connect: Connect) -> None:
     port = serve()
     clock = [0.0]
-    link = RedisLink(f"redis://127.0.0.1:{port}/0", Breaker(faults=2, clock=lambda: clock[0]))
+    link = connect(f"redis://127.0.0.1:{port}/0", Breaker(faults=2, clock=lambda: clock[0]))
     cache = RedisCache(link)
     with redis.Redis(port=port) as admin, capture_logs() as lines:
         for _ in range(2):

@@ -108,7 +108,7 @@ def test_what_a_process_that_died_reserved_is_released(store: UsageStore, databa
 
 def test_a_free_generation_leaves_nothing_set_aside(store: UsageStore) -> None:
     store.record("ann", "m", Counts(), store.reserve("ann", 60, 100))
-    assert left(store, 100) == 100
+    assert left(store, 100) == 100 and store.usage(DAY, DAY) == {}
 
 
 def test_usage_is_recorded_without_a_quota_and_summed_by_day_user_and_model(store: UsageStore, clock: Clock) -> None:
