@@ -1,4 +1,4 @@
-"""A worker answers turns, says why it cannot, and ends when nobody asks any more."""
+"""A worker answers turns, says why it cannot, and ends when its parent does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distribution's chromium, and the service it visits: with the demo model, and with words that a script makes."""
+"""The distribution's chromium, and the service it visits: with the demo model, and with a scripted backend."""
 
 from __future__ import annotations
 

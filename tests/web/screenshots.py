@@ -1,4 +1,4 @@
-"""Pictures of the page in each state, for looking at: `make screenshots`. Asserts nothing; kept out of git.
+"""Pictures of the page in each state, for looking at: `make screenshots`.
 
 The demo model answers; the formatted answers, which it cannot write, come from the scripted backend.
 """

@@ -1,4 +1,4 @@
-"""For everybody: axe-core finds nothing serious in any state, the keyboard reaches all, and answers are read aloud."""
+"""Accessibility: axe-core finds nothing serious in any state, the keyboard reaches all, and answers are read aloud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page's files as they lie there: what others wrote is unchanged, and our own keep the house's rules."""
+"""The page's files: vendored ones are unchanged, and our own keep the house's rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OWN = [path for path in WEB.rglob("*.*") if "vendor" not in path.parts and path.
 VENDORED = re.findall(r"^([0-9a-f]{64})  (\S+)$", (WEB / "vendor/README.md").read_text(), re.M)
 
 
-def test_what_others_wrote_is_as_it_was_packed_and_has_its_licence() -> None:
+def test_vendored_files_are_as_they_were_packed_and_have_their_licence() -> None:
     listed = {name for _, name in VENDORED}
     assert listed == {str(path.relative_to(WEB / "vendor")) for path in WEB.glob("vendor/*/*js")}
     for digest, name in VENDORED:
@@ -23,7 +23,7 @@ def test_what_others_wrote_is_as_it_was_packed_and_has_its_licence() -> None:
 
 
 @pytest.mark.parametrize("path", OWN, ids=lambda path: str(path.relative_to(WEB)))
-def test_our_own_files_are_short_and_ask_nobody_else(path: Path) -> None:
+def test_our_own_files_are_short_and_request_nothing_from_elsewhere(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 250 and all(len(line) <= 200 for line in text.splitlines())
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)
@@ -57,7 +57,7 @@ def test_both_languages_say_the_same_things() -> None:
         assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", zh[key])), key
 
 
-def test_every_word_that_is_asked_for_exists_and_none_is_left_over() -> None:
+def test_every_message_that_is_used_exists_and_none_is_left_over() -> None:
     text = "".join(path.read_text() for path in OWN if path.parent.name != "words")
     en = words("en")
     asked = set(re.findall(r'(?:say|button)\("([\w.]+)"|data-say(?:-hint|-label)?="([\w.]+)"', text))

@@ -1,4 +1,4 @@
-"""Conversations on the device: found, renamed, deleted, taken away and brought back, and gone after logging out."""
+"""Conversations on the device: found, renamed, deleted, exported, imported, and gone after logging out."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_another_user_of_the_device_sees_nothing(visit: Visit, echo: Server) -> 
     users.add("grace", Role.USER, PasswordHasher(time_cost=1, memory_cost=64, parallelism=1).hash(PASSWORD))
     visitor = visit(f"http://127.0.0.1:{echo.port}").open().login().inside()
     talk(visitor, "the secret of admin")
-    visitor.page.close()  # nobody logged out
+    visitor.page.close()  # without logging out
     other = Visitor(visitor.context, visitor.context.new_page(), visitor.url).open().login("grace").inside()
     expect(other.page.locator("#conversations")).to_contain_text("will be listed here")
     assert "flask-llm:admin" not in other.evaluate(DATABASES)

@@ -46,7 +46,7 @@ def test_the_page_is_served_compressed_with_one_policy(door: Door) -> None:
 
 
 def test_one_chats_through_nginx_and_tls(visit: Visit, door: Door) -> None:
-    # A certificate that nobody vouches for is no place for a service worker.
+    # Browsers register no service worker under a certificate that they do not trust.
     own = {"ignore_https_errors": True, "service_workers": "block"}
     visitor = visit(f"https://localhost:{door.stack.https}", **own).open().login().inside()
     visitor.page.locator("#tune").click()

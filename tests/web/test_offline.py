@@ -1,4 +1,4 @@
-"""The cable pulled out: the page opens, what is on the device can be read, and a new version is announced."""
+"""Without a network: the page opens, what is on the device can be read; and a new version is announced."""
 
 from __future__ import annotations
 

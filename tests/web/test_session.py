@@ -1,4 +1,4 @@
-"""Logging in and staying so: across a reload and an expired token, without a secret on the disk."""
+"""The session: across a reload and an expired token, without a secret on the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the page is and how quick: its size over the line, its first paint, ten thousand tokens."""
+"""The page's size and speed: compressed bytes, first paint, ten thousand tokens."""
 
 from __future__ import annotations
 

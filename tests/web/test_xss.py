@@ -1,4 +1,4 @@
-"""Whatever a model writes stays text: no script runs, no other place is asked, no element appears that could act."""
+"""Model output stays text: no script runs, nothing is requested from elsewhere, no element appears that could act."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ACTING = "script, iframe, object, embed, form, img, style, link, meta, base, tem
 
 @pytest.fixture(scope="module")
 def victim(browser: Browser, echo: Server) -> Iterator[Visitor]:
-    """One who reads all of it, one answer below the other."""
+    """A user who reads all of it, one answer below the other."""
     with visiting(browser, f"http://127.0.0.1:{echo.port}") as visitor:
         visitor.page.add_init_script("globalThis.pwned = () => { globalThis.wasPwned = true; }")
         visitor.page.on("dialog", lambda dialog: visitor.complaints.append(dialog.message))
@@ -77,7 +77,7 @@ def test_a_title_is_text_too(victim: Visitor) -> None:
     assert victim.evaluate("globalThis.wasPwned") is None
 
 
-def test_a_link_opens_elsewhere_and_tells_nobody_where_from(victim: Visitor) -> None:
+def test_a_link_opens_a_new_tab_without_a_referrer(victim: Visitor) -> None:
     link = victim.ask("See [this](https://example.org/a).").get_by_role("link", name="this")
     assert link.get_attribute("target") == "_blank"
     assert link.get_attribute("rel") == "noopener noreferrer nofollow"

@@ -1,7 +1,4 @@
-"""A person at the page: opens it, logs in, asks, reads. What the browser complains of is kept and must be nothing.
-
-Knows no service: whoever makes a visitor says where the page is.
-"""
+"""A user of the page: opens it, logs in, asks, reads. Whatever the browser logs as an error fails the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The two menus: what one can do with a conversation, and what with the page and oneself.
+// The two menus: of the open conversation, and of the account.
 
 import { askForFiles, saveAll, saveOne } from "./files.js";
 import { installItem } from "./install.js";

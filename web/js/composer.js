@@ -1,4 +1,4 @@
-// The field one writes in: Enter sends, Shift+Enter breaks the line, Escape stops. Sends nothing itself.
+// The message field: Enter sends, Shift+Enter breaks the line, Escape stops.
 
 import { find } from "./dom.js";
 

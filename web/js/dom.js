@@ -1,4 +1,4 @@
-// Small ways to make elements. Text given here is always text, never HTML.
+// Helpers that make elements. Text given here is always text, never HTML.
 
 export const find = (id) => document.getElementById(id);
 
@@ -29,7 +29,7 @@ export function iconButton(name, label, onclick) {
   return h("button.icon", { type: "button", "aria-label": label, title: label, onclick }, icon(name));
 }
 
-/** A value for ids that nobody needs to guess; crypto.randomUUID is missing on plain http. */
+/** A unique id that need not be secret; crypto.randomUUID is missing on plain http. */
 export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

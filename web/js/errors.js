@@ -1,4 +1,4 @@
-// What can go wrong when the service is asked, and what a person is told about it.
+// The errors of the service, and the message that the user sees for each.
 
 import { say } from "./words.js";
 

@@ -1,5 +1,5 @@
 // Carries a session over a reload in the service worker's memory: put aside when a page goes, taken back, once, by
-// the page that comes next in the same tab. Without a service worker (plain http) one logs in again.
+// the page that comes next in the same tab. Without a service worker (plain http) the user logs in again.
 
 const WAIT = 400; // milliseconds; a worker that has to start takes some 50
 

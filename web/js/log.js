@@ -1,4 +1,4 @@
-// The conversation on the screen: its messages, or a greeting; follows the newest words unless one scrolled away.
+// The conversation on the screen: its messages, or a greeting; follows the newest words unless the user scrolled up.
 
 import { find, h } from "./dom.js";
 import { messageView } from "./message.js";

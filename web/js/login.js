@@ -1,4 +1,4 @@
-// The form one logs in with: alone on the page at first, over the conversation when a session has ended.
+// The login form: alone on the page at first, over the conversation when a session has ended.
 
 import { find } from "./dom.js";
 import { explain } from "./errors.js";

@@ -1,4 +1,4 @@
-// Puts the page together: who is here, what is open, and which part does what.
+// Puts the page together: the user, the open conversation, and the parts that act on them.
 
 import { accountMenu, conversationMenu } from "./account.js";
 import { Chat } from "./chat.js";

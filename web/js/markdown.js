@@ -1,5 +1,5 @@
-// Text of a model -> a fragment that is safe to show: marked makes HTML, DOMPurify lets through what cannot act.
-// HTML that the model writes stays text, and images become links: nothing is ever asked of another place.
+// Turns a model's Markdown into a fragment that is safe to show: marked makes HTML, DOMPurify removes what could act.
+// HTML that the model writes stays text, and images become links, so that nothing is requested from elsewhere.
 
 import DOMPurify from "../vendor/dompurify/purify.es.mjs";
 import { Marked } from "../vendor/marked/marked.esm.js";

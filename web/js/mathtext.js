@@ -1,4 +1,4 @@
-// Where TeX stands in Markdown: $…$ and \(…\) within a line, $$…$$ and \[…\] as a block. Typesets nothing.
+// Where TeX stands in Markdown: $…$ and \(…\) within a line, $$…$$ and \[…\] as a block.
 
 const BLOCK = /^ {0,3}(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]) *(?:\n|$)/;
 // As pandoc has it: no space inside the signs, no digit behind them, so that $5 and $6 stay money.

@@ -1,4 +1,4 @@
-// Which models there are, and how the service is: asked again and again, often while something is changing.
+// The models, and the state of the service: polled, and more often while it is changing.
 
 import { find } from "./dom.js";
 import { openMenu } from "./menu.js";
@@ -84,7 +84,7 @@ class Models extends EventTarget {
   }
 }
 
-/** What /readyz says, or null when nobody answers. A 503 is an answer too: not yet. */
+/** What /readyz says, or null when the service cannot be reached. A 503 is an answer too: not yet. */
 async function state() {
   try {
     const answer = await fetch("readyz", { cache: "no-store", signal: AbortSignal.timeout(5000) });

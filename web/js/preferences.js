@@ -1,4 +1,4 @@
-// What this device remembers between visits: theme, language, who was here last. Nothing secret is ever put here.
+// What this device remembers between visits: theme, language, the last user's name. Never anything secret.
 
 const NAME = "flask-llm";
 

@@ -1,4 +1,4 @@
-// One answer being made for one conversation, whether it is on the screen or not. Shows nothing itself.
+// One answer being generated for one conversation, whether it is on the screen or not.
 
 import { throttled } from "./dom.js";
 import { Stream } from "./stream.js";
@@ -50,15 +50,15 @@ export class Run extends EventTarget {
   /** A conversation that is too long is asked again for a shorter answer, then without its oldest half. */
   async #answer() {
     let turns = history(this.messages.slice(0, -1));
-    let most = this.head.settings.max_new_tokens;
+    let maxTokens = this.head.settings.max_new_tokens;
     for (;;) {
       try {
-        return await this.#listen(body(this.head, turns, most));
+        return await this.#listen(body(this.head, turns, maxTokens));
       } catch (error) {
         if (error.code !== "context_length_exceeded" || this.#first !== null) throw error;
-        if (error.param === "max_new_tokens" && most > SHORTEST) most = Math.max(SHORTEST, Math.floor(most / 2));
+        if (error.param === "max_new_tokens" && maxTokens > SHORTEST) maxTokens = Math.max(SHORTEST, Math.floor(maxTokens / 2));
         else if (turns.length > 1) turns = turns.slice(Math.ceil(turns.length / 4) * 2);
-        else if (most > 1) most = Math.floor(most / 2);
+        else if (maxTokens > 1) maxTokens = Math.floor(maxTokens / 2);
         else throw error;
         this.message.shortened = turns.length < this.messages.length - 1 || undefined;
       }
@@ -110,14 +110,14 @@ function history(messages) {
   return turns.slice(-TURNS + (turns.length % 2 ? 1 : 0));
 }
 
-function body({ model, settings }, turns, most) {
+function body({ model, settings }, turns, maxTokens) {
   const { system, temperature, top_p, seed } = settings;
   const messages = system.trim() ? [{ role: "system", content: system }, ...turns] : turns;
   return {
     messages,
     temperature,
     top_p,
-    max_new_tokens: most,
+    max_new_tokens: maxTokens,
     ...(model && { model }),
     ...(seed !== null && { seed }),
   };

@@ -1,5 +1,5 @@
-// Who is signed in. Tokens live in this module's memory alone; between one page and its reload the service worker's
-// memory carries them (handover.js). They are never written anywhere.
+// The session. Tokens live in this module's memory alone; over a reload the service worker's memory carries them
+// (handover.js). They are never stored.
 
 import { ApiError } from "./errors.js";
 import { putAside, takeBack } from "./handover.js";

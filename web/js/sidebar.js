@@ -1,4 +1,4 @@
-// The list of conversations, by day, with search. Opens, renames and deletes through what it is given.
+// The list of conversations, by day, with search.
 
 import { find, h, iconButton, throttled } from "./dom.js";
 import { openMenu } from "./menu.js";

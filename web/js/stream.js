@@ -1,11 +1,11 @@
-// One answer as it comes: POST /stream, read as server-sent events. Knows no page and keeps no text.
+// One answer as it comes: POST /stream, read as server-sent events.
 
 import { createParser } from "../vendor/eventsource-parser/index.js";
 import { newId } from "./dom.js";
 import { ApiError } from "./errors.js";
 import { session } from "./session.js";
 
-const PATIENCE = 1500; // milliseconds that a cancelled stream gets to end in words
+const PATIENCE = 1500; // milliseconds that a cancelled stream gets to send its last event
 const SILENCE = 30_000; // milliseconds without a byte (the service sends one every 5 s) until the line counts as cut
 
 /** An answer under way. `stop` frees its place at the service at once. */

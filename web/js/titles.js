@@ -1,4 +1,4 @@
-// A conversation's title, until it gets another: how its first message begins.
+// A conversation's first title: the beginning of its first message.
 
 const LONGEST = 60;
 

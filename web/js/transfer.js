@@ -1,5 +1,5 @@
-// Conversations as files, and back: JSON holds all of it, Markdown what a person wants to read.
-// What is read is somebody's file: it is checked, field by field, and gets ids of its own.
+// Exports conversations as JSON or Markdown, and imports them. An imported file is not trusted: it is checked field by
+// field and gets new ids.
 
 import { h } from "./dom.js";
 import { DEFAULTS, newHead } from "./library.js";
@@ -8,7 +8,7 @@ import { say } from "./words.js";
 
 const FORMAT = "flask-llm conversations 1";
 const HEADING = /^## .* <!-- (user|assistant|reasoning) -->$/;
-const MOST = 10_000; // messages in one conversation, and conversations in one file
+const MAX_ITEMS = 10_000; // messages in one conversation, and conversations in one file
 
 /** Every conversation given, [{head, messages}], as one JSON text. */
 export const toJson = (conversations) => JSON.stringify({ format: FORMAT, conversations }, null, 2);
@@ -44,7 +44,7 @@ export function download(text, name, type) {
 
 function fromJson(text) {
   const { format, conversations } = JSON.parse(text);
-  if (format !== FORMAT || !Array.isArray(conversations) || conversations.length > MOST) throw new Error("not ours");
+  if (format !== FORMAT || !Array.isArray(conversations) || conversations.length > MAX_ITEMS) throw new Error("not ours");
   return conversations.map(({ head, messages }) => ({
     head: checkedHead(head, messages),
     messages: checked(messages),
@@ -78,7 +78,7 @@ function fromMarkdown(text) {
 }
 
 const guarded = (text) => text.replace(/^(\\*)## /gm, "\\$1## ");
-const word = (value, most = 200) => (typeof value === "string" ? value.slice(0, most) : "");
+const word = (value, max = 200) => (typeof value === "string" ? value.slice(0, max) : "");
 const within = (value, low, high, otherwise) =>
   Number.isFinite(value) && value >= low && value <= high ? value : otherwise;
 
@@ -99,7 +99,7 @@ function checkedHead(given, messages) {
 }
 
 function checked(messages) {
-  if (!Array.isArray(messages) || messages.length > MOST) throw new Error("not messages");
+  if (!Array.isArray(messages) || messages.length > MAX_ITEMS) throw new Error("not messages");
   return messages.map(({ role, text, reasoning, thought, finish }) => {
     if (!["user", "assistant"].includes(role) || typeof text !== "string") throw new Error("not a message");
     if (role === "user") return { role, text };

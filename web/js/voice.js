@@ -1,10 +1,10 @@
-// Reads a growing answer to those who listen: whole sentences, not single words, into one polite live region.
+// Gives a growing answer to screen readers, in whole sentences, through one polite live region.
 
 import { find, h } from "./dom.js";
 import { say } from "./words.js";
 
 const PAUSE = 2500; // milliseconds between two readings
-const MOST = 30; // paragraphs kept
+const MAX_PARAGRAPHS = 30; // paragraphs kept
 const SENTENCE = /^[^]*(?:[.!?:;。！？：；]["')\]]?(?:\s|$)|\n)/;
 
 /** Follows `run` until it ends, or until `quiet()` says that it is no longer on the screen. */
@@ -31,5 +31,5 @@ export const hush = () => find("voice").replaceChildren();
 function utter(text) {
   const voice = find("voice");
   voice.append(h("p", {}, text));
-  while (voice.children.length > MOST) voice.firstChild.remove();
+  while (voice.children.length > MAX_PARAGRAPHS) voice.firstChild.remove();
 }
