@@ -152,10 +152,7 @@ def register(app: Flask) -> None:
     """Put the guards before every view of `app`, and the safe headers on every answer."""
     app.request_class = StrictRequest
     app.json = StrictJSON(app)
-    app.before_request(_check_label)
-    app.before_request(_check_host)
-    app.before_request(_check_size)
-    app.before_request(_check_caller)
+    app.before_request(_check)  # one, because Flask looks at each anew for every request
     app.after_request(_harden)
 
 
@@ -188,10 +185,12 @@ def _enter(caller: Principal) -> None:
     metering.allow(caller)
 
 
-def _check_label() -> None:
-    """Before anything may refuse: a method that HTTP does not know is a client's word, and must not become a label."""
-    if request.method not in _METHODS:
+def _check() -> None:
+    if request.method not in _METHODS:  # what a client makes up must not become a label
         request.prom_do_not_track = True  # type: ignore[attr-defined]
+    _check_host()
+    _check_size()
+    _check_caller()
 
 
 def _check_host() -> None:

@@ -28,6 +28,7 @@ HALVES = {
     "half a chunk": HEADERS + b'Transfer-Encoding: chunked\r\n\r\n28\r\n{"username": "ad',
     "a body too large": HEADERS + b"Content-Length: 9999999999\r\n\r\n{",
 }
+STORY = {"prompt": "slow" + " word" * 300, "max_new_tokens": 400, "cache": False}
 LONG = {"prompt": "a story", "max_new_tokens": 2000, "cache": False}
 
 
@@ -62,9 +63,8 @@ def test_fifteen_hundred_slow_half_and_abandoned_connections_harm_nobody(server:
     worker = psutil.Process(details(server)["pid"])
     sent = [b"", HALVES["half a head"], HALVES["half a body"], None]
     with ExitStack() as held:
-        story = {"prompt": "slow" + " word" * 300, "max_new_tokens": 400, "cache": False}
         streams = [
-            held.enter_context(closing(door.connect("POST", "/stream", story, f"127.0.1.{n + 1}"))).getresponse()
+            held.enter_context(closing(door.connect("POST", "/stream", STORY, f"127.0.1.{n + 1}"))).getresponse()
             for n in range(4)
         ]
         eventually(lambda: server.open_streams() == 4)
@@ -87,6 +87,29 @@ def test_fifteen_hundred_slow_half_and_abandoned_connections_harm_nobody(server:
             assert found[-1][0] == "done" and len(found) == 302
     assert details(server)["pid"] == worker.pid
     eventually(lambda: len(worker.net_connections("tcp")) <= 3)
+
+
+@pytest.mark.promise(
+    "P36",
+    injected="1,500 connections straight to gunicorn: silent, in half a head, half a body, abandoned",
+    counted="4 streams whole, the same process, its connections back to what they were",
+)
+def test_fifteen_hundred_connections_straight_cut_no_stream(server: Server) -> None:
+    worker = psutil.Process(details(server)["pid"])
+    with ExitStack() as held:
+        streams = [
+            held.enter_context(closing(server.connect("POST", "/stream", STORY))).getresponse() for _ in range(4)
+        ]
+        for number in range(1500):
+            client = held.enter_context(closing(socket.create_connection(("127.0.0.1", server.port), SECONDS)))
+            client.sendall((b"", HALVES["half a head"], HALVES["half a body"], b"")[number % 4])
+            if number % 4 == 3:
+                client.close()
+        for stream in streams:
+            found = events(stream.read().decode())
+            assert found[-1][0] == "done" and len(found) == 302
+    eventually(lambda: len(worker.net_connections("tcp")) <= 3)
+    assert details(server)["pid"] == worker.pid
 
 
 @pytest.mark.promise("P9", injected="50 clients that send a byte now and then", counted="good ones served, each ended")
