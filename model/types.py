@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `role` is system, user or assistant; `content` is plain text."""
+    """One turn of a conversation. `role`: system, user or assistant; `content`: plain text."""
 
     role: str
     content: str
@@ -78,7 +78,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a request is waiting for: stage is `loading` (with percent) or `queued` (with position and eta)."""
+    """What a request waits for: stage is `loading` (with percent) or `queued` (with position and eta)."""
 
     stage: str
     percent: int | None = None

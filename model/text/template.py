@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 from jinja2 import Template, TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -57,7 +58,8 @@ def _try_out(source: str, constants: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-    resource.setrlimit(resource.RLIMIT_CPU, (used + _CPU_SECONDS,) * 2)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + _CPU_SECONDS
+    memory = psutil.Process().memory_info().vms + _MEMORY
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     _try_out(*json.load(sys.stdin))
