@@ -90,7 +90,7 @@ def configure_logging(level: str = "info", file: Path | None = None) -> None:
     ]
     handler = RotatingFileHandler(file, maxBytes=10 << 20, backupCount=5) if file else logging.StreamHandler(sys.stderr)
     handler.set_name(_HANDLER)
-    plain = ConsoleRenderer(pad_event_to=0, exception_formatter=plain_traceback)
+    plain = ConsoleRenderer(sort_keys=False, pad_event_to=0, exception_formatter=plain_traceback)
     render: list[Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.format_exc_info,

