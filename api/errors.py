@@ -96,9 +96,9 @@ def invalid(error: ValidationError) -> NoReturn:
 
 def translate(error: Exception) -> ServiceError:
     """Any failure in the words of a ServiceError; a bug becomes a 500."""
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, StoreUnavailable) and not isinstance(error, AuditUnavailable):
         log.error("store unavailable", reason=error.detail)
-    if isinstance(error, ServiceError):
+    if isinstance(error, ServiceError) and not isinstance(error, AuditUnavailable):
         return error
     if isinstance(error, LimitExceeded):
         code = "insufficient_quota" if isinstance(error, QuotaExceeded) else None  # as OpenAI's clients know it
