@@ -41,10 +41,8 @@ class Tickets:
     Raises ValueError for a malformed URL.
     """
 
-    def __init__(
-        self, encryptor: Encryptor, redis_url: str | None = None, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._encryptor, self._clock = encryptor, clock
+    def __init__(self, encryptor: Encryptor, redis_url: str | None = None) -> None:
+        self._encryptor = encryptor
         self._kept: dict[str, _Ticket] = {}
         self._lock = threading.Lock()
         self._resting = 0.0
@@ -58,7 +56,7 @@ class Tickets:
         ticket = token_urlsafe(32)
         name = _name(ticket)
         made = _Ticket(user_id, self._encryptor.seal(content, name.encode()), expires)
-        kept = self._ask(lambda client: _put_in_redis(client, name, made, self._clock()))
+        kept = self._ask(lambda client: _put_in_redis(client, name, made, time.time()))
         if kept is None:
             kept = self._put_in_memory(name, made)
         if not kept:
@@ -71,13 +69,13 @@ class Tickets:
         with self._lock:
             found = self._kept.pop(name, None)
         found = found or self._ask(lambda client: _take_from_redis(client, name))
-        if found is None or found.expires <= self._clock():
+        if found is None or found.expires <= time.time():
             return None
         return self._encryptor.open(found.sealed, name.encode())
 
     def _put_in_memory(self, name: str, made: _Ticket) -> bool:
         with self._lock:
-            now = self._clock()
+            now = time.time()
             self._kept = {name: kept for name, kept in self._kept.items() if kept.expires > now}
             mine = sum(kept.user_id == made.user_id for kept in self._kept.values())
             if mine >= MAX_TICKETS or sum(len(kept.sealed) for kept in self._kept.values()) >= _MAX_MEMORY:

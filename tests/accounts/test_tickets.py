@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -17,9 +18,11 @@ from tests.faults import Clock, FaultProxy
 KEY = bytes(32)
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock(time.time)
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(time.time)
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=clock, monotonic=time.monotonic))
+    return clock
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def url(redis_url: str) -> str:
 
 @pytest.fixture(params=["memory", "redis"])
 def tickets(request: pytest.FixtureRequest, clock: Clock) -> Tickets:
-    return Tickets(Encryptor(KEY), request.getfixturevalue("url") if request.param == "redis" else None, clock)
+    return Tickets(Encryptor(KEY), request.getfixturevalue("url") if request.param == "redis" else None)
 
 
 def test_a_ticket_is_taken_once(tickets: Tickets, clock: Clock) -> None:
@@ -75,7 +78,7 @@ def test_a_ticket_is_bounded_in_size(tickets: Tickets, clock: Clock) -> None:
 
 def test_memory_is_bounded_in_all(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_MEMORY", 10_000)
-    tickets = Tickets(Encryptor(KEY), None, clock)
+    tickets = Tickets(Encryptor(KEY))
     made = [tickets.put(f"user{number}", b"x" * 1000, clock() + 60) for number in range(10)]
     with pytest.raises(RateLimited):
         tickets.put("another", b"x", clock() + 60)
@@ -84,7 +87,7 @@ def test_memory_is_bounded_in_all(clock: Clock, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_redis_holds_neither_ticket_nor_content_in_plain_text(url: str, clock: Clock) -> None:
-    made = Tickets(Encryptor(KEY), url, clock).put("ann", b"a private prompt", clock() + 60)
+    made = Tickets(Encryptor(KEY), url).put("ann", b"a private prompt", clock() + 60)
     with redis.Redis.from_url(url) as client:
         found = {name: client.type(name) for name in client.scan_iter()}
         values = b"".join(client.get(name) for name, kind in found.items() if kind == b"string")
@@ -93,7 +96,7 @@ def test_redis_holds_neither_ticket_nor_content_in_plain_text(url: str, clock: C
 
 
 def test_replicas_share_tickets(url: str, clock: Clock) -> None:
-    one, two = (Tickets(Encryptor(KEY), url, clock) for _ in range(2))
+    one, two = (Tickets(Encryptor(KEY), url) for _ in range(2))
     made = one.put("ann", b"x", clock() + 60)
     assert two.take(made) == b"x" and one.take(made) is None
 
@@ -102,7 +105,7 @@ def test_replicas_share_tickets(url: str, clock: Clock) -> None:
 def test_without_redis_tickets_are_kept_in_memory(url: str, clock: Clock) -> None:
     port = int(url.rsplit(":", 1)[1].partition("/")[0])
     with FaultProxy(("127.0.0.1", port)) as proxy:
-        tickets = Tickets(Encryptor(KEY), f"redis://127.0.0.1:{proxy.port}/0", clock)
+        tickets = Tickets(Encryptor(KEY), f"redis://127.0.0.1:{proxy.port}/0")
         proxy.mode = "refuse"
         made = tickets.put("ann", b"x", clock() + 60)
         assert proxy.injected and tickets.take(made) == b"x"

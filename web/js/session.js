@@ -96,7 +96,8 @@ async function send(path, options) {
   const signal = options.signal ?? AbortSignal.timeout(QUICK);
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", credentials: "omit", ...options, signal });
+    const credentials = path.endsWith("login") ? "same-origin" : "omit"; // a cookie tells the login guard a known device
+    response = await fetch(path, { cache: "no-store", credentials, ...options, signal });
   } catch (error) {
     if (options.signal?.aborted) throw error;
     throw ApiError.offline();
