@@ -244,10 +244,8 @@ class AuditLog:
         ended = self._arrived(connection) if self._writer is None or self._left is None else []
         if not ended and not self._lost:
             return []
-        mine = audit_open.c.id.in_(self._lost)
-        rows = connection.execute(
-            select(audit_open).where(mine | audit_open.c.writer.in_(ended)).order_by(audit_open.c.seq)
-        )
+        lacking = audit_open.c.id.in_(self._lost) | audit_open.c.writer.in_(ended)
+        rows = connection.execute(select(audit_open).where(lacking).order_by(audit_open.c.seq))
         return [_end(connection, row, "aborted" if row.writer in ended else "audit_unavailable") for row in rows.all()]
 
     def _arrived(self, connection: Connection) -> list[str]:

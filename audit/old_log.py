@@ -22,10 +22,6 @@ _ROWS = 1000  # inserted together
 _log = structlog.get_logger("audit")
 
 
-class _Damaged(Exception):
-    """The old log is not as it was written."""
-
-
 def take_over(
     connection: Connection, log: str, folder: Path, head_path: Path, keys: MacKeys
 ) -> tuple[Head, list[Event]]:
@@ -37,7 +33,7 @@ def take_over(
     try:
         head = _imported(connection, log, folder, head_path, keys)
         return head, [{"kind": "imported", "log": log, "records": head.seq - head.first + 1}]
-    except (_Damaged, OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         step.rollback()
         _log.error("the old audit log is damaged: it was not imported and stays", folder=str(folder), why=str(error))
         return head, [{**first, "not_imported": str(error)}]
@@ -54,10 +50,10 @@ def _imported(connection: Connection, log: str, folder: Path, head_path: Path, k
     mac, seq, opened, rows = old["anchor"], old["first"] - 1, dict[str, dict[str, Any]](), []
     for row in _rows(folder, old["first"], old["seq"]):
         if row["seq"] != seq + 1 or not follows(SimpleNamespace(**row), mac, keys):
-            raise _Damaged(f"record {seq + 1} was changed or is missing")
+            raise ValueError(f"record {seq + 1} was changed or is missing")
         seq, mac, body = row["seq"], row["mac"], json.loads(row["body"])
         if body["kind"] == "segment" and body["why"] in ("damaged", "no head"):
-            raise _Damaged(f"record {seq} says: {body['why']}")
+            raise ValueError(f"record {seq} says: {body['why']}")
         if body["kind"] == "start":
             opened[body["id"]] = {"id": body["id"], "seq": seq, "writer": body["writer"]}
         elif body["kind"] == "end":
@@ -67,7 +63,7 @@ def _imported(connection: Connection, log: str, folder: Path, head_path: Path, k
             connection.execute(insert(audit), rows)
             rows = []
     if (seq, mac) != (old["seq"], old["tip"]):
-        raise _Damaged(f"record {old['seq']}, the last, is missing")
+        raise ValueError(f"record {old['seq']}, the last, is missing")
     if opened:
         connection.execute(insert(audit_open), list(opened.values()))
     return Head(log, seq, mac, old["first"], old["anchor"], old["clock"], old["opened"], old["time"])
@@ -81,7 +77,7 @@ def _head(raw: bytes, keys: MacKeys) -> dict[str, Any]:
             row = SimpleNamespace(key=fields["key"], body=match[1] + b"}", mac=match[3].decode())
             heads += [fields] if follows(row, "head", keys) else []
     if not heads:
-        raise _Damaged("its head is missing, or not signed with a known key")
+        raise ValueError("its head is missing, or not signed with a known key")
     found: dict[str, Any] = max(heads, key=lambda head: head["seq"])
     return found
 
@@ -94,7 +90,7 @@ def _rows(folder: Path, first: int, last: int) -> Iterator[dict[str, Any]]:
             for line in file:
                 match = _LINE.fullmatch(line)
                 if match is None:
-                    raise _Damaged(f"{path.name} holds what is not a record")
+                    raise ValueError(f"{path.name} holds what is not a record")
                 seq, body = int(match[2]), match[1] + b"}"
                 key = key or json.loads(body)["key"]
                 yield {"seq": seq, "body": body, "key": key, "mac": match[3].decode()}

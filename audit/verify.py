@@ -52,7 +52,7 @@ def verify(database: Database, keys: MacKeys, head: HeadFile, at_least: tuple[st
 
 
 def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
-    """What is wrong between the table, the database's head and the file's; and whether a backup looks like that."""
+    """What is wrong between the table, the database's head and the file's; and whether a good backup looks like that."""
     last = connection.execute(_LAST).one_or_none()
     why, is_copy = "", False
     if head is None:
@@ -62,11 +62,12 @@ def disagreement(connection: Connection, head: Head | None, kept: Head | None) -
     elif kept is None:
         if last.kind not in ("log", "imported"):  # the file is written a moment after the first record
             why = "the head file is missing, or not signed with a known key"
+            is_copy = connection.dialect.name != "sqlite"  # another machine begins to write to a shared database
     elif kept.log != head.log:
         why = "the head file belongs to another log"
     elif kept.seq > head.seq:
         why = f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy"
-        is_copy = kept.time - head.time <= _COPYING
+        is_copy = abs(kept.time - head.time) <= _COPYING
     elif kept.seq >= head.first and connection.scalar(_AT, {"seq": kept.seq}) != kept.mac:
         why = f"record {kept.seq} is not the one that the head file remembers"
     return why, is_copy
