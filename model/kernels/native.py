@@ -24,7 +24,7 @@ LANES = 8  # rows of a packed matrix that product.cpp computes together
 _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 # No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
 _PATIENCE = 300.0  # seconds for one source, which takes about five
 
 _loaded = False
@@ -80,7 +80,7 @@ def _build(library: Path) -> None:
                     for source, made in objects.items()]  # fmt: skip
         list(pool.map(_run, commands))
         linked = Path(place) / library.name
-        _run([compiler, "-shared", "-fopenmp", *objects.values(), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-o", linked])
+        _run([compiler, "-shared", *objects.values(), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-pthread", "-o", linked])
         os.replace(linked, library)
 
 
@@ -96,7 +96,7 @@ def _register(library: Path) -> None:
     """Load the operators, and tell torch.compile the shapes of their results."""
     torch.ops.load_library(library)
     fake = torch.library.register_fake
-    fake("slots::packed_product", lambda x, matrix: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
-    fake("slots::feed_forward", lambda x, gate_up, down: x.new_empty((x.shape[0], down.shape[0] * LANES)))
+    fake("slots::packed_product", lambda x, matrix, *_: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
+    fake("slots::feed_forward", lambda x, *_: torch.empty_like(x))
     fake("slots::attend", _attended)
     fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))
