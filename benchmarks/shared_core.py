@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def measure(record: Record, settings: Settings, chosen: argparse.Namespace) -> N
             for rows in chosen.batches:
                 for others in loads:
                     with busy(others):
-                        record.turn(turn(rows, others), number, lambda rows=rows: _step(engine, rows, chosen.steps))
+                        record.turn(turn(rows, others), number, partial(_step, engine, rows, chosen.steps))
 
 
 def _step(engine: Worker, rows: int, steps: int) -> float:

@@ -1,7 +1,4 @@
-"""Builds kernels/*.cpp once for the processor at hand, and registers what they compute with PyTorch.
-
-Decides nothing: build.py asks whether they are there, quant.py and attention.py use them.
-"""
+"""Builds kernels/*.cpp once for the processor at hand, and registers what they compute with PyTorch."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +44,8 @@ def load(folder: Path) -> bool:
         _loaded = True
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-        _log.warning("the CPU kernels cannot be built, serving with slower ones: %s", " ".join([str(error), *said[:1]]))
+        reason = " ".join([str(error), *said[:1]])
+        _log.warning("the CPU kernels cannot be built, serving several times slower (apt install g++): %s", reason)
     return _loaded
 
 
@@ -61,7 +60,7 @@ def _fingerprint() -> str:
         torch.__version__,
         flags or platform.processor(),
         _FLAGS,
-        *(file.read_text() for file in sorted(_HERE.iterdir())),
+        *(file.read_text() for file in sorted(_HERE.iterdir()) if file.suffix in (".cpp", ".h")),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -72,6 +71,8 @@ def _lines(file: Path) -> list[str]:
 
 def _build(library: Path) -> None:
     """Raises OSError without a compiler or a writable folder, SubprocessError when compiling fails."""
+    begin = time.monotonic()
+    _log.info("building the CPU kernels, once, half a minute at most on a quiet machine")
     library.parent.mkdir(parents=True, exist_ok=True)
     compiler = str(config.cpp.cxx[1])
     with tempfile.TemporaryDirectory(dir=library.parent) as place, ThreadPoolExecutor() as pool:
@@ -82,6 +83,7 @@ def _build(library: Path) -> None:
         linked = Path(place) / library.name
         _run([compiler, "-shared", *objects.values(), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-pthread", "-o", linked])
         os.replace(linked, library)
+    _log.info("built the CPU kernels in %.0f s", time.monotonic() - begin)
 
 
 def _run(command: list[str | Path]) -> None:

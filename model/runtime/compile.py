@@ -68,11 +68,13 @@ def code_of(runner: Runner, bucket: Bucket) -> tuple[Code, tuple[object, ...]]:
         arguments = (runner.model, *runner.kv.tensors, *runner.rows.first(bucket.rows).tensors())
         return make_step(bucket.pages * PAGE), arguments
     body, n = runner.model.model, 64 if bucket == MANY else 1
-    x, place = torch.zeros(n, runner.model.config.hidden_size), torch.arange(n)
-    cos, sin = (table[:, 0] for table in body.rotary_emb(x, place[:, None]))
-    for tensor in (x, cos, sin, place) if bucket == MANY else ():
+    # Three tensors, since of one and the same the compiled code would read the first only.
+    slot, position, last = (torch.arange(n) for _ in range(3))
+    x = torch.zeros(n, runner.model.config.hidden_size)
+    cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
+    for tensor in (x, cos, sin, slot, position, last) if bucket == MANY else ():
         torch._dynamo.mark_dynamic(tensor, 0)
-    return through_layers, (body.layers, x, cos, sin, *runner.kv.tensors, place, place, place)
+    return through_layers, (body.layers, x, cos, sin, *runner.kv.tensors, slot, position, last)
 
 
 def compiled(runner: Runner, bucket: Bucket) -> Code:
@@ -126,6 +128,7 @@ class ThreadCompiler:
         self._uncompiled: set[Bucket] = set()
         self._ready: queue.SimpleQueue[tuple[Bucket, Code]] = queue.SimpleQueue()
         self._done = self._failed = 0
+        self._cxx = str(config.cpp.cxx[1])
         self._start_by = time.monotonic() + _LET_FIRST_ANSWER
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._compile_all, name="compile", daemon=True)
@@ -166,7 +169,7 @@ class ThreadCompiler:
             _log.info("compiled in %.0f s", time.monotonic() - begin)
         except Exception as error:  # compilers fail in many ways, and what was served before serves on
             self._failed = len(self._wanted) - self._done
-            hint = "" if shutil.which(config.cpp.cxx[1]) else "no C++ compiler (apt install g++): "
+            hint = "" if shutil.which(self._cxx) else "no C++ compiler (apt install g++): "
             _log.warning("torch.compile failed, serving without it: %s%s", hint, _in_one_line(error))
         finally:
             sys.setswitchinterval(usual)
