@@ -22,6 +22,17 @@ _SECRETS = ("database_url", "redis_url", "admin_password")  # NAME_FILE may name
 _log = logging.getLogger(__name__)
 
 
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """How many cores the control group (v2, else v1) may use; infinite without a quota."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    folders = [root, *(root / line.removeprefix("0::/") for line in lines if line.startswith("0::/"))]
+    files = [[folder / "cpu.max"] for folder in folders]
+    files.append([root / "cpu/cpu.cfs_quota_us", root / "cpu/cpu.cfs_period_us"])
+    pairs = [" ".join(file.read_text() for file in pair).split() for pair in files if all(f.exists() for f in pair)]
+    quotas = [int(quota) / int(period) for quota, period in pairs if quota not in ("max", "-1")]
+    return min(quotas, default=float("inf"))
+
+
 class SettingsError(Exception):
     """A setting is wrong. The message is one line: the variable, what is wrong with it, and an example."""
 
@@ -122,8 +133,8 @@ class Settings(BaseSettings):
 
     @property
     def compute_threads(self) -> int:
-        """Threads for the model: THREADS, or the cores this process may use."""
-        return self.threads or len(os.sched_getaffinity(0))
+        """Threads for the model: THREADS, or the cores this process may use, within its container's quota."""
+        return self.threads or max(1, min(len(os.sched_getaffinity(0)), int(min(cpu_quota(), 1024))))
 
 
 def check(settings: Settings, listening: bool = True) -> None:

@@ -24,6 +24,7 @@ ROWS = {
     "cache": "Cached answers",
     "start": "A warm start",
     "growth": "How cost grows",
+    "shared_core": "Beside busy processes",
     "quality": "Quality",
 }
 

@@ -85,7 +85,8 @@ def shown(kept: Mapping[str, Any], facts: Mapping[str, Any], batches: list[int],
 
 def _told(kept: Record, chosen: argparse.Namespace) -> tuple[str, str]:
     return (
-        f"{kept.facts[OURS]['product']} against Q4_1, context {chosen.context}, medians of {chosen.rounds} rounds",
+        f"{kept.facts[OURS]['linear_backend']} against Q4_1, context {chosen.context}, "
+        f"medians of {chosen.rounds} rounds",
         shown(kept.turns, kept.facts, chosen.batches, chosen.context),
     )
 

@@ -2,9 +2,8 @@
 
     python -m benchmarks.ours PATIENCE
 
-PATIENCE: seconds to wait for steps that are not compiled yet (the first time with a new version of the code takes
-minutes); with 0 those that are ready serve, and nothing is compiled.
-Chooses nothing: product, slots, context and buckets are those that the service would choose with these settings.
+PATIENCE: seconds to wait for what is not compiled yet (half a minute the first time with a new version of the code);
+with 0 nothing is compiled. Linear backend, slots and context are those that the service would choose.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.worker import Turn, prompt, serve
 from model.runtime.build import build
 from model.runtime.compile import compiler_for
-from model.runtime.packed import PackedLinear
+from model.runtime.linear import PackedLinear
 from model.runtime.runner import Runner
 from model.types import Sampling
 from model.weights.catalogue import find
@@ -36,7 +35,7 @@ def load(settings: Settings, patience: float) -> Runner:
     """The runner as the service makes it, with its compiled steps adopted; nothing runs beside it any more."""
     checkpoint = prepare(find(settings), settings)
     runner = build(checkpoint, settings, lambda stage, percent: None)
-    runner.compiler = compiler_for(runner, checkpoint, settings)
+    runner.compiler = compiler_for(runner, settings)
     adopt_all(runner, patience)
     if runner.compiler:
         runner.compiler.close()
@@ -47,7 +46,7 @@ def adopt_all(runner: Runner, patience: float) -> None:
     """Take over compiled steps until none is missing, or `patience` seconds went by without a new one."""
     end, parent = time.monotonic() + patience, os.getppid()
     while True:
-        while runner.adopt(idle=patience > 0):
+        while runner.load_compiled(idle=patience > 0):
             end = time.monotonic() + patience
         done, _, wanted = str(runner.details()["compiled"]).partition("/")
         if int(done) + int(runner.details()["compile_failures"]) >= int(wanted) or time.monotonic() >= end:
@@ -59,10 +58,10 @@ def adopt_all(runner: Runner, patience: float) -> None:
 
 def fill(runner: Runner, slot: int, ids: Sequence[int]) -> None:
     """Compute a prompt but for its last token, and let the next step begin with that."""
-    runner.begin(slot, Sampling(temperature=0), 0, ids)
+    runner.init_row(slot, Sampling(temperature=0), 0, ids)
     for start in range(0, len(ids) - 1, CHUNK):
         runner.prefill([(slot, ids[start : min(start + CHUNK, len(ids) - 1)], start)])
-    runner.arm(slot, ids[-1], len(ids) - 1)
+    runner.activate(slot, ids[-1], len(ids) - 1)
 
 
 class Ours:
@@ -128,21 +127,21 @@ class Ours:
         if self._held.get(slot, 0) < context:
             fill(self.runner, slot, [*prompt(slot, context), 1])
             self._held[slot] = context
-        self.runner.arm(slot, 1, context)
+        self.runner.activate(slot, 1, context)
 
     def _rest(self, rows: int) -> None:
         for slot in range(rows):
-            self.runner.idle(slot, self.runner.context - 1)
+            self.runner.deactivate(slot, self.runner.context - 1)
 
     def _weights(self) -> float:
         """Bytes of the matrices, with their scales."""
-        if self.runner.plan.product == "packed":
+        if self.runner.plan.linear_backend == "packed":
             return float(sum(buffer.nbytes for layer in self.runner.model.modules()
                              if isinstance(layer, PackedLinear) for buffer in layer.buffers()))  # fmt: skip
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.runner.model.config.to_dict()))
         count = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-        return float(count * (1 if self.runner.plan.product == "int8" else self.runner.plan.dtype.itemsize))
+        return float(count * self.runner.plan.dtype.itemsize)
 
 
 def main() -> None:

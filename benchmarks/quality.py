@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from benchmarks import record, table
 from benchmarks.engines import dense
 from benchmarks.ours import fill, load
 from benchmarks.record import HERE, Record
-from model.kernels import native
-from model.runtime import linear as quant
 from model.runtime.build import choose_device
+from model.runtime.kv import SlotCache
+from model.runtime.linear import dequantise
 from model.runtime.runner import Runner
+from model.runtime.step import hidden
 from model.text.prompt import Prompt
 from model.types import Message
 from model.weights.catalogue import find, with_config
@@ -54,18 +56,28 @@ def reference(settings: Settings) -> Any:
 def dequantised(settings: Settings) -> Any:
     """The model with its NF4 matrices as floats."""
     model = _load(prepare(find(settings), settings), settings, torch.float32)
-    quant.install(model, quant.Plan("dequantised", torch.float32, torch.float32))
+    dequantise(model, torch.float32)
     return model
 
 
-def served(settings: Settings) -> Any:
-    """The model with the products that serve here, under transformers' own attention and cache."""
-    device = choose_device(settings.device)
-    kernels = device == "cpu" and native.load(settings.data_dir / "compiled")
-    plan = quant.plan(device, settings.quantization, kernels)
-    model = _load(prepare(find(settings), settings), settings, plan.dtype)
-    quant.install(model, plan)
-    return model
+class Served:
+    """The engine as it serves, called as transformers' models are. past_key_values: how many tokens were read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.runner = load(settings, 0)
+        self.device = self.runner.device
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values: int | None = None, use_cache: bool = False) -> Any:
+        runner, (rows, n), start = self.runner, input_ids.shape, past_key_values or 0
+        places = torch.arange(start, start + n, device=self.device).expand(rows, n)
+        if runner.plan.kernels:
+            slot, place = torch.arange(rows).repeat_interleave(n), places.flatten()
+            states = runner.hidden_states(input_ids.flatten(), slot, place, place)
+            logits = runner.model.lm_head(states, runner.model.model.norm).view(rows, n, -1)
+        else:
+            states = hidden(runner.model, SlotCache(runner.kv.tensors, 0, places, start + n), input_ids, places)
+            logits = runner.model.lm_head(states)
+        return SimpleNamespace(logits=logits, past_key_values=start + n)
 
 
 def _load(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
@@ -123,9 +135,9 @@ def follow(runner: Runner, prompts: list[Ids], answers: list[Ids], forced: bool)
             if place < len(answer):
                 found[slot].append(-1 if (token := tokens[slot]) is None else token)
                 if forced:
-                    runner.arm(slot, answer[place], len(prompts[slot]) + place)
+                    runner.activate(slot, answer[place], len(prompts[slot]) + place)
     for slot in range(len(prompts)):
-        runner.idle(slot, runner.context - 1)
+        runner.deactivate(slot, runner.context - 1)
     return found
 
 
@@ -164,8 +176,8 @@ def measure(kept: Record, settings: Settings, chosen: argparse.Namespace) -> Non
     ways = (
         (REFERENCE, reference, whole),
         (NF4, dequantised, whole),
-        (PROMPTS, served, whole),
-        (STEPS, served, stepwise),
+        (PROMPTS, Served, whole),
+        (STEPS, Served, stepwise),
     )
     for name, make, read in ways:
         kept.turn(name, 0, partial(_perplexity, settings, text, make, read))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -142,9 +141,6 @@ class LocalBackend:
     @_uncollected()
     def _load(self, progress: Progress) -> Runner:
         """On the model thread, which alone imports torch."""
-        caches = self._settings.data_dir.resolve() / "compiled"
-        for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            os.environ.setdefault(variable, str(caches / variable.split("_")[0].lower()))
         prepare_tokenizer(self._spec, self._settings, progress)
         self._load_prompt()
         self._tokenizer_ready.set()
@@ -153,7 +149,7 @@ class LocalBackend:
         from model.runtime.compile import compiler_for
 
         runner = build(folder, self._settings, progress)
-        runner.compiler = compiler_for(runner, folder, self._settings)
+        runner.compiler = compiler_for(runner, self._settings)
         if runner.device != "cpu":
             gpu.watch(self._metrics)
         return runner

@@ -127,7 +127,7 @@ void attend_rows(const float* qkv, const float* cos, const float* sin, T* keys, 
                  const Call<T>& call, float* queries, int64_t rows) {
   const Pages& pages = call.pages;
   const int64_t d = pages.d, heads = call.heads, width = (heads + 2 * pages.heads) * d;
-  each_row(rows, [&](int64_t row) {
+  each(rows, kFew, [&](int64_t row) {
     const float *x = qkv + row * width, *c = cos + row * d, *s = sin + row * d;
     for (int64_t head = 0; head < heads; head++, x += d) rotate(x, c, s, d, queries + (row * heads + head) * d);
     for (int64_t head = 0; head < pages.heads; head++, x += d) {
@@ -138,9 +138,9 @@ void attend_rows(const float* qkv, const float* cos, const float* sin, T* keys, 
   });
   const std::vector<int64_t> runs = runs_of(call.slots, rows);
   const int64_t count = runs.size() - 1;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t task = 0; task < count * pages.heads; task++)
+  each(count * pages.heads, 1, [&](int64_t task) {
     call.run(runs[task / pages.heads], runs[task / pages.heads + 1], task % pages.heads);
+  });
 }
 
 // qkv float32 [rows, (heads + 2 kv_heads) * d], d a multiple of 16: a token's queries, keys and values; cos, sin float32

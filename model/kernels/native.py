@@ -1,7 +1,4 @@
-"""Builds kernels/*.cpp once for the processor at hand, and registers what they compute with PyTorch.
-
-Decides nothing: build.py asks whether they are there, quant.py and attention.py use them.
-"""
+"""Builds kernels/*.cpp once for the processor at hand, and registers what they compute with PyTorch."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +22,7 @@ LANES = 8  # rows of a packed matrix that product.cpp computes together
 _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 # No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
 _PATIENCE = 300.0  # seconds for one source, which takes about five
 
 _loaded = False
@@ -47,7 +45,8 @@ def load(folder: Path) -> bool:
         _loaded = True
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-        _log.warning("the CPU kernels cannot be built, serving with slower ones: %s", " ".join([str(error), *said[:1]]))
+        reason = " ".join([str(error), *said[:1]])
+        _log.warning("the CPU kernels cannot be built, serving several times slower (apt install g++): %s", reason)
     return _loaded
 
 
@@ -62,7 +61,7 @@ def _fingerprint() -> str:
         torch.__version__,
         flags or platform.processor(),
         _FLAGS,
-        *(file.read_text() for file in sorted(_HERE.iterdir())),
+        *(file.read_text() for file in sorted(_HERE.iterdir()) if file.suffix in (".cpp", ".h")),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -73,6 +72,8 @@ def _lines(file: Path) -> list[str]:
 
 def _build(library: Path) -> None:
     """Raises OSError without a compiler or a writable folder, SubprocessError when compiling fails."""
+    begin = time.monotonic()
+    _log.info("building the CPU kernels, once, half a minute at most on a quiet machine")
     library.parent.mkdir(parents=True, exist_ok=True)
     compiler = str(config.cpp.cxx[1])
     with tempfile.TemporaryDirectory(dir=library.parent) as place, ThreadPoolExecutor() as pool:
@@ -81,8 +82,9 @@ def _build(library: Path) -> None:
                     for source, made in objects.items()]  # fmt: skip
         list(pool.map(_run, commands))
         linked = Path(place) / library.name
-        _run([compiler, "-shared", "-fopenmp", *objects.values(), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-o", linked])
+        _run([compiler, "-shared", *objects.values(), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-pthread", "-o", linked])
         os.replace(linked, library)
+    _log.info("built the CPU kernels in %.0f s", time.monotonic() - begin)
 
 
 def _run(command: list[str | Path]) -> None:
@@ -97,7 +99,7 @@ def _register(library: Path) -> None:
     """Load the operators, and tell torch.compile the shapes of their results."""
     torch.ops.load_library(library)
     fake = torch.library.register_fake
-    fake("slots::packed_product", lambda x, matrix: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
-    fake("slots::feed_forward", lambda x, gate_up, down: x.new_empty((x.shape[0], down.shape[0] * LANES)))
+    fake("slots::packed_product", lambda x, matrix, *_: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
+    fake("slots::feed_forward", lambda x, *_: torch.empty_like(x))
     fake("slots::attend", _attended)
     fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

@@ -1,7 +1,7 @@
 // Rows times a matrix of 4-bit (or 7-bit) weights, with int8 activations: slots::packed_product, and slots::feed_forward
-// of two such matrices.
+// of two such matrices; and slots::set_threads of all kernels.
 //
-// Knows no model and no bitsandbytes: packed.py lays the weights out. A row of the result depends on that row of the
+// linear.py lays the weights out. A row of the result depends on that row of the
 // input alone, its sums taken in the same order whatever the number of rows and threads: nobody's neighbours show in
 // their text, not in one bit.
 
@@ -10,7 +10,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "panel.h"
@@ -60,11 +62,23 @@ struct Codes {
   }
 };
 
+// Where a product goes: rows of `stride` floats, to which those of `add` are added (all the same one where its stride is 0).
+struct Output {
+  float* to;
+  int64_t stride;
+  const float* add = nullptr;
+  int64_t add_stride = 0;
+
+  Output at(int64_t row, int64_t column) const {
+    return {to + row * stride + column, stride, add ? add + row * add_stride + column : nullptr, add_stride};
+  }
+};
+
 // M input rows from `row` on, times kLanes output rows.
 // weights [blocks][W::kVectors] vectors; scales bfloat16 [blocks][kLanes].
 template <int M, typename W>
-void tile(const W& kind, const Panel& x, int64_t row, const __m256i* weights, const uint16_t* scales, float* out,
-          int64_t stride) {
+void tile(const W& kind, const Panel& x, int64_t row, const __m256i* weights, const uint16_t* scales,
+          const Output& out) {
   const int8_t* q = &x.q[row * x.k];
   const float* scale = &x.scale[row * x.blocks];
   const int32_t* undo = &x.undo[row * x.blocks];
@@ -83,33 +97,34 @@ void tile(const W& kind, const Panel& x, int64_t row, const __m256i* weights, co
     for (int m = 0; m < M; m++)
       total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), by * scale[m * x.blocks + b], total[m]);
   }
-  for (int m = 0; m < M; m++) store(out + m * stride, total[m]);
+  for (int m = 0; m < M; m++)
+    store(out.to + m * out.stride, out.add ? total[m] + load(out.add + m * out.add_stride) : total[m]);
 }
 
 // All rows of a panel times kLanes output rows.
 template <typename W>
-void column(const W& kind, const Panel& x, int64_t rows, const __m256i* weights, const uint16_t* scales, float* out,
-            int64_t stride) {
-  for (int64_t row = 0; row < rows; row += 4, out += 4 * stride) switch (std::min<int64_t>(rows - row, 4)) {
-      case 1: tile<1>(kind, x, row, weights, scales, out, stride); break;
-      case 2: tile<2>(kind, x, row, weights, scales, out, stride); break;
-      case 3: tile<3>(kind, x, row, weights, scales, out, stride); break;
-      default: tile<4>(kind, x, row, weights, scales, out, stride);
+void column(const W& kind, const Panel& x, int64_t rows, const __m256i* weights, const uint16_t* scales,
+            const Output& out) {
+  for (int64_t row = 0; row < rows; row += 4) switch (std::min<int64_t>(rows - row, 4)) {
+      case 1: tile<1>(kind, x, row, weights, scales, out.at(row, 0)); break;
+      case 2: tile<2>(kind, x, row, weights, scales, out.at(row, 0)); break;
+      case 3: tile<3>(kind, x, row, weights, scales, out.at(row, 0)); break;
+      default: tile<4>(kind, x, row, weights, scales, out.at(row, 0));
     }
 }
 
 // The same for codes; many rows read them as bytes, which this makes once for all.
-void column(const Codes& kind, const Panel& x, int64_t rows, const __m256i* codes, const uint16_t* scales, float* out,
-            int64_t stride) {
-  if (rows <= kDirect) return column<Codes>(kind, x, rows, codes, scales, out, stride);
+void column(const Codes& kind, const Panel& x, int64_t rows, const __m256i* codes, const uint16_t* scales,
+            const Output& out) {
+  if (rows <= kDirect) return column<Codes>(kind, x, rows, codes, scales, out);
   thread_local std::vector<__m256i> bytes;
   const int64_t vectors = x.blocks * Codes::kVectors;
   bytes.resize(vectors * Codes::kParts);
   for (int64_t i = 0; i < vectors; i++) kind.take(codes + i, &bytes[i * Codes::kParts]);
-  column(Bytes(), x, rows, bytes.data(), scales, out, stride);
+  column(Bytes(), x, rows, bytes.data(), scales, out);
 }
 
-// A matrix as packed.py lays it out, uint8 [n / 8, bytes]. In memory first the weights of all groups of eight rows
+// A matrix as linear.py lays it out, uint8 [n / 8, bytes]. In memory first the weights of all groups of eight rows
 // ([k / 64] blocks of 512 bytes each, or of 256 where there are two codes in a byte), then their scales (bfloat16
 // [k / 64, 8] each): two streams, for side by side in a page they hide each other from the processor's prefetching (a
 // quarter slower at one row).
@@ -121,7 +136,7 @@ class Matrix {
   int64_t rows() const { return groups * kLanes; }
 
   // All rows of a panel, of k columns -> out float32 [rows of the panel, rows()].
-  void times(const Panel& x, int64_t count, float* out) const {
+  void times(const Panel& x, int64_t count, const Output& out) const {
     codes ? times(Codes(), x, count, out) : times(Bytes(), x, count, out);
   }
 
@@ -129,13 +144,13 @@ class Matrix {
 
  private:
   template <typename W>
-  void times(const W& kind, const Panel& x, int64_t count, float* out) const {
-    const int64_t each = x.blocks * W::kVectors;
+  void times(const W& kind, const Panel& x, int64_t count, const Output& out) const {
+    const int64_t size = x.blocks * W::kVectors;
     const auto* weights = static_cast<const __m256i*>(data);
-    const auto* scales = reinterpret_cast<const uint16_t*>(weights + groups * each);
-#pragma omp parallel for schedule(guided, kChunk)
-    for (int64_t g = 0; g < groups; g++)
-      column(kind, x, count, weights + g * each, scales + g * x.blocks * kLanes, out + g * kLanes, rows());
+    const auto* scales = reinterpret_cast<const uint16_t*>(weights + groups * size);
+    each(groups, kChunk, [&](int64_t g) {
+      column(kind, x, count, weights + g * size, scales + g * x.blocks * kLanes, out.at(0, g * kLanes));
+    });
   }
 
   const int64_t groups;
@@ -143,20 +158,43 @@ class Matrix {
   const void* data;
 };
 
-// x float32 [m, k], matrix of k columns -> float32 [m, its rows]. The caller sees to shapes and alignment (32).
-Tensor packed_product(const Tensor& x, const Tensor& packed) {
+// Root mean square normalisation (Zhang and Sennrich, 2019) of a row of k floats, k a multiple of 64.
+struct Norm {
+  const float* weight = nullptr;  // none: rows are taken as they are
+  float epsilon = 0;
+
+  const float* operator()(const float* x, int64_t k) const {
+    if (!weight) return x;
+    thread_local std::vector<float> made;
+    made.resize(std::max<size_t>(made.size(), k));
+    Floats squares = {};
+    for (int64_t i = 0; i < k; i += 8) squares += load(x + i) * load(x + i);
+    const float by = 1 / std::sqrt(sum(squares) / k + epsilon);
+    for (int64_t i = 0; i < k; i += 8) store(&made[i], load(x + i) * by * load(weight + i));
+    return made.data();
+  }
+};
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
+
+// x float32 [m, k], matrix of k columns -> float32 [m, its rows]: x, normalised where `norm` [k] is given, times the
+// matrix, plus `add` [m or 1, its rows] where that is given. The caller sees to shapes and alignment (32).
+Tensor packed_product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& norm, double epsilon,
+                      const std::optional<Tensor>& add) {
   thread_local Panel own;
   Panel& panel = own;  // the caller's, for all threads
   const Matrix matrix(packed, x.size(1));
+  const Norm normal{norm ? floats(*norm) : nullptr, static_cast<float>(epsilon)};
   const int64_t m = x.size(0), k = matrix.k, n = matrix.rows();
   Tensor result = torch::stable::new_empty(x, {m, n});
-  const auto* in = static_cast<const float*>(x.data_ptr());
-  auto* out = static_cast<float*>(result.data_ptr());
+  const float* in = floats(x);
+  const Output out{static_cast<float*>(result.data_ptr()), n, add ? floats(*add) : nullptr,
+                   add && add->size(0) > 1 ? n : 0};
   panel.fit(std::min(m, kPanel), k);
   for (int64_t first = 0; first < m; first += kPanel) {
     const int64_t count = std::min(kPanel, m - first);
-    each_row(count, [&](int64_t r) { panel.quantise(r, in + (first + r) * k); });
-    matrix.times(panel, count, out + first * n);
+    each(count, kFew, [&](int64_t r) { panel.quantise(r, normal(in + (first + r) * k, k)); });
+    matrix.times(panel, count, out.at(first, 0));
   }
   return result;
 }
@@ -169,41 +207,46 @@ void gated(float* gate, const float* up, int64_t n) {
   }
 }
 
-// x float32 [m, k]; gate_up of k columns and twice as many rows as down has columns -> float32 [m, rows of down]:
-// down(silu(gate(x)) * up(x)) (Shazeer, GLU Variants Improve Transformer, 2020), a call instead of three.
-Tensor feed_forward(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
+// x float32 [m, k]; gate_up of k columns and twice as many rows as down, of k rows, has columns -> float32 [m, k]:
+// x + down(silu(gate(y)) * up(y)) (Shazeer, GLU Variants Improve Transformer, 2020), y being x normalised.
+Tensor feed_forward(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& norm, double epsilon) {
   thread_local Panel own[2];
   thread_local std::vector<float> inner;
   Panel &outside = own[0], &inside = own[1];
   const Matrix widen(gate_up, x.size(1)), narrow(down, widen.rows() / 2);
-  const int64_t m = x.size(0), k = widen.k, width = narrow.k, n = narrow.rows();
-  Tensor result = torch::stable::new_empty(x, {m, n});
-  const auto* in = static_cast<const float*>(x.data_ptr());
-  auto* out = static_cast<float*>(result.data_ptr());
+  const Norm normal{floats(norm), static_cast<float>(epsilon)};
+  const int64_t m = x.size(0), k = widen.k, width = narrow.k;
+  Tensor result = torch::stable::empty_like(x);
+  const float* in = floats(x);
+  const Output out{static_cast<float*>(result.data_ptr()), k, in, k};
   outside.fit(std::min(m, kPanel), k), inside.fit(std::min(m, kPanel), width);
   inner.resize(std::max<size_t>(inner.size(), std::min(m, kPanel) * 2 * width));
   float* const middle = inner.data();
   for (int64_t first = 0; first < m; first += kPanel) {
     const int64_t count = std::min(kPanel, m - first);
-    each_row(count, [&](int64_t r) { outside.quantise(r, in + (first + r) * k); });
-    widen.times(outside, count, middle);
-    each_row(count, [&](int64_t r) {
+    each(count, kFew, [&](int64_t r) { outside.quantise(r, normal(in + (first + r) * k, k)); });
+    widen.times(outside, count, Output{middle, 2 * width});
+    each(count, kFew, [&](int64_t r) {
       float* gate = middle + r * 2 * width;
       gated(gate, gate + width, width);
       inside.quantise(r, gate);
     });
-    narrow.times(inside, count, out + first * n);
+    narrow.times(inside, count, out.at(first, 0));
   }
   return result;
 }
 
+void set_threads(int64_t count) { Pool::shared().resize(count); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
-  m.def("packed_product(Tensor x, Tensor matrix) -> Tensor");
-  m.def("feed_forward(Tensor x, Tensor gate_up, Tensor down) -> Tensor");
+  m.def("packed_product(Tensor x, Tensor matrix, Tensor? norm, float epsilon, Tensor? add) -> Tensor");
+  m.def("feed_forward(Tensor x, Tensor gate_up, Tensor down, Tensor norm, float epsilon) -> Tensor");
+  m.def("set_threads(int count) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) {
   m.impl("packed_product", TORCH_BOX(&packed_product));
   m.impl("feed_forward", TORCH_BOX(&feed_forward));
 }
+STABLE_TORCH_LIBRARY_IMPL(slots, CompositeExplicitAutograd, m) { m.impl("set_threads", TORCH_BOX(&set_threads)); }

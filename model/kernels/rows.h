@@ -1,18 +1,19 @@
-// Which threads go over the rows of an input. Knows nothing of what is done with a row.
+// Which threads go over the rows of an input.
 
 #pragma once
 
-#include <cstdint>
+#include "pool.h"
 
 namespace {
 
 constexpr int64_t kFew = 4;  // rows that one thread goes over: waking another costs more
 
-// Calls `row(r)` for each row: together where they are many, else on this thread.
-template <typename Row>
-void each_row(int64_t count, const Row& row) {
-#pragma omp parallel for schedule(static) if (count > kFew)
-  for (int64_t r = 0; r < count; r++) row(r);
+// Calls `one(i)` for each i in [0, count), at least `grain` of them on one thread.
+template <typename One>
+void each(int64_t count, int64_t grain, const One& one) {
+  Pool::shared().run(count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) one(i);
+  });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <vector>
 
+#include "rows.h"
 #include "vectors.h"
 
 using torch::stable::Tensor;
@@ -191,8 +192,7 @@ Tensor choose(const Tensor& logits, const Tensor& position, const Tensor& temper
   const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
   const auto whole = [](const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); };
   auto* out = static_cast<int64_t*>(result.data_ptr());
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t r = 0; r < rows; r++) {
+  each(rows, 1, [&](int64_t r) {
     thread_local Row row;
     const Rules rules{whole(position)[r], floats(temperature)[r], floats(top_p)[r],
                       whole(top_k)[r],    floats(penalty)[r],     whole(key)[r]};
@@ -201,7 +201,7 @@ Tensor choose(const Tensor& logits, const Tensor& position, const Tensor& temper
              : rules.temperature == 0 ? row.best()
              : rules.uncut()          ? row.draw(rules)
                                       : draw(row.largest_ones(), rules);
-  }
+  });
   return result;
 }
 

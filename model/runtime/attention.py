@@ -1,7 +1,4 @@
-"""Grouped-query attention of many slots at once, registered with transformers under the name `slots`.
-
-Knows the layout of the KV pages and nothing of who owns them.
-"""
+"""Attention over slots: transformers' models by PyTorch's kernels, or whole decoder layers by this project's own."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from model.runtime.kv import TokenCache
-from model.runtime.linear import Part
+from model.runtime.linear import PackedLinear, Plan, join
 
 NAME = "slots"
 
@@ -24,7 +21,7 @@ NAME = "slots"
 _INERT = {"dropout": (0.0, 0, None), "sliding_window": (None,), "softcap": (None,), "s_aux": (None,)}
 _PASSED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 
-# PyTorch's kernels in the order in which `_fused` wants them, each where it can.
+# PyTorch's kernels in the order in which `slot_attention` wants them, each where it can.
 _PREFERRED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -37,15 +34,21 @@ def slot_attention(
     scaling: float,
     **arguments: object,
 ) -> tuple[torch.Tensor, None]:
-    """query [rows, heads, n, d]; key, value and attention_mask as the cache in use hands them out (kv.py).
+    """query [rows, heads, n, d]; key, value, attention_mask as SlotCache hands them out -> [rows, n, heads, d].
 
-    Returns [rows, n, heads, d]. Raises ValueError for an argument it does not understand, which fails the load (the
-    loader runs one step), so that no window or soft cap is ever dropped in silence.
+    Raises ValueError for an argument it does not understand, which fails the load (the loader runs one step), so that
+    no window or soft cap is ever dropped in silence.
+
+    A chunk's last query sees every column and each one before it a column less: FlashAttention's own causal mask. For
+    one query a row cuDNN comes first, for neither Flash (any mask) nor memory-efficient attention (grouped heads) takes
+    it, and what is left repeats keys and values for each query head.
     """
     refuse_unknown(arguments)
-    if query.is_cuda:
-        return _fused(query, key, value, attention_mask, scaling), None
-    return _paged(query, key, value, attention_mask, scaling), None
+    n, columns = query.shape[2], key.shape[2]
+    bias = attention_mask if n == 1 else causal_lower_right(n, columns)
+    with sdpa_kernel(_PREFERRED, set_priority=True):
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def refuse_unknown(arguments: dict[str, object]) -> None:
@@ -55,90 +58,65 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
             raise ValueError(f"attention argument {name}={value!r} is not supported")
 
 
-def _paged(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """One bmm a page: on a CPU, SDPA is slow for one query and bmm copies what is not contiguous."""
-    rows, heads, n, d = query.shape
-    pages, _, kv_heads, size, _ = key.shape
-    group = heads // kv_heads
-    query = query.reshape(rows * kv_heads, group * n, d)
-    keys = key.reshape(pages, rows * kv_heads, size, d)
-    values = value.reshape(pages, rows * kv_heads, size, d)
-    scores = torch.cat([torch.bmm(query, keys[page].transpose(1, 2)) for page in range(pages)], -1)
-    scores = scores.view(rows, kv_heads, group, n, pages * size).float() * scaling + mask[:, :, None]
-    weights = torch.softmax(scores, -1).to(value.dtype).view(rows * kv_heads, group * n, pages * size)
-    out = torch.bmm(weights[..., :size], values[0])
-    for page in range(1, pages):
-        out = torch.baddbmm(out, weights[..., page * size : (page + 1) * size], values[page])
-    return out.view(rows, kv_heads, group, n, d).permute(0, 3, 1, 2, 4).reshape(rows, n, heads, d)
+class KernelLayer(nn.Module):
+    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 in four calls of this project's kernels, a token a row.
 
-
-def _fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """PyTorch's own kernels, for CUDA, where a slot is one page (see kv.py).
-
-    A chunk's last query sees every column and each one before it a column less: FlashAttention's own causal mask. For
-    one query a row cuDNN comes first, for neither Flash (any mask) nor memory-efficient attention (grouped heads) takes
-    it, and what is left repeats keys and values for each query head.
-    """
-    n, columns = query.shape[2], key.shape[3]
-    bias = mask.to(query.dtype) if n == 1 else causal_lower_right(n, columns)
-    with sdpa_kernel(_PREFERRED, set_priority=True):
-        out = functional.scaled_dot_product_attention(
-            query, key[0], value[0], attn_mask=bias, scale=scaling, enable_gqa=True
-        )
-    return out.transpose(1, 2).contiguous()
-
-
-class SlotAttention(nn.Module):
-    """The attention of transformers' Llama, Qwen2 and Qwen3 by this project's kernel, for one token a row.
-
-    Between the products of its input and that of its output one call rotates, writes the KV and attends.
+    Raises ValueError for a layer that does more than is known here.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, chosen: Plan) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj
-        self.norms = nn.ModuleList(getattr(layer, name) for name in ("q_norm", "k_norm") if hasattr(layer, name))
-        self.layer, self.width, self.scaling = layer.layer_idx, layer.head_dim, layer.scaling
+        attention, mlp = layer.self_attn, layer.mlp
+        if not isinstance(attention, (LlamaAttention, Qwen2Attention, Qwen3Attention)):
+            raise ValueError(f"{type(attention).__name__} is not supported")
+        refuse_unknown({"sliding_window": getattr(attention, "sliding_window", None)})
+        self.width, self.scaling = attention.head_dim, attention.scaling
+        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], chosen)
+        self.out = join([attention.o_proj], chosen)
+        self.head_norms = nn.ModuleList(getattr(attention, n) for n in ("q_norm", "k_norm") if hasattr(attention, n))
+        self.heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
+        self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj], chosen), join([mlp.down_proj], chosen)
+        self.act = mlp.act_fn
+        self.norms = nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
+        packed = all(isinstance(each, PackedLinear) and each.bias is None for each in (self.gate_up, self.down))
+        self.whole = packed and isinstance(self.act, SiLUActivation)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: TokenCache,
-        **_: object,
-    ) -> tuple[torch.Tensor, None]:
-        """hidden_states float32 [rows, 1, hidden] -> the same shape."""
-        cache, (cos, sin) = past_key_values, position_embeddings
-        out = torch.ops.slots.attend(
-            self._qkv(hidden_states)[:, 0].contiguous(), cos[:, 0], sin[:, 0], cache.keys[self.layer],
-            cache.values[self.layer], cache.slot, cache.position, cache.last, self.scaling,
-        )  # fmt: skip
-        return self.o_proj(out[:, None]), None
-
-    def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, 1, all heads of queries, then of keys, then of values]."""
-        if isinstance(self.q_proj, Part) and not self.norms:
-            whole: torch.Tensor = self.q_proj.fused(x)
-            return whole
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.norms:
-            q, k = (
-                norm(t.unflatten(-1, (-1, self.width))).flatten(-2) for norm, t in zip(self.norms, (q, k), strict=True)
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+        slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """x float32 [n, hidden]; cos, sin [n, d]; keys, values a layer's; the rest as in `hidden` (step.py)."""
+        qkv = self._normalised(self.qkv(x, self.norms[0]))
+        attended = torch.ops.slots.attend(qkv, cos, sin, keys, values, slot, position, last, self.scaling)
+        x = self.out(attended, add=x)
+        if self.whole:
+            norm = self.norms[1]
+            return torch.ops.slots.feed_forward(
+                x, self.gate_up.matrix, self.down.matrix, norm.weight, norm.variance_epsilon
             )
+        gate, up = self.gate_up(x, self.norms[1]).chunk(2, -1)
+        return self.down((self.act(gate) * up).contiguous(), add=x)
+
+    def _normalised(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Qwen3 normalises each head of queries and keys."""
+        if not self.head_norms:
+            return qkv
+        *parts, v = qkv.split(self.heads, -1)
+        q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
+                for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
         return torch.cat([q, k, v], -1)
 
 
-def attend_by_kernel(model: nn.Module) -> None:
-    """Replace the attention of each layer, in place. Raises ValueError for one that does more than is known here."""
-    for layer in model.model.layers:
-        if not isinstance(layer.self_attn, (LlamaAttention, Qwen2Attention, Qwen3Attention)):
-            raise ValueError(f"{type(layer.self_attn).__name__} is not supported")
-        refuse_unknown({"sliding_window": getattr(layer.self_attn, "sliding_window", None)})
-        layer.self_attn = SlotAttention(layer.self_attn)
+def use_kernels(model: nn.Module, chosen: Plan) -> None:
+    """Replace the decoder layers and the head of a transformers causal LM, in place.
+
+    The head becomes 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost it a tenth of
+    the perplexity.
+    """
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = KernelLayer(layer, chosen)
+    model.lm_head = join([model.lm_head], chosen)
 
 
 class RotaryTable(nn.Module):

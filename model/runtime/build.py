@@ -1,7 +1,4 @@
-"""Checkpoint -> a Runner that fits this machine: device, product, slots and context are chosen here, once.
-
-Fetches nothing (loader.py) and serves nothing (engine.py).
-"""
+"""Checkpoint -> a Runner that fits this machine: device, linear backend, slots and context are chosen here, once."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from model.kernels import native
-from model.runtime import linear as quant
+from model.runtime import linear
 from model.runtime.kv import KvShape
 from model.runtime.runner import Runner
 from model.types import Sampling
@@ -40,35 +37,38 @@ class Room:
 def build(
     checkpoint: Path, settings: Settings, progress: Callable[[str, int], None], room: Room | None = None
 ) -> Runner:
-    """Load `checkpoint` and try it out. `room` overrides what would be chosen here (compile.py repeats a choice).
+    """Load `checkpoint` and try it out. `room` overrides what would be chosen here.
 
     Raises ModelError for a model that cannot be served here.
     """
     torch.set_num_threads(settings.compute_threads)
     device = choose_device(settings.device)
-    kernels = device == "cpu" and native.load(settings.data_dir / "compiled")
-    plan = quant.plan(device, settings.quantization, kernels)
+    plan = linear.plan(device, settings.quantization, device == "cpu" and native.load(settings.data_dir / "compiled"))
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(
-        checkpoint,
-        settings,
-        torch.device(device),
-        plan.dtype,
+        checkpoint, settings, torch.device(device), plan.dtype,
         lambda stage, percent: progress(stage, percent * 9 // 10),
-    )
+    )  # fmt: skip
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    room = room or fit(settings, model.config, plan.kv, device)
-    eos = stop_ids(checkpoint, tokenizer)
     if plan.kernels and KvShape.of(model.config, plan.kv).head_dim % 16:
         raise ModelError("heads of this width are not served on a CPU: the kernels take multiples of 16")
+    room = room or fit(settings, model.config, plan.kv, device)
     try:
-        runner = Runner(model, plan, room.slots, room.context, device, eos)
+        runner = Runner(model, plan, room.slots, room.context, device, stop_ids(checkpoint, tokenizer))
+        _share_cores(plan, settings.compute_threads)
         try_out(runner)
     except ValueError as error:
         raise ModelError(f"this model cannot be served: {error}") from error
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
     return runner
+
+
+def _share_cores(plan: linear.Plan, threads: int) -> None:
+    """Give the threads to the kernels; OpenMP's, which spin at barriers, only where products are left for it."""
+    if plan.kernels:
+        torch.ops.slots.set_threads(threads)
+        torch.set_num_threads(1 if plan.linear_backend == "packed" else threads)
 
 
 def choose_device(wanted: str) -> str:
@@ -91,7 +91,7 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
     if tokens < 256:
         raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
     possible = min(settings.slots, max(1, tokens // context))
-    # A power of two where memory decides: compiled steps depend on it, and free memory is never twice the same.
+    # A power of two where memory decides: free memory is never twice the same.
     room = Room(settings.slots if possible == settings.slots else 1 << possible.bit_length() - 1, min(context, tokens))
     if room != Room(settings.slots, context):
         _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d",
@@ -104,10 +104,10 @@ def try_out(runner: Runner) -> None:
 
     Raises ValueError for attention that is not understood, ModelError where numbers are not finite.
     """
-    runner.begin(0, Sampling(temperature=0), 0, [0, 0])
+    runner.init_row(0, Sampling(temperature=0), 0, [0, 0])
     runner.prefill([(0, [0], 0)])
-    runner.arm(0, 0, 1)
+    runner.activate(0, 0, 1)
     finite = runner.step([0])[0] is not None
-    runner.idle(0, 0)
+    runner.deactivate(0, 0)
     if not finite:
         raise ModelError("the model's numbers are not finite: its weights are damaged or its dtype overflows")

@@ -1,169 +1,221 @@
-"""Compiled decode steps, one a bucket, made beside the engine so that it never waits for a compiler.
+"""torch.compile beside the engine: a thread makes code ready, which the model thread takes over piece by piece.
 
-torch.compile runs ahead of time in a child process, on CUDA in a thread (ahead.py), and leaves one file a bucket in
-DATA_DIR; the model thread picks each up in a fraction of a second, and a later start finds them ready. On CUDA they are
-recorded as CUDA graphs, too (graphs.py). Compiling changes how fast a step is, never what it computes.
+On CUDA steps are recorded as CUDA graphs, too: as they are within seconds, then what was compiled. Compiling changes
+how fast a step is, never what it computes. Inductor keeps what it made in DATA_DIR, where a later start finds it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import re
+import os
+import queue
+import shlex
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-import transformers
 from torch._inductor import config
+from torch.utils import cpp_extension
 
-from model.runtime.ahead import Beside, Child, Job, file_of
-from model.runtime.build import Room
-from model.runtime.graphs import GraphCompiler
-from model.runtime.runner import Bucket, Compiler, CompileState, Runner
-from model.runtime.step import Step
+from model.runtime.kv import PAGE, pages_for
+from model.runtime.runner import MANY, ONE, Bucket, Code, Compiler, CompileState, Runner
+from model.runtime.step import make_step, through_layers
 from settings import Settings
 
 _log = logging.getLogger(__name__)
 
+# By default a load, too, runs the C++ compiler: it compiles a line to see what the processor can do, and preprocesses
+# PyTorch's headers. And what is generated has no threads of its own: the kernels' share the cores.
+config.cpp.vec_isa_ok = True
+config.cpp_cache_precompile_headers = False
+config.cpp.threads = 1
+
 # Seconds that the first answers of all have the processor to themselves before compiling begins, unless idle earlier.
 _LET_FIRST_ANSWER = 30.0
-_COMPILED_FROM = ("ahead", "attention", "kv", "packed", "linear", "sampler", "step")  # modules of this package
+# Seconds after which a compiling thread lets others run, Python's own is 0.005: a token passes through several threads,
+# and three naps of 1 ms took 16 to 18 ms (p95) beside a compiler, 7 so. Compiling took as long.
+_TURN = 0.0005
+_WARM = 2  # runs before recording, in which libraries choose their kernels and Triton tunes its own
+
+_links = TemporaryDirectory(prefix="llm-compiled-")
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # likewise, for a checkout in such a folder
+
+Record = Callable[[Code, tuple[object, ...]], Code]
 
 
-def buckets(device: str, slots: int, pages: int, kernels: bool) -> list[Bucket]:
-    """The shapes worth compiling, the most useful first: one user, then everybody, then what lies between and beyond.
+def buckets(runner: Runner) -> list[Bucket]:
+    """What is worth compiling, the most useful first: one user, then everybody, then what lies between and beyond.
 
-    Few, for each takes a minute or two once. This project's kernel reads each row's own length, whatever the bucket's;
-    PyTorch's attention reads all pages of it. That costs little on a GPU, and beyond the last bucket eager steps cost
-    much; on a CPU a longer context than the last bucket's runs eagerly.
+    This project's kernels read each row's own length whatever the number of rows. PyTorch's attention reads all columns
+    of a bucket, which costs little on a GPU; beyond the last bucket eager steps cost much.
     """
-    if device != "cpu":
-        wanted = [(1, pages), (slots, pages), (slots, 4), (8, 4), (4, pages), (8, pages)]
-    elif kernels:
-        wanted = [(1, pages), (slots, pages), (0, 0), (8, pages), (4, pages), (2, pages)]  # (0, 0): PREFILL
-    else:
-        wanted = [(1, 2), (slots, 1), (8, 1), (4, 2), (slots, 4), (1, 8)]
+    if runner.plan.kernels:
+        return [ONE, MANY]
+    slots, pages = runner.slots, pages_for(runner.context)
+    wanted = [(1, pages), (slots, pages), (slots, 4), (8, 4), (4, pages), (8, pages)]
     return list(dict.fromkeys(Bucket(min(rows, slots), min(length, pages)) for rows, length in wanted))
 
 
-def wanted_by(engine: Runner) -> list[Bucket]:
-    """The buckets of this engine."""
-    return buckets(engine.device, engine.slots, engine.kv.pages, engine.plan.kernels)
+def code_of(runner: Runner, bucket: Bucket) -> tuple[Code, tuple[object, ...]]:
+    """What is compiled for a bucket: the function, and arguments as it is called with."""
+    if not runner.plan.kernels:
+        arguments = (runner.model, *runner.kv.tensors, *runner.rows.first(bucket.rows).tensors())
+        return make_step(bucket.pages * PAGE), arguments
+    body, n = runner.model.model, 64 if bucket == MANY else 1
+    # Three tensors, since of one and the same the compiled code would read the first only.
+    slot, position, last = (torch.arange(n) for _ in range(3))
+    x = torch.zeros(n, runner.model.config.hidden_size)
+    cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
+    for tensor in (x, cos, sin, slot, position, last) if bucket == MANY else ():
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return through_layers, (body.layers, x, cos, sin, *runner.kv.tensors, slot, position, last)
 
 
-def compiler_for(engine: Runner, checkpoint: Path, settings: Settings) -> Compiler | None:
-    """Where this engine's compiled steps come from; None when COMPILE=off."""
-    if not settings.compile:
+def compiled(runner: Runner, bucket: Bucket) -> Code:
+    """The code of a bucket, compiled; nothing is computed meanwhile."""
+    code, arguments = code_of(runner, bucket)
+    options = {
+        # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        "size_asserts": False,
+        "alignment_asserts": False,
+    }  # a fresh one each time: torch.compile empties it
+    dynamic = None if bucket == MANY else False
+    ready = torch.compile(code, fullgraph=True, dynamic=dynamic, options=options).aot_compile((arguments, {}))
+    ready.disable_guard_check()
+    made: Code = ready
+    return made
+
+
+def compiler_for(runner: Runner, settings: Settings) -> Compiler | None:
+    """Where this runner's compiled code comes from; None under COMPILE=off and where nothing can be compiled."""
+    # PyTorch's attention on a CPU is for machines without a C++ compiler.
+    if not settings.compile or (runner.device == "cpu" and not runner.plan.kernels):
         return None
-    try:
-        compiler = BackgroundCompiler(engine, checkpoint, settings)
-        # bitsandbytes' int8 product waits for the CPU to look for outliers, which no CUDA graph can hold.
-        plain = engine.device == "cpu" or settings.quantization == "int8"
-        return compiler if plain else GraphCompiler(engine, compiler, wanted_by(engine))
-    except OSError as error:  # a full disk, no process left: a model that loads is served all the same
-        _log.warning("nothing can be compiled here, serving eagerly, about half as fast: %s", error)
-        return None
+    # bitsandbytes' int8 product waits for the CPU to look for outliers, which no CUDA graph can hold.
+    recorded = runner.device != "cpu" and settings.quantization != "int8"
+    _keep_caches(settings.data_dir.resolve() / "compiled")
+    return ThreadCompiler(runner, record=Recorder().record if recorded else None)
 
 
-class BackgroundCompiler:
-    """Adopts what is compiled beside the engine. Belongs to the model thread, but for `close`."""
+def _keep_caches(folder: Path) -> None:
+    """Let inductor and Triton find in `folder` what an earlier start compiled."""
+    if " " in str(folder):  # inductor splits the compiler's command at spaces
+        folder.mkdir(parents=True, exist_ok=True)
+        link = Path(_links.name) / hashlib.sha256(bytes(folder)).hexdigest()[:16]
+        if not link.exists():
+            link.symlink_to(folder)
+        folder = link
+    for name in ("torchinductor", "triton"):
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(folder / name))
 
-    def __init__(self, engine: Runner, checkpoint: Path, settings: Settings) -> None:
-        self._model = engine.model
-        self._folder = settings.data_dir / "compiled" / fingerprint(engine, checkpoint, settings)
-        self._left = wanted_by(engine)
-        self._wanted = len(self._left)
-        self._failed = 0
-        self._job: Job | None = None
-        self._start: Callable[[], Job] | None = None
+
+class ThreadCompiler:
+    """Compiles a runner's buckets in a thread. Belongs to the model thread."""
+
+    def __init__(
+        self, runner: Runner, compiled: Callable[[Runner, Bucket], Code] = compiled, record: Record | None = None
+    ) -> None:
+        self._runner, self._compiled, self._record = runner, compiled, record
+        self._wanted = buckets(runner)
+        self._unrecorded = list(self._wanted) if record else []
+        self._uncompiled: set[Bucket] = set()
+        self._ready: queue.SimpleQueue[tuple[Bucket, Code]] = queue.SimpleQueue()
+        self._done = self._failed = 0
+        self._cxx = str(config.cpp.cxx[1])
         self._start_by = time.monotonic() + _LET_FIRST_ANSWER
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _forget_old(self._folder)
-        missing = self._missing()
-        compiler = config.cpp.cxx[1]
-        if missing and shutil.which(compiler) is None:
-            self._stay_eager(f"no C++ compiler ({compiler}), apt install g++ mends it")
-        elif missing and engine.device == "cpu":
-            room = Room(engine.slots, engine.context)
-            self._start = partial(Child, room, missing, checkpoint, self._folder, settings)
-        elif missing:
-            self._start = partial(Beside, engine, missing, self._folder)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._compile_all, name="compile", daemon=True)
 
-    def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
-        """One step whose file is there; a file that does not load is removed and counts as failed."""
-        if self._start and (idle or time.monotonic() > self._start_by):
-            self._begin(self._start)
-        if self._job and self._job.alone and not self._job.failure():
+    def poll(self, idle: bool) -> tuple[Bucket, Code] | None:
+        if self._unrecorded:
+            bucket = self._unrecorded.pop(0)
+            self._uncompiled.add(bucket)
+            return self._recorded(bucket, code_of(self._runner, bucket)[0])
+        if self._thread.ident is None and (idle or time.monotonic() > self._start_by):
+            self._thread.start()
+        if self._ready.empty() or (self._record and self._thread.is_alive()):  # a GPU is tuned for, or recorded on
             return None
-        for bucket in self._left:
-            file = file_of(self._folder, bucket)
-            if file.exists():
-                self._left.remove(bucket)
-                return self._adopted(bucket, file)
-        if self._left and self._job and (reason := self._job.failure()):
-            self._stay_eager(f"torch.compile failed ({reason})")
-        return None
+        bucket, code = self._ready.get()
+        self._uncompiled.discard(bucket)
+        return self._recorded(bucket, code)
 
     def state(self) -> CompileState:
-        return CompileState(self._wanted, self._failed)
-
-    def _begin(self, start: Callable[[], Job]) -> None:
-        self._start = None
-        try:
-            self._job = start()
-        except OSError as error:  # a full disk, no process left: a model that loads is served all the same
-            self._stay_eager(f"nothing can be compiled here: {error}")
+        return CompileState(len(self._wanted), self._failed, len(self._uncompiled))
 
     def close(self) -> None:
-        if self._job:
-            self._job.close()
+        """Waits for the bucket at hand: the model's memory is not free before."""
+        self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
-    def _adopted(self, bucket: Bucket, file: Path) -> tuple[Bucket, Step] | None:
+    def _compile_all(self) -> None:
+        usual, begin = sys.getswitchinterval(), time.monotonic()
+        sys.setswitchinterval(_TURN)
+        _log.info("compiling %d pieces of the model, which is served meanwhile", len(self._wanted))
         try:
-            with file.open("rb") as stream:
-                step = torch.compiler.load_compiled_function(stream, external_data={"model": self._model})
-        except Exception as error:  # whatever a damaged or foreign file makes of unpickling: eager serves
-            _log.warning("compiled step %s cannot be used, staying eager: %s", file.name, error)
-            file.unlink(missing_ok=True)
-            self._failed += 1
-            return None
-        step.disable_guard_check()
-        return bucket, step
+            for bucket in self._wanted:
+                if self._closed.is_set():
+                    return
+                with torch.inference_mode():
+                    self._ready.put((bucket, self._compiled(self._runner, bucket)))
+                self._done += 1
+            _log.info("compiled in %.0f s", time.monotonic() - begin)
+        except Exception as error:  # compilers fail in many ways, and what was served before serves on
+            self._failed = len(self._wanted) - self._done
+            hint = "" if shutil.which(self._cxx) else "no C++ compiler (apt install g++): "
+            _log.warning("torch.compile failed, serving without it: %s%s", hint, _in_one_line(error))
+        finally:
+            sys.setswitchinterval(usual)
 
-    def _missing(self) -> list[Bucket]:
-        return [bucket for bucket in self._left if not file_of(self._folder, bucket).exists()]
-
-    def _stay_eager(self, reason: str) -> None:
-        """Wait no longer for what is not there; what an earlier start compiled is still taken over."""
-        _log.warning("serving eagerly, about half as fast: %s", reason)
-        missing = self._missing()
-        self._failed += len(missing)
-        self._left = [bucket for bucket in self._left if bucket not in missing]
-
-
-def fingerprint(engine: Runner, checkpoint: Path, settings: Settings) -> str:
-    """Names everything that a compiled step depends on, so that none is ever used for another."""
-    facts: list[object] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
-    facts += [
-        torch.cuda.get_device_properties() if engine.device != "cpu" else "",
-        checkpoint.name,
-        str(engine.model.config),
-        engine.plan,
-        engine.slots,
-        engine.context,
-    ]
-    facts += [settings.compute_threads]
-    facts += [Path(__file__).with_name(f"{module}.py").read_text() for module in _COMPILED_FROM]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    def _recorded(self, bucket: Bucket, code: Code) -> tuple[Bucket, Code]:
+        """`code` recorded; or as it is where that fails, for it serves all the same."""
+        if self._record:
+            try:
+                return bucket, self._record(code, code_of(self._runner, bucket)[1])
+            except Exception as error:
+                self._record = None
+                _log.warning("steps cannot be recorded as CUDA graphs, several times slower: %s", _in_one_line(error))
+        return bucket, code
 
 
-def _forget_old(folder: Path, keep: int = 4) -> None:
-    """Remove the steps of fingerprints that have not served for longest: each change of version leaves some."""
-    folder.touch()
-    known = [other for other in folder.parent.iterdir() if re.fullmatch(r"[0-9a-f]{16}", other.name)]
-    for other in sorted(known, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
-        shutil.rmtree(other, ignore_errors=True)
+class Recorder:
+    """Records steps as CUDA graphs, whose memory they share: they run one after the other."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, step: Code, arguments: tuple[object, ...]) -> Code:
+        """`step` as a graph over the very tensors of `arguments`, whatever it is called with later.
+
+        Recording runs the step on the rows as they are: what that writes, the next step writes again. What it returns
+        is overwritten by the next call of any recorded step.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(_WARM):
+                    step(*arguments)
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            results = step(*arguments)
+
+        def replay(*_: object) -> object:
+            graph.replay()
+            return results
+
+        return replay
+
+
+def _in_one_line(error: Exception) -> str:
+    """What a compiler says, which may be pages."""
+    return " ".join(str(error).split())[:300]

@@ -1,207 +1,156 @@
-"""How a 4-bit matrix is multiplied fast on the machine at hand, decided once at load.
+"""How matrices are multiplied on the machine at hand, chosen once at load.
 
-bitsandbytes stores the weights; this module only chooses the product. It quantises no checkpoint and knows no HTTP.
+Three backends:
 
-Five products:
-
-- `bitsandbytes`: CUDA, the library's own modules, untouched.
-- `packed`: an x86 CPU with AVX2 and a C++ compiler, this project's own kernel (packed.py): bitsandbytes' NF4 codes as
-  they are, 7 bits for what is not stored in 4.
-- `int8`: an x86 CPU without a compiler, where bitsandbytes would dequantise the whole matrix at every call. Weights
-  become int8, per output channel, once; FBGEMM multiplies.
-- `dequantised`: a CPU without FBGEMM (Arm): floats again, once; large, but never unpacked at every call.
-- `dense`: unquantised weights.
+- `bitsandbytes`: CUDA, the library's own modules (nf4, int8).
+- `packed`: an x86 CPU with AVX2 and a C++ compiler, kernels/product.cpp: bitsandbytes' NF4 codes as they are, 7 bits
+  for what is not stored in 4 (the output head, and every matrix under QUANTIZATION=int8).
+- `dense`: QUANTIZATION=none, and a CPU without the kernels, where 4-bit matrices become floats once.
 """
 
 from __future__ import annotations
 
-import itertools
-import warnings
-import weakref
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from torch import nn
-from transformers.activations import SiLUActivation
 
-from model.runtime import packed
+from model.kernels.native import LANES
 
-# Matrices of one transformers decoder layer that read the same input and are multiplied as one.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-# Activations are 7-bit in [-63, 63], offset 64: AVX2's u8 x i8 pair sums (127 * 127 * 2) then fit 16 bits.
-_INT8_STEPS, _INT8_OFFSET = 63, 64
-
-_HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-
-_ops = torch.library.Library("slots", "DEF")
-_ops.define("int8_product(Tensor x, Tensor handle, int rows) -> Tensor")
-# FBGEMM's packed matrices by handle: a compiled graph takes tensors, not such objects. The handle is a tensor too,
-# so that a graph compiled in another process holds no number of that process.
-_packed: dict[int, torch.ScriptObject] = {}
-_handles = itertools.count()
+BLOCK = 64  # inputs that share a scale; bitsandbytes' NF4 has the same
+_STEPS, _OFFSET = 63, 64  # a packed weight is its block's scale times (byte - 64) / 63
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """product: one of the five above; dtype: of activations and norms; kv: of the KV.
+    """linear_backend: one of the three above; dtype: of activations and norms; kv: of the KV cache.
 
-    kernels: attention, too, is this project's own (kernels/attention.cpp).
+    kernels: layers, attention and sampler are this project's own (kernels/*.cpp).
     """
 
-    product: str
+    linear_backend: str
     dtype: torch.dtype
     kv: torch.dtype
     kernels: bool = False
 
 
 def plan(device: str, quantization: str, kernels: bool) -> Plan:
-    """The product for this machine. kernels: those of native.py can be used.
-
-    On CPUs activations are float32: AVX2 emulates bfloat16, at a half to a quarter of the speed.
-    """
+    """The backend for this machine. kernels: those of native.py can be used."""
     if device != "cpu":
         return Plan("dense" if quantization == "none" else "bitsandbytes", torch.bfloat16, torch.bfloat16)
-    kv = torch.bfloat16 if kernels else torch.float32
-    quantised = "packed" if kernels else "int8" if _HAS_FBGEMM else "dequantised"
-    return Plan("dense" if quantization == "none" else quantised, torch.float32, kv, kernels)
+    if kernels:
+        return Plan("dense" if quantization == "none" else "packed", torch.float32, torch.bfloat16, kernels)
+    # A CPU that cannot multiply bfloat16 emulates it, at a half to a quarter of float32's speed.
+    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return Plan("dense", dtype, dtype)
 
 
-class Int8Linear(nn.Module):
-    """weight float [rows, k] -> int8 per row; input float32 [..., k], output float32 [..., rows].
+class DenseLinear(nn.Module):
+    """weight float [rows, k], bias float [rows] or None, with PackedLinear's way of being called."""
 
-    Activations are scaled by their own row's maximum, so that a row's result is bitwise the same whatever rows share
-    the batch (FBGEMM's own dynamic quantisation takes one scale for the whole tensor: one user's outlier would cost
-    another's precision).
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        weight = weight.float()
-        self.rows = weight.shape[0]
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
-        zero = torch.zeros(self.rows, dtype=torch.long)
-        with warnings.catch_warnings():
-            # Deprecated without a date; its successors have no AVX2 kernel (measured 8 to 90 times slower).
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-            quantised = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-        handle = next(_handles)
-        _packed[handle] = torch.ops.quantized.linear_prepack(quantised, None)
-        weakref.finalize(self, _packed.pop, handle)
-        self.register_buffer("handle", torch.tensor(handle))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.float().reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-        y = torch.ops.slots.int8_product((rows / scale).contiguous(), self.handle, self.rows) * scale
-        return y.view(*x.shape[:-1], self.rows)
-
-
-class FloatLinear(nn.Module):
-    """weight float [rows, k], as it is."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight)
+    def forward(self, x: torch.Tensor, norm: nn.Module | None = None, add: torch.Tensor | None = None) -> torch.Tensor:
+        y = nn.functional.linear(x if norm is None else norm(x), self.weight, self.bias)
+        return y if add is None else y + add
 
 
-class Fused(nn.Module):
-    """Linear layers over one input, multiplied together at the first part's call; each part hands out its slice."""
+class PackedLinear(nn.Module):
+    """Activations are quantised to int8, 64 by 64, inside the kernel; k is a multiple of 64.
 
-    def __init__(self, parts: list[nn.Linear], product: nn.Module) -> None:
+    A row's result is bitwise the same whatever rows share the batch, and no row's outlier costs another's precision.
+    """
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, halves: bool) -> None:
+        """codes uint8 [rows, k]: NF4's, to be put two in a byte (halves), or bytes; scales float32 [rows, k / 64]."""
         super().__init__()
-        self.sizes = [part.out_features for part in parts]
-        self.linear = product
-        biases = [part.bias for part in parts]
-        self.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
-        self.pending: tuple[torch.Tensor, ...] = ()
+        self.rows = codes.shape[0]
+        self.bias: torch.Tensor | None = None
+        missing = -self.rows % LANES
+        codes, scales = (nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (codes, scales))
+        blocks = scales.shape[1]
+        weights = codes.view(-1, LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
+        if halves:
+            weights = weights[:, :, 0::2] | weights[:, :, 1::2] << 4
+        scales = (scales / _STEPS).view(-1, LANES, blocks).transpose(1, 2).contiguous().bfloat16()  # off by 0.2 %
+        stored = torch.cat([weights.flatten(), scales.view(torch.uint8).flatten()])
+        self.register_buffer("matrix", _aligned(stored.view(len(weights), -1)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.linear(x)
-        return y if self.bias is None else y + self.bias
+    @classmethod
+    def nf4(cls, layers: list[bnb.nn.Linear4bit]) -> PackedLinear:
+        """The very codes and scales that bitsandbytes holds."""
+        codes, scales = zip(*(_unpacked(layer) for layer in layers), strict=True)
+        return cls(torch.cat(codes), torch.cat(scales), halves=True)
 
-    def take(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        if index == 0:
-            self.pending = self(x).split(self.sizes, -1)
-        out = self.pending[index]
-        if index == len(self.sizes) - 1:
-            self.pending = ()  # nothing outlives the layer, or the compiled graph would have to return it
-        return out
+    @classmethod
+    def dense(cls, weight: torch.Tensor) -> PackedLinear:
+        """weight float [rows, k], rounded to 7 bits."""
+        blocks = weight.float().view(weight.shape[0], -1, BLOCK)
+        scales = blocks.abs().amax(-1)
+        codes = (blocks * (_STEPS / scales.clamp(min=1e-30))[..., None]).round() + _OFFSET
+        return cls(codes.to(torch.uint8).view(weight.shape), scales, halves=False)
+
+    def forward(self, x: torch.Tensor, norm: nn.Module | None = None, add: torch.Tensor | None = None) -> torch.Tensor:
+        """x float32 [n, k] -> float32 [n, rows]: normalised by `norm` (an RMSNorm) before, `add` [n, rows] to it."""
+        if self.bias is not None:
+            add = self.bias if add is None else add + self.bias
+        within = add if self.rows % LANES == 0 else None
+        weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+        y = torch.ops.slots.packed_product(x, self.matrix, weight, epsilon, within)
+        if self.rows % LANES == 0:
+            return y
+        y = y[:, : self.rows]
+        return y.contiguous() if add is None else y + add
 
 
-class Part(nn.Module):
-    """Stands where transformers expects one of the fused layers."""
-
-    def __init__(self, fused: Fused, index: int) -> None:
-        super().__init__()
-        if index == 0:
-            self.fused = fused
-        else:
-            object.__setattr__(self, "fused", fused)  # a submodule once only
-        self.index = index
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fused.take(x, self.index)
+def join(parts: list[nn.Linear], chosen: Plan) -> PackedLinear | DenseLinear:
+    """One layer that computes what `parts`, which read the same input, compute together."""
+    bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])[None].to(chosen.dtype)
+    if chosen.linear_backend != "packed" or parts[0].in_features % BLOCK:
+        weight = torch.cat([dense_weight(part) for part in parts]).to(chosen.dtype)
+        return DenseLinear(weight, None if bias is None else bias[0])
+    if all(isinstance(part, bnb.nn.Linear4bit) for part in parts):
+        made = PackedLinear.nf4(parts)
+    else:
+        made = PackedLinear.dense(torch.cat([dense_weight(part) for part in parts]))
+    made.bias = bias
+    return made
 
 
 def dense_weight(layer: nn.Linear) -> torch.Tensor:
     """The layer's weight as floats [rows, k], dequantised where bitsandbytes holds it in 4 bits."""
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return layer.weight.data
 
 
-def install(model: nn.Module, chosen: Plan) -> None:
-    """Replace the linear layers of a transformers causal LM by the chosen product, in place.
-
-    The output head becomes int8 or 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost
-    it a tenth of the perplexity. Raises nothing of its own; a layer that is named otherwise stays as it is.
-    """
-    if chosen.product in ("bitsandbytes", "dense"):
-        return
+def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace each 4-bit layer by one of floats, in place."""
     for owner in list(model.modules()):
-        for names in FUSED:
-            parts = [getattr(owner, name, None) for name in names]
-            if all(isinstance(part, nn.Linear) for part in parts):
-                fused = Fused(parts, product(parts, chosen))
-                for index, name in enumerate(names):
-                    setattr(owner, name, Part(fused, index))
-    for owner in list(model.modules()):
-        for name, child in list(owner.named_children()):
-            if (layers := _feed_forward(child)) is not None:
-                setattr(owner, name, packed.FeedForward(*layers))
-    if chosen.product != "dequantised":
-        head = [model.get_output_embeddings()]
-        model.lm_head = Part(Fused(head, product(head, chosen)), 0)
+        for name, layer in list(owner.named_children()):
+            if isinstance(layer, bnb.nn.Linear4bit):
+                setattr(owner, name, DenseLinear(dense_weight(layer).to(dtype), layer.bias))
 
 
-def _feed_forward(layer: nn.Module) -> tuple[packed.PackedLinear, packed.PackedLinear] | None:
-    """The two packed matrices of transformers' SwiGLU layers; None for any other, or where there are biases."""
-    parts = [getattr(layer, name, None) for name in ("gate_proj", "down_proj")]
-    fused = [part.fused for part in parts if isinstance(part, Part) and part.fused.bias is None]
-    matrices = [each.linear for each in fused if isinstance(each.linear, packed.PackedLinear)]
-    silu = isinstance(getattr(layer, "act_fn", None), SiLUActivation)
-    return (matrices[0], matrices[1]) if silu and len(matrices) == 2 else None
+def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [rows, k] and scales float32 [rows, k / 64] of a 4-bit layer. Raises ValueError for another block."""
+    state: QuantState = layer.weight.quant_state
+    if state.blocksize != BLOCK or state.quant_type != "nf4":
+        raise ValueError(f"4-bit weights of type {state.quant_type} in blocks of {state.blocksize} are not served")
+    packed = layer.weight.data.view(torch.uint8).view(-1)
+    codes = torch.stack([packed >> 4, packed & 15], -1).view(state.shape)
+    scales = state.absmax
+    if state.nested:  # double quantisation
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    return codes, scales.float().view(state.shape[0], -1)
 
 
-def product(parts: list[nn.Linear], chosen: Plan) -> nn.Module:
-    """One layer that computes what `parts`, which read the same input, compute together, but for their biases."""
-    if chosen.product == "packed" and parts[0].in_features % packed.BLOCK == 0:
-        if all(isinstance(part, bnb.nn.Linear4bit) for part in parts):
-            return packed.PackedLinear.nf4(parts)
-        return packed.PackedLinear.dense(torch.cat([dense_weight(part) for part in parts]))
-    weight = torch.cat([dense_weight(part) for part in parts]).to(chosen.dtype)
-    return FloatLinear(weight) if chosen.product == "dequantised" or not _HAS_FBGEMM else Int8Linear(weight)
-
-
-def _int8_product(x: torch.Tensor, handle: torch.Tensor, rows: int) -> torch.Tensor:
-    return _int8_kernel(x, 1 / _INT8_STEPS, _INT8_OFFSET, _packed[int(handle)])
-
-
-_int8_kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-_ops.impl("int8_product", _int8_product, "CPU")
-_ops.impl("int8_product", lambda x, handle, rows: x.new_empty((x.shape[0], rows)), "Meta")
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and at a multiple of 32 bytes, as vector loads need it (PyTorch's own allocations are)."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 32 == 0 else tensor.clone()

@@ -1,7 +1,4 @@
-"""The torch half of the engine: prefill a chunk, step a batch, swap two slots.
-
-Decides nothing: whom to serve, when to stop and what a token means is the engine's. One thread makes it and uses it.
-"""
+"""The torch half of the engine: prefill a chunk, step a batch, swap two slots. One thread makes it and uses it."""
 
 from __future__ import annotations
 
@@ -16,19 +13,24 @@ from torch import nn
 
 from model.engine.protocol import Chunk
 from model.runtime.attention import NAME as ATTENTION
-from model.runtime.attention import attend_by_kernel, look_up_positions
-from model.runtime.kv import ChunkCache, KvPages, KvShape, pages_for
-from model.runtime.linear import Plan, install
-from model.runtime.sampler import Rows, choose_unfiltered
-from model.runtime.step import Step, advance, advance_by_kernel, hidden, make_step, prefill
+from model.runtime.attention import look_up_positions, use_kernels
+from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for
+from model.runtime.linear import Plan, dequantise
+from model.runtime.sampler import Rows, choose_by_kernel, choose_unfiltered
+from model.runtime.step import advance, hidden, make_step, through_layers
 from model.types import Sampling
 
 _log = logging.getLogger(__name__)
 
+Code = Callable[..., Any]  # a function of step.py, as it is or compiled
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """A decode step's fixed shape: the first `rows` slots over the first `pages` pages."""
+    """What compiled code is for: a decode step of PyTorch's kernels over the first `rows` slots and `pages` pages.
+
+    By this project's kernels pages are 0 and rows 1, or 2 for any number above 1: a step or a chunk.
+    """
 
     rows: int
     pages: int
@@ -37,22 +39,22 @@ class Bucket:
         return self.rows >= other.rows and self.pages >= other.pages
 
 
-PREFILL = Bucket(0, 0)  # no decode step, and covers none: a chunk of any number of tokens
+ONE, MANY = Bucket(1, 0), Bucket(2, 0)
 
 
 class CompileState(NamedTuple):
-    """How many buckets are wanted, how many stay eager, and how many serve uncompiled though `poll` gave a step."""
+    """How many buckets are wanted, how many stay eager, and how many serve uncompiled though `poll` gave code."""
 
     wanted: int
     failed: int
-    as_is: int = 0
+    uncompiled: int = 0
 
 
 class Compiler(Protocol):
-    """Where compiled steps come from (compile.py)."""
+    """Where compiled code comes from: compile.py, or a stand-in in tests."""
 
-    def poll(self, idle: bool) -> tuple[Bucket, Step] | None:
-        """A step that has become available since the last call, or None. Takes its time only when `idle`."""
+    def poll(self, idle: bool) -> tuple[Bucket, Code] | None:
+        """Code that has become available since the last call, or None. Takes its time only when `idle`."""
 
     def state(self) -> CompileState: ...
 
@@ -69,24 +71,27 @@ class Runner:
     def __init__(
         self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]
     ) -> None:
-        install(model, plan)
         look_up_positions(model, context, plan.dtype, device)
         if plan.kernels:
-            attend_by_kernel(model)
-        model.set_attn_implementation(ATTENTION)
+            use_kernels(model, plan)
+        else:
+            model.set_attn_implementation(ATTENTION)
+            if plan.linear_backend == "dense":
+                dequantise(model, plan.dtype)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
         self.slots, self.context = slots, context
-        self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device)
+        self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device, whole=not plan.kernels)
         self.rows = Rows.empty(slots, model.config.vocab_size, device)
         self.compiler: Compiler | None = None
-        self.compiled: dict[Bucket, Step] = {}
+        self.compiled: dict[Bucket, Code] = {}
         self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
+        self._slots = torch.arange(slots, device=device)
         self._unfiltered: set[int] = set()
         self._active: tuple[int, ...] = ()
-        self._broken = 0  # compiled steps that were given up
+        self._broken = 0  # compiled code that was given up
         self._facts: dict[str, str | int] = {
             "device": device,
-            "product": plan.product,
+            "linear_backend": plan.linear_backend,
             "dtype": str(plan.dtype).removeprefix("torch."),
             "slots": slots,
             "context": context,
@@ -95,8 +100,8 @@ class Runner:
         }
 
     @torch.inference_mode()
-    def begin(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
-        """Give `slot` to a request. Its row stays idle until `arm`."""
+    def init_row(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
+        """Give `slot` to a request. Its row stays out of the batch until `activate`."""
         self.rows.assign(slot, sampling, seed, torch.tensor(prompt, dtype=torch.int64, device=self.device))
         unfiltered = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p >= 1 and not self.plan.kernels
         (self._unfiltered.add if unfiltered else self._unfiltered.discard)(slot)
@@ -104,34 +109,32 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> list[bool]:
         """Compute the KV of these chunks, of different slots; whether each one's numbers are all finite."""
-        if self.plan.kernels:
-            return self._prefill_together(chunks)
-        return [self._prefill_alone(*chunk) for chunk in chunks]
+        prefilled = self._prefill_together(chunks) if self.plan.kernels else [self._prefill_alone(*c) for c in chunks]
+        for slot, tokens, start in chunks:
+            self.rows.position[slot] = start + len(tokens)
+        return prefilled
 
     def _prefill_together(self, chunks: Sequence[Chunk]) -> list[bool]:
         ids = torch.tensor([token for _, tokens, _ in chunks for token in tokens])
         slot = torch.tensor([slot for slot, tokens, _ in chunks for _ in tokens])
         position = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks])
-        finite = self._try(PREFILL if len(ids) > 1 else None, prefill, *self.kv.tensors, ids, slot, position)
-        for index, tokens, start in chunks:
-            self.rows.position[index] = start + len(tokens)
+        finite = self.hidden_states(ids, slot, position, position).isfinite().all(-1)
         return [bool(part.all()) for part in finite.split([len(tokens) for _, tokens, _ in chunks])]
 
     def _prefill_alone(self, slot: int, ids: Sequence[int], start: int) -> bool:
-        cache = ChunkCache(self.kv, slot, start, len(ids))
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        self.rows.position[slot] = start + len(ids)
+        cache = SlotCache(self.kv.tensors, slot, positions, start + len(ids))
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
         return bool(hidden(self.model, cache, tokens, positions).isfinite().all())
 
     @torch.inference_mode()
-    def arm(self, slot: int, token: int, position: int) -> None:
+    def activate(self, slot: int, token: int, position: int) -> None:
         """Let the next step of `slot` read `token` at `position`."""
         self.rows.ids[slot, 0] = token
         self.rows.position[slot] = position
 
     @torch.inference_mode()
-    def idle(self, slot: int, position: int) -> None:
+    def deactivate(self, slot: int, position: int) -> None:
         """Take `slot` out of the batch. Its row may still be computed: it writes at `position`, which none reads."""
         self.rows.position[slot] = min(position, self.context - 1)
 
@@ -141,18 +144,40 @@ class Runner:
 
         At least as many as the last of `active`, which alone advance; the others' entries mean nothing.
         """
-        self._activate(tuple(active))
-        pages = 1 if self.plan.kernels else pages_for(int(self.rows.position[list(active)].max()) + 1)
-        rows, (tokens, finite, logits) = self._computed(Bucket(max(active) + 1, pages))
+        self._mark_active(tuple(active))
+        return (self._step_by_kernels if self.plan.kernels else self._step_by_torch)(active)
+
+    def _step_by_kernels(self, active: Sequence[int]) -> list[int | None]:
+        rows = self._views[max(active) + 1]
+        slot, last = self._slots[: len(rows.position)], torch.where(rows.active, rows.position, 0)
+        logits = self.model.lm_head(
+            self.hidden_states(rows.ids[:, 0], slot, rows.position, last), self.model.model.norm
+        )
+        tokens = choose_by_kernel(logits, rows)
+        torch.ops.slots.advance(rows.ids, rows.position, rows.active, rows.seen, tokens)
+        return [token if token >= 0 else None for token in tokens.tolist()]
+
+    def _step_by_torch(self, active: Sequence[int]) -> list[int | None]:
+        need = Bucket(max(active) + 1, pages_for(int(self.rows.position[list(active)].max()) + 1))
+        bucket = min((bucket for bucket in self.compiled if bucket.covers(need)), default=None)
+        rows = self._views[(bucket or need).rows]
+        eager = make_step(need.pages * PAGE)
+        tokens, finite, logits = self._try(bucket, eager, self.model, *self.kv.tensors, *rows.tensors())
         if not self._unfiltered.isdisjoint(active):
             free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
             tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
-        (advance_by_kernel if self.plan.kernels else advance)(rows, tokens, finite)
+        advance(rows, tokens, finite)
         return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
 
-    def step_over(self, pages: int) -> Step:
-        """The decode step for a bucket of so many pages, not compiled."""
-        return make_step(None if self.plan.kernels else pages)
+    def hidden_states(
+        self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor
+    ) -> torch.Tensor:
+        """The last hidden states by this project's kernels, before the last norm: [n, hidden]."""
+        body, bucket = self.model.model, ONE if len(ids) == 1 else MANY
+        x = body.embed_tokens(ids)
+        cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
+        given = (body.layers, x, cos, sin, *self.kv.tensors, slot, position, last)
+        return self._try(bucket if bucket in self.compiled else None, through_layers, *given)
 
     @torch.inference_mode()
     def swap(self, a: int, b: int, tokens: int) -> None:
@@ -169,18 +194,18 @@ class Runner:
         self.kv.clear(slot)
 
     @torch.inference_mode()
-    def adopt(self, idle: bool) -> bool:
-        """Take over one compiled step if there is a new one; returns whether. idle: nobody waits meanwhile."""
+    def load_compiled(self, idle: bool) -> bool:
+        """Take over compiled code if some has become ready; returns whether. idle: nobody waits meanwhile."""
         found = self.compiler.poll(idle) if self.compiler else None
         if found:
             self.compiled[found[0]] = found[1]
-            gc.freeze()  # a step is many objects that stay, as those of the load (local.py)
+            gc.freeze()  # it is many objects that stay, as those of the load (local.py)
         return found is not None
 
     def compile_state(self) -> tuple[int, int]:
-        """How many compiled steps are in use, and how many buckets stay eager because compiling failed."""
+        """How many buckets are served by compiled code, and how many stay eager because compiling failed."""
         state = self._compile_state()
-        return len(self.compiled) - state.as_is, self._broken + state.failed
+        return len(self.compiled) - state.uncompiled, self._broken + state.failed
 
     def _compile_state(self) -> CompileState:
         return self.compiler.state() if self.compiler else CompileState(0, 0)
@@ -199,34 +224,27 @@ class Runner:
 
     def details(self) -> dict[str, str | int]:
         """What /readyz tells about the engine; touches no tensor, for other threads ask."""
-        steps, failures = self.compile_state()
-        return self._facts | {"compiled": f"{steps}/{self._compile_state().wanted}", "compile_failures": failures}
+        done, failures = self.compile_state()
+        return self._facts | {"compiled": f"{done}/{self._compile_state().wanted}", "compile_failures": failures}
 
-    def _activate(self, active: tuple[int, ...]) -> None:
+    def _mark_active(self, active: tuple[int, ...]) -> None:
         if active != self._active:
             self.rows.active.fill_(False)
             self.rows.active[list(active)] = True
             self._active = active
 
-    def _computed(self, need: Bucket) -> tuple[Rows, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The step over `need`, compiled where a bucket covers it; and the rows it was computed for."""
-        bucket = min((bucket for bucket in self.compiled if bucket.covers(need)), default=None)
-        rows = self._views[(bucket or need).rows]
-        return rows, self._try(bucket, self.step_over(need.pages), *self.kv.tensors, *rows.tensors())
-
-    def _try(self, bucket: Bucket | None, eager: Callable[..., Any], *arguments: object) -> Any:
+    def _try(self, bucket: Bucket | None, eager: Code, *arguments: object) -> Any:
         """What `bucket`'s compiled code computes; or `eager`, where there is none.
 
         When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.
         """
-        compiled = self.compiled.get(bucket) if bucket else None
-        if compiled is None:
-            return eager(self.model, *arguments)
+        if bucket is None:
+            return eager(*arguments)
         try:
-            return compiled(self.model, *arguments)
+            return self.compiled[bucket](*arguments)
         except Exception as error:
-            outcome = eager(self.model, *arguments)
-            _log.warning("compiled code failed and is given up for the eager one", exc_info=error)
+            outcome = eager(*arguments)
+            _log.warning("compiled code failed, continuing without it", exc_info=error)
             del self.compiled[bucket]
             self._broken += 1
             return outcome

@@ -1,7 +1,4 @@
-"""One batched sampling step, inside the compiled graph: every row by its own rules, none by its neighbours'.
-
-Makes no noise of torch's own: `torch.Generator` neither compiles nor belongs to one row.
-"""
+"""One batched sampling step: every row by its own rules, none by its neighbours'."""
 
 from __future__ import annotations
 
@@ -87,16 +84,14 @@ def choose(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.where(rows.temperature == 0, greedy, drawn[:, 0])
 
 
-def choose_soundly(logits: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `choose`, by this project's kernel; and whether each row's logits are all finite, bool [rows].
+def choose_by_kernel(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """As `choose`, by this project's kernel; -1 for a row whose logits are not all finite.
 
     A row with neither top_k nor top_p is drawn from the whole vocabulary.
     """
-    tokens = torch.ops.slots.choose(
-        logits.contiguous(),
-        *(rows.position, rows.temperature, rows.top_p, rows.top_k, rows.penalty, rows.key, rows.seen),
-    )
-    return tokens, tokens >= 0
+    given = (rows.position, rows.temperature, rows.top_p, rows.top_k, rows.penalty, rows.key, rows.seen)
+    tokens: torch.Tensor = torch.ops.slots.choose(logits.contiguous(), *given)
+    return tokens
 
 
 def choose_unfiltered(logits: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""The model's forward pass over KV slots, and the decode step that is run as it is or compiled.
-
-Plain functions of tensors: owns no slot, no bucket and no compiler.
-"""
+"""The model's forward pass over KV slots: plain functions of tensors, run as they are or compiled."""
 
 from __future__ import annotations
 
@@ -10,17 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from model.runtime.kv import BatchCache, ChunkCache, TokenCache
-from model.runtime.sampler import Rows, choose, choose_soundly
+from model.runtime.kv import SlotCache
+from model.runtime.sampler import Rows, choose
 
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def make_step(pages: int | None) -> Step:
-    """The decode step as a plain function: run as it is, or compiled for one bucket.
+def through_layers(
+    layers: nn.ModuleList, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: list[torch.Tensor],
+    values: list[torch.Tensor], slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """What this project's kernels make of tokens of any slots, one a row: x float32 [n, hidden] -> the same shape.
 
-    pages: how many PyTorch's own attention goes over; None for this project's kernels, whose attention follows each
-    row's length.
+    slot, position: int64 [n], where a row's KV is written; last: int64 [n], the last column that it sees. Changes
+    nothing else, so that it can be tried again.
+    """
+    for layer, key, value in zip(layers, keys, values, strict=True):
+        x = layer(x, cos, sin, key, value, slot, position, last)
+    return x
+
+
+def make_step(columns: int) -> Step:
+    """The decode step of transformers' modules and PyTorch's attention over `columns` columns.
+
     step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
     Writes one token's KV a row and changes nothing else, so that it can be tried again.
     """
@@ -29,48 +38,20 @@ def make_step(pages: int | None) -> Step:
         model: nn.Module, keys: list[torch.Tensor], values: list[torch.Tensor], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = Rows(*tensors)
-        if pages is None:
-            slot = torch.arange(rows.position.shape[0])
-            cache = TokenCache((keys, values), slot, rows.position, torch.where(rows.active, rows.position, 0))
-        else:
-            cache = BatchCache((keys, values), rows.position, pages)
-        logits = model.lm_head(hidden(model, cache, rows.ids, rows.position[:, None]))[:, -1].float()
-        if pages is None:
-            return *choose_soundly(logits, rows), logits
+        positions = rows.position[:, None]
+        cache = SlotCache((keys, values), 0, positions, columns)
+        logits = model.lm_head(hidden(model, cache, rows.ids, positions))[:, -1].float()
         return choose(logits, rows), logits.isfinite().all(-1), logits
 
     return step
 
 
-def prefill(
-    model: nn.Module,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    ids: torch.Tensor,
-    slot: torch.Tensor,
-    position: torch.Tensor,
-) -> torch.Tensor:
-    """Write the KV of tokens of any slots, all int64 [n]; whether each one's last hidden state is finite, bool [n].
-
-    By this project's kernel, and as a plain function too: may be repeated, and is compiled once for every n above 1.
-    """
-    cache = TokenCache((keys, values), slot, position)
-    return hidden(model, cache, ids[:, None], position[:, None]).isfinite().all(-1)[:, 0]
-
-
-def hidden(
-    model: nn.Module, cache: TokenCache | BatchCache | ChunkCache, ids: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """The last hidden state, [rows, n, hidden], after ids at positions, both int64 [rows, n]."""
+def hidden(model: nn.Module, cache: SlotCache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The last hidden state of transformers' modules, [rows, n, hidden], after ids at positions, both [rows, n]."""
     state: torch.Tensor = model.model(
         input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=cache.mask(), use_cache=True
     ).last_hidden_state
     return state
-
-
-def advance_by_kernel(rows: Rows, tokens: torch.Tensor, finite: torch.Tensor) -> None:
-    """As `advance`, in one call; it tells by the token which row is finite."""
-    torch.ops.slots.advance(rows.ids, rows.position, rows.active, rows.seen, tokens)
 
 
 def advance(rows: Rows, tokens: torch.Tensor, finite: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, goals, growth, http, quality, start, ttft
+from benchmarks import decode, goals, growth, http, quality, shared_core, start, ttft
 from benchmarks.load import Answer
 from benchmarks.ours import fill
 from benchmarks.record import HERE
@@ -38,6 +38,14 @@ def test_goals_say_what_is_reached_what_not_and_what_was_not_measured() -> None:
     assert all("not measured" in line for name, line in lines.items() if "HTTP" in name or "perplexity" in name)
     slower = goals.at_least("x", [1.0], [2.0], 1.1).cells()
     assert slower[-1] == "no"
+
+
+def test_a_shared_core_shows_how_many_times_as_long_a_step_takes() -> None:
+    turns = {shared_core.turn(1, 0): [0.01], shared_core.turn(1, 2): [0.025]}
+    shown = shared_core.shown(turns, [1], 2)
+    assert "| a step of batch 1, ms | 10.0 | 25.0 | 2.50 |" in shown
+    with shared_core.busy(1):
+        pass  # ends what it started
 
 
 def test_http_shows_each_peer_with_a_ratio_and_leaves_out_what_the_bare_engine_lacks() -> None:

@@ -123,8 +123,16 @@ def test_a_number_that_is_not_finite_reaches_those_who_read_it_and_nobody_else()
         assert got.isfinite().flatten(1).all(-1).tolist() == [True, False, True]
 
 
-def test_what_was_built_is_found_again(unloaded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_built_is_found_again(
+    unloaded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tmp_path /= "with a space"
     assert native.load(tmp_path)
+    assert [record.getMessage().split(" kernels")[0] for record in caplog.records] == [
+        "building the CPU",
+        "built the CPU",
+    ]
     assert unloaded == list(tmp_path.iterdir())  # one file, and nothing that was made on the way
     assert b"slots" in unloaded[0].read_bytes()
     monkeypatch.setattr(native, "_loaded", False)
@@ -136,7 +144,8 @@ def test_what_was_built_is_found_again(unloaded: list[Path], tmp_path: Path, mon
 def test_without_a_compiler_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
         assert not native.load(tmp_path)
-    assert "/no/such/compiler" in caplog.text and len(caplog.records) == 1
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1 and "/no/such/compiler" in said[0] and "apt install g++" in said[0]
 
 
 @pytest.mark.usefixtures("unloaded")

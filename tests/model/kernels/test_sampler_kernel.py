@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from model.runtime.sampler import Rows, choose, choose_soundly, choose_unfiltered
-from model.runtime.step import advance, advance_by_kernel
+from model.runtime.sampler import Rows, choose, choose_by_kernel, choose_unfiltered
+from model.runtime.step import advance
 from model.types import Sampling
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -39,18 +39,19 @@ def test_it_chooses_what_is_defined(vocabulary: int, spread: int) -> None:
     rows, logits = some_rows(vocabulary, spread), spread * torch.randn(ROWS, vocabulary)
     uncut = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
     want = torch.where(uncut, choose_unfiltered(logits, rows), choose(logits, rows))
-    tokens, sound = choose_soundly(logits, rows)
+    tokens = choose_by_kernel(logits, rows)
+    sound = tokens >= 0
     assert tokens.tolist() == want.tolist() and sound.all() and 0 < uncut.sum() < ROWS
 
 
 def test_logits_may_be_a_view() -> None:
     rows, wide = some_rows(300, 1), torch.randn(ROWS, 304)
-    assert torch.equal(choose_soundly(wide[:, :300], rows)[0], choose_soundly(wide[:, :300].clone(), rows)[0])
+    assert torch.equal(choose_by_kernel(wide[:, :300], rows), choose_by_kernel(wide[:, :300].clone(), rows))
 
 
 def test_the_first_of_equals_is_taken() -> None:
     rows = Rows.empty(1, 300, "cpu")
-    assert choose_soundly(torch.zeros(1, 300), rows)[0] == 0
+    assert choose_by_kernel(torch.zeros(1, 300), rows) == 0
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -58,24 +59,25 @@ def test_the_first_of_equals_is_taken() -> None:
 def test_what_is_not_finite_is_told_of_its_row_alone(value: float, place: int) -> None:
     rows, logits = some_rows(299, 1), torch.randn(ROWS, 299)
     logits[3, place] = value
-    tokens, sound = choose_soundly(logits, rows)
+    tokens = choose_by_kernel(logits, rows)
+    sound = tokens >= 0
     assert not sound[3] and sound.sum() == ROWS - 1
     logits[3, place] = 0
     others = torch.arange(ROWS) != 3
-    assert torch.equal(choose_soundly(logits, rows)[0][others], tokens[others])
+    assert torch.equal(choose_by_kernel(logits, rows)[others], tokens[others])
 
 
 def test_a_row_is_chosen_alike_alone_and_by_any_number_of_threads() -> None:
     rows, logits = some_rows(49_152, 2), 3 * torch.randn(ROWS, 49_152)
-    together = choose_soundly(logits, rows)[0]
-    torch.set_num_threads(3)
+    together = choose_by_kernel(logits, rows)
+    torch.ops.slots.set_threads(3)
     try:
-        assert torch.equal(choose_soundly(logits, rows)[0], together)
+        assert torch.equal(choose_by_kernel(logits, rows), together)
     finally:
-        torch.set_num_threads(1)
+        torch.ops.slots.set_threads(1)
     for row in range(ROWS):
         one = Rows(*(tensor[row : row + 1] for tensor in rows.tensors()))
-        assert choose_soundly(logits[row : row + 1], one)[0] == together[row]
+        assert choose_by_kernel(logits[row : row + 1], one) == together[row]
 
 
 def test_rows_advance_as_is_defined() -> None:
@@ -86,6 +88,6 @@ def test_rows_advance_as_is_defined() -> None:
     for rows in (left, right):
         rows.active.copy_(torch.arange(ROWS) % 3 > 0)
     advance(left, tokens, tokens >= 0)
-    advance_by_kernel(right, tokens, tokens >= 0)
+    torch.ops.slots.advance(right.ids, right.position, right.active, right.seen, tokens)
     assert all(map(torch.equal, left.tensors(), right.tensors()))
     assert 0 < (left.ids[:, 0] == tokens).sum() < ROWS

@@ -67,6 +67,7 @@ def test_attention_that_is_not_understood_is_refused(kernels: bool) -> None:
         try_out(Runner(model, Plan("dense", torch.float32, torch.float32, kernels), 2, 256, "cpu", frozenset()))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_model_that_is_refused_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Runner) -> None:
         raise ValueError("it has a soft cap")

@@ -1,16 +1,17 @@
-"""The KV's memory: what is committed, and the views that buckets read."""
+"""The KV's memory: what is committed, written and seen."""
 
 from __future__ import annotations
 
 import psutil
+import pytest
 import torch
 
-from model.runtime.kv import PAGE, KvPages, KvShape, columns_of
+from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache
 
 
 def test_memory_follows_what_is_written_in_small_pages() -> None:
     """A prompt's first token, in huge pages, waited a quarter of a second for memory that it did not need."""
-    kv, process = KvPages(KvShape(30, 3, 64, torch.bfloat16), 16, 8192, "cpu"), psutil.Process()
+    kv, process = KvPages(KvShape(30, 3, 64, torch.bfloat16), 16, 8192, "cpu", whole=False), psutil.Process()
     before = process.memory_info().rss
     for slot in (0, 5, 15):
         for tensor in (*kv.keys, *kv.values):
@@ -20,24 +21,28 @@ def test_memory_follows_what_is_written_in_small_pages() -> None:
     assert process.memory_info().rss - before < 24 << 20  # 3 slots of 60 tokens are 4 MB
 
 
-def test_a_view_has_whole_pages_or_any_columns_of_the_only_one() -> None:
-    paged, whole = torch.arange(4 * 3 * PAGE).view(4, 3, 1, PAGE, 1), torch.arange(3 * 1000).view(1, 3, 1, 1000, 1)
-    assert columns_of(paged, slice(2), PAGE).shape == (1, 2, 1, PAGE, 1)
-    assert columns_of(paged, slice(2), PAGE + 1).shape == (2, 2, 1, PAGE, 1)
-    assert columns_of(whole, slice(1, 3), 777).shape == (1, 2, 1, 777, 1)
-    view = columns_of(whole, 1, 10)
-    view[...] = -1
-    assert whole[0, 1, 0, :10].eq(-1).all() and whole.eq(-1).sum() == 10
+def test_rows_write_where_they_are_told_and_see_no_later_column() -> None:
+    kv = KvPages(KvShape(1, 2, 4, torch.float32), 4, 300, "cpu", whole=True)
+    cache = SlotCache(kv.tensors, 1, torch.tensor([[5, 6], [0, 299]]), 300)
+    new = torch.arange(1, 33).float().view(2, 2, 2, 4)  # [rows, heads, n, d]
+    keys, values = cache.update(new, -new, 0)
+    assert keys.shape == (2, 2, 300, 4) and torch.equal(values, -keys)
+    assert torch.equal(keys[0, :, 5:7], new[0]) and torch.equal(keys[1][:, [0, 299]], new[1])
+    assert kv.keys[0].count_nonzero() == new.numel()  # and nothing else was touched
+    seen = cache.mask()[:, 0] == 0
+    assert seen.sum(-1).tolist() == [[6, 7], [1, 300]] and seen[0, 0, :6].all()
 
 
-def test_on_a_gpu_a_slot_is_one_page() -> None:
-    kv = KvPages(KvShape(1, 2, 8, torch.bfloat16), 4, 1000, "meta")
-    assert kv.whole and kv.pages == 4 and kv.keys[0].shape == (1, 4, 2, 4 * PAGE, 8)
+def test_for_pytorchs_attention_a_slot_is_one_page() -> None:
+    kv = KvPages(KvShape(1, 2, 8, torch.bfloat16), 4, 1000, "meta", whole=True)
+    assert kv.columns == 4 * PAGE and kv.keys[0].shape == (1, 4, 2, 4 * PAGE, 8)
 
 
-def test_swapping_exchanges_what_is_written() -> None:
-    kv = KvPages(KvShape(1, 1, 4, torch.float32), 3, 4 * PAGE, "cpu")
+@pytest.mark.parametrize("whole", [False, True])
+def test_swapping_exchanges_what_is_written(whole: bool) -> None:
+    kv = KvPages(KvShape(1, 1, 4, torch.float32), 3, 4 * PAGE, "cpu", whole)
     kv.keys[0][:, 0], kv.keys[0][:, 2] = 1, 2
     kv.swap(0, 2, PAGE + 5)
-    assert kv.keys[0][:2, 0, 0, :5].eq(2).all() and kv.keys[0][:2, 2, 0, :5].eq(1).all()
-    assert kv.keys[0][2:, 0].eq(1).all()  # beyond what is written nothing is moved
+    first, last = (kv.keys[0][:, slot, 0].flatten(0, 1) for slot in (0, 2))
+    assert first[: PAGE + 5].eq(2).all() and last[: PAGE + 5].eq(1).all()
+    assert first[2 * PAGE :].eq(1).all() and last[2 * PAGE :].eq(2).all()  # beyond what is written nothing is moved

@@ -6,12 +6,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from model.runtime import linear as quant
-from model.runtime.packed import FeedForward, PackedLinear
+from model.runtime import linear
+from model.runtime.linear import DenseLinear, PackedLinear, Plan, join
+from model.runtime.runner import Runner
 from tests.model.tiny import ARCHITECTURES, tiny_model
 
-PRODUCTS = [quant.Int8Linear, PackedLinear.dense]
+PACKED = Plan("packed", torch.float32, torch.bfloat16, kernels=True)
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -29,6 +31,12 @@ def nf4(weight: torch.Tensor) -> PackedLinear:
     return PackedLinear.nf4([nf4_layer(weight)])
 
 
+def rms_norm() -> LlamaRMSNorm:
+    norm = LlamaRMSNorm(128)
+    norm.weight.data = torch.rand(128) + 0.5
+    return norm.requires_grad_(False)
+
+
 def inputs(rows: int, k: int = 128) -> torch.Tensor:
     torch.manual_seed(3)
     return torch.randn(rows, k)
@@ -38,29 +46,28 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("rows", [96, 20])  # the kernel computes eight at once: 20 is no multiple
-def test_a_product_is_close_to_the_exact_one(product: Callable[[torch.Tensor], nn.Module], rows: int) -> None:
+def test_a_product_is_close_to_the_exact_one(rows: int) -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(rows, 128), inputs(5)
-    y = product(weight)(x[None])
-    assert y.shape == (1, 5, rows)
-    assert 0 < relative_error(y[0], x @ weight.T) < 0.03
+    y = PackedLinear.dense(weight)(x)
+    assert y.shape == (5, rows)
+    assert 0 < relative_error(y, x @ weight.T) < 0.03
 
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_nf4_codes_are_multiplied_as_they_are(nested: bool) -> None:
     """Against bitsandbytes' own dequantisation: what is left is the rounding of activations and of the codebook."""
     layers, x = [nf4_layer(torch.randn(96, 128), nested), nf4_layer(torch.randn(32, 128), nested)], inputs(7)
-    exact = x @ torch.cat([quant.dense_weight(layer) for layer in layers]).T
+    exact = x @ torch.cat([linear.dense_weight(layer) for layer in layers]).T
     assert relative_error(PackedLinear.nf4(layers)(x), exact) < 0.02
 
 
 def test_each_of_the_sixteen_values_is_the_libraries_own() -> None:
     layer = nf4_layer(torch.linspace(-1, 1, 64).expand(8, 64).contiguous(), nested=False)
-    assert len(quant.dense_weight(layer).unique()) == 16
+    assert len(linear.dense_weight(layer).unique()) == 16
     step = 1 / 63
-    error = PackedLinear.nf4([layer])(torch.eye(64)).T - quant.dense_weight(layer)
+    error = PackedLinear.nf4([layer])(torch.eye(64)).T - linear.dense_weight(layer)
     assert error.abs().max() < step / 2 + 0.004  # rounded to a step, and the block's scale to bfloat16
 
 
@@ -71,7 +78,7 @@ def test_four_bits_of_another_kind_are_refused() -> None:
         PackedLinear.nf4([layer.to("cpu")])
 
 
-@pytest.mark.parametrize("product", [*PRODUCTS, nf4])
+@pytest.mark.parametrize("product", [PackedLinear.dense, nf4])
 def test_a_row_is_bitwise_the_same_alone_and_beside_an_outlier(product: Callable[[torch.Tensor], nn.Module]) -> None:
     layer, x = product(torch.randn(96, 128)), inputs(150)  # more rows than the kernel computes together
     x[3] *= 10_000  # one user's outlier
@@ -84,13 +91,24 @@ def test_a_row_is_bitwise_the_same_alone_and_beside_an_outlier(product: Callable
 
 @pytest.mark.parametrize("rows", [1, 9])
 def test_threads_do_not_show_in_a_result(rows: int) -> None:
-    layer, x = nf4(torch.randn(96, 128)), inputs(rows)
+    layer, x = nf4(torch.randn(512, 128)), inputs(rows)
     alone = layer(x)
-    torch.set_num_threads(3)
+    torch.ops.slots.set_threads(3)
     try:
-        assert torch.equal(layer(x), alone)
+        assert all(torch.equal(layer(x), alone) for _ in range(200))
     finally:
-        torch.set_num_threads(1)
+        torch.ops.slots.set_threads(1)
+
+
+@pytest.mark.parametrize("rows", [96, 20])
+def test_a_product_normalises_before_and_adds_after(rows: int) -> None:
+    torch.manual_seed(2)
+    layer, x, add, norm = PackedLinear.dense(torch.randn(rows, 128)), inputs(70), torch.randn(70, rows), rms_norm()
+    torch.testing.assert_close(layer(x, norm, add), layer(norm(x)) + add, rtol=1e-3, atol=0.2)
+    layer.bias = torch.randn(1, rows)
+    torch.testing.assert_close(layer(x, norm), layer(x, norm, torch.zeros(70, rows)))
+    torch.testing.assert_close(layer(x, norm, add) - layer(x, norm), add, rtol=1e-3, atol=1e-3)
+    assert torch.equal(layer(x, norm, add)[7:8], layer(x[7:8], norm, add[7:8]))
 
 
 def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
@@ -101,105 +119,89 @@ def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
     assert finite == layer(x).isfinite().all(-1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("value", [5.0, -5.0, 1e30, 1e-30])
-def test_extreme_activations_do_not_saturate(product: Callable[[torch.Tensor], nn.Module], value: float) -> None:
+def test_extreme_activations_do_not_saturate(value: float) -> None:
     """AVX2 adds pairs of 8-bit products in 16 bits: the largest possible pair must fit."""
     for weight in (1.0, -1.0):
-        y = product(torch.full((32, 64), weight))(torch.full((1, 64), value))
+        y = PackedLinear.dense(torch.full((32, 64), weight))(torch.full((1, 64), value))
         assert torch.allclose(y, torch.full((1, 32), 64 * weight * value), rtol=5e-3)
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_a_row_of_zeros_stays_zero(product: Callable[[torch.Tensor], nn.Module]) -> None:
-    assert torch.equal(product(torch.randn(32, 64))(torch.zeros(2, 64)), torch.zeros(2, 32))
-
-
-def test_packed_matrices_go_with_their_layer() -> None:
-    before = len(quant._packed)
-    layer = quant.Int8Linear(torch.randn(32, 64))
-    assert len(quant._packed) == before + 1
-    del layer
-    assert len(quant._packed) == before
+def test_a_row_of_zeros_stays_zero() -> None:
+    assert torch.equal(PackedLinear.dense(torch.randn(32, 64))(torch.zeros(2, 64)), torch.zeros(2, 32))
 
 
 @pytest.mark.parametrize(
-    ("device", "quantization", "kernels", "product", "dtype", "kv"),
+    ("device", "quantization", "kernels", "backend", "dtype", "kv"),
     [
         ("cuda", "nf4", False, "bitsandbytes", torch.bfloat16, torch.bfloat16),
         ("cuda", "none", False, "dense", torch.bfloat16, torch.bfloat16),
         ("cpu", "nf4", True, "packed", torch.float32, torch.bfloat16),
-        ("cpu", "nf4", False, "int8", torch.float32, torch.float32),
+        ("cpu", "nf4", False, "dense", torch.float32, torch.float32),
         ("cpu", "int8", True, "packed", torch.float32, torch.bfloat16),
-        ("cpu", "int8", False, "int8", torch.float32, torch.float32),
+        ("cpu", "int8", False, "dense", torch.float32, torch.float32),
         ("cpu", "none", True, "dense", torch.float32, torch.bfloat16),
-        ("cpu", "none", False, "dense", torch.float32, torch.float32),
     ],
 )
-def test_the_product_is_chosen_by_machine(device, quantization, kernels, product, dtype, kv) -> None:  # type: ignore[no-untyped-def]
-    assert quant.plan(device, quantization, kernels) == quant.Plan(product, dtype, kv, kernels)
+def test_the_backend_is_chosen_by_machine(  # type: ignore[no-untyped-def]
+    monkeypatch, device, quantization, kernels, backend, dtype, kv
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert linear.plan(device, quantization, kernels) == Plan(backend, dtype, kv, kernels)
 
 
-def test_without_fbgemm_weights_become_floats_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant, "_HAS_FBGEMM", False)
-    chosen = quant.plan("cpu", "nf4", kernels=False)
-    assert chosen == quant.Plan("dequantised", torch.float32, torch.float32)
-    dense, fused = tiny_model(), tiny_model()
-    quant.install(fused, chosen)
-    ids = torch.tensor([[5, 90, 17, 33]])
-    with torch.inference_mode():
-        torch.testing.assert_close(fused(ids).logits, dense(ids).logits)
+def test_a_processor_that_multiplies_bfloat16_computes_in_it_without_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert linear.plan("cpu", "nf4", kernels=False) == Plan("dense", torch.bfloat16, torch.bfloat16)
+
+
+def test_without_kernels_4_bits_become_floats_once() -> None:
+    model = nn.Sequential(nn.Sequential(nf4_layer(torch.randn(32, 64))), nn.Linear(32, 8))
+    x = inputs(3, 64)
+    want = model[1](x @ linear.dense_weight(model[0][0]).T)
+    linear.dequantise(model, torch.float32)
+    assert isinstance(model[0][0], DenseLinear) and isinstance(model[1], nn.Linear)
+    torch.testing.assert_close(model(x), want)
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 70])  # 70 are more than are computed together
-def test_a_feed_forward_is_its_three_steps(count: int) -> None:
+def test_a_feed_forward_is_its_steps(count: int) -> None:
     torch.manual_seed(1)
-    gate_up, down = nf4(torch.randn(512, 128)), PackedLinear.dense(torch.randn(128, 256))
-    layer, x = FeedForward(gate_up, down), inputs(count)
-    gate, up = gate_up(x).split([256, 256], -1)
-    torch.testing.assert_close(layer(x), down(nn.functional.silu(gate) * up), rtol=1e-3, atol=1e-2)
-    assert torch.equal(layer(x[None, :1])[0], layer(x)[:1])  # whoever shares the batch
+    gate_up, down, norm = nf4(torch.randn(512, 128)), PackedLinear.dense(torch.randn(128, 256)), rms_norm()
+    x = inputs(count)
+
+    def feed_forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.slots.feed_forward(x, gate_up.matrix, down.matrix, norm.weight, norm.variance_epsilon)
+
+    gate, up = gate_up(x, norm).split([256, 256], -1)
+    torch.testing.assert_close(feed_forward(x), down((nn.functional.silu(gate) * up), add=x), rtol=1e-3, atol=1e-2)
+    assert torch.equal(feed_forward(x[:1]), feed_forward(x)[:1])  # whatever shares the batch
+    if count > 3:
+        for value in (torch.nan, torch.inf):
+            x[1, 70] = value
+            assert feed_forward(x).isfinite().all(-1).tolist() == [True, False, *[True] * (count - 2)]
 
 
-def test_a_feed_forward_keeps_what_is_not_finite_in_its_row_alone() -> None:
-    layer, x = FeedForward(nf4(torch.randn(512, 128)), nf4(torch.randn(128, 256))), inputs(3)
-    for value in (torch.nan, torch.inf, 1e38):
-        x[1, 70] = value
-        assert layer(x).isfinite().all(-1).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("product", ["int8", "packed"])
+@pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu"}, {"mlp_bias": True}, {"attention_bias": True}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fused_layers_answer_like_the_dense_model(architecture: str, product: str) -> None:
-    dense, fused = tiny_model(architecture), tiny_model(architecture)
-    quant.install(fused, quant.Plan(product, torch.float32, torch.float32))
-    ids = torch.tensor([[5, 90, 17, 33]])
-    with torch.inference_mode():
-        want, got = dense(ids).logits, fused(ids).logits
-    assert torch.nn.functional.cosine_similarity(want, got, dim=-1).min() > 0.99
-    left = [name for name, layer in fused.named_modules() if isinstance(layer, nn.Linear)]
-    assert left == []  # every matrix was replaced
-    assert fused.model.layers[0].self_attn.q_proj.fused.pending == ()
-    assert isinstance(fused.model.layers[0].mlp, FeedForward) == (product == "packed")
+def test_packed_layers_answer_like_the_dense_model(architecture: str, change: dict[str, object]) -> None:
+    if change and architecture != "LlamaForCausalLM":
+        change = {"hidden_act": "gelu"}
+    dense, packed = (Runner(tiny_model(architecture, **change), plan, 1, 256, "cpu", frozenset())
+                     for plan in (Plan("dense", torch.float32, torch.float32), PACKED))  # fmt: skip
+    assert [name for name, layer in packed.model.named_modules() if isinstance(layer, nn.Linear)] == []
+    assert packed.model.model.layers[0].whole == (not change or "attention_bias" in change)
+    outputs = []
+    for each in (dense, packed):
+        each.prefill([(0, [5, 90, 17], 0)])
+        each.activate(0, 33, 3)
+        each.step([0])
+        outputs.append(torch.cat([t[:, 0, :, :4].flatten() for t in each.kv.values]).float())
+    assert nn.functional.cosine_similarity(*outputs, dim=0) > 0.99
 
 
-def test_a_feed_forward_of_another_kind_stays_in_parts() -> None:
-    for change in ({"hidden_act": "gelu"}, {"mlp_bias": True}):
-        dense, fused = tiny_model(**change), tiny_model(**change)
-        quant.install(fused, quant.Plan("packed", torch.float32, torch.float32))
-        assert not isinstance(fused.model.layers[0].mlp, FeedForward)
-        want, got = (model(torch.tensor([[5, 90, 17, 33]])).logits for model in (dense, fused))
-        assert torch.nn.functional.cosine_similarity(want, got, dim=-1).min() > 0.99
-
-
-def test_a_width_that_the_kernel_cannot_take_gets_another_product() -> None:
-    chosen = quant.plan("cpu", "nf4", kernels=True)
-    assert isinstance(quant.product([nn.Linear(96, 32)], chosen), quant.Int8Linear)
-    assert isinstance(quant.product([nn.Linear(128, 32)], chosen), PackedLinear)
-
-
-def test_nf4_weights_become_int8_once_and_not_at_every_call() -> None:
-    layer, x = nf4_layer(torch.randn(96, 64)), inputs(3, 64)
-    weight = quant.dense_weight(layer)
-    assert weight.shape == (96, 64)
-    torch.testing.assert_close(quant.Int8Linear(weight)(x), x @ weight.float().T, rtol=0.1, atol=0.4)
+def test_a_width_that_the_kernel_cannot_take_stays_floats() -> None:
+    assert isinstance(join([nn.Linear(96, 32)], PACKED), DenseLinear)
+    assert isinstance(join([nn.Linear(128, 32)], PACKED), PackedLinear)

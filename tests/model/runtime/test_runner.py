@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 DENSE = Plan("dense", torch.float32, torch.float32)
 KERNELS = Plan("dense", torch.float32, torch.float32, kernels=True)  # attention by this project's own kernel
-PLANS = [pytest.param(DENSE, id="paged"), pytest.param(KERNELS, id="kernels")]
+PLANS = [pytest.param(DENSE, id="torch"), pytest.param(KERNELS, id="kernels")]
 PROMPTS = [[10, 11, 12], [(7 * i) % 290 for i in range(300)], [5], [(11 * i) % 290 for i in range(120)]]
 
 
@@ -26,10 +26,10 @@ def runner(architecture: str = "LlamaForCausalLM", slots: int = 4, context: int 
 
 
 def start(engine: Runner, slot: int, prompt: list[int], sampling: Sampling, seed: int = 1, chunk: int = 64) -> None:
-    engine.begin(slot, sampling, seed, prompt)
+    engine.init_row(slot, sampling, seed, prompt)
     for position in range(0, len(prompt) - 1, chunk):
         engine.prefill([(slot, prompt[position : min(position + chunk, len(prompt) - 1)], position)])
-    engine.arm(slot, prompt[-1], len(prompt) - 1)
+    engine.activate(slot, prompt[-1], len(prompt) - 1)
 
 
 def run(engine: Runner, active: list[int], count: int) -> list[list[int]]:
@@ -117,16 +117,16 @@ def test_idle_rows_of_a_bucket_keep_their_kv(plan: Plan) -> None:
     engine = runner(slots=3, plan=plan)
     resting, arriving = PROMPTS[3], PROMPTS[1]
     start(engine, 0, resting, Sampling(temperature=0))
-    engine.idle(0, len(resting) - 1)
-    engine.begin(1, Sampling(temperature=0), 1, arriving)
-    engine.idle(1, 0)
+    engine.deactivate(0, len(resting) - 1)
+    engine.init_row(1, Sampling(temperature=0), 1, arriving)
+    engine.deactivate(1, 0)
     start(engine, 2, PROMPTS[0], Sampling(temperature=0))
     for position in range(0, len(arriving) - 1, 50):
         engine.prefill([(1, arriving[position : min(position + 50, len(arriving) - 1)], position)])
         run(engine, [2], 2)
-    engine.arm(1, arriving[-1], len(arriving) - 1)
-    engine.begin(0, Sampling(temperature=0), 1, resting)
-    engine.arm(0, resting[-1], len(resting) - 1)
+    engine.activate(1, arriving[-1], len(arriving) - 1)
+    engine.init_row(0, Sampling(temperature=0), 1, resting)
+    engine.activate(0, resting[-1], len(resting) - 1)
     texts = run(engine, [0, 1], 8)
     assert texts == [generated("LlamaForCausalLM", resting, 8), generated("LlamaForCausalLM", arriving, 8)]
 
@@ -155,7 +155,7 @@ def test_numbers_that_are_not_finite_are_told_and_only_of_their_row(plan: Plan) 
     engine = runner(slots=2, plan=plan)
     start(engine, 0, PROMPTS[0], Sampling(temperature=0))
     start(engine, 1, PROMPTS[3], Sampling(temperature=0))
-    engine.kv.values[0][0, 1, :, 3] = torch.nan
+    engine.kv.values[0][0, 1, :, 3] = torch.nan  # the first page, or the only one
     tokens = engine.step([0, 1])
     assert engine.prefill([(1, [3], len(PROMPTS[3])), (0, [3], len(PROMPTS[0]))]) == [False, True]
     assert tokens[1] is None and tokens[0] == generated("LlamaForCausalLM", PROMPTS[0], 1)[0]
@@ -171,12 +171,12 @@ def test_an_attention_argument_that_is_not_understood_is_refused() -> None:
             refuse_unknown(argument)
 
 
-@pytest.mark.parametrize("plan", [
-    pytest.param(Plan("int8", torch.float32, torch.float32), id="int8"),
-    pytest.param(Plan("packed", torch.float32, torch.bfloat16, kernels=True), id="packed"),
-])  # fmt: skip
-def test_quantised_products_keep_a_batch_bitwise_equal_to_one_alone(plan: Plan) -> None:
-    engine, alone = runner(plan=plan), runner(slots=1, plan=plan)
+PACKED = Plan("packed", torch.float32, torch.bfloat16, kernels=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_matrices_keep_a_batch_bitwise_equal_to_one_alone(architecture: str) -> None:
+    engine, alone = runner(architecture, plan=PACKED), runner(architecture, slots=1, plan=PACKED)
     for slot, prompt in enumerate(PROMPTS):
         start(engine, slot, prompt, Sampling(temperature=0))
     together = run(engine, [0, 1, 2, 3], 16)
@@ -188,30 +188,12 @@ def test_quantised_products_keep_a_batch_bitwise_equal_to_one_alone(plan: Plan) 
 def test_several_prompts_in_one_chunk_are_computed_as_if_alone() -> None:
     together, alone = runner(plan=KERNELS), runner(plan=KERNELS)
     for slot, prompt in enumerate(PROMPTS):
-        together.begin(slot, Sampling(temperature=0), 1, prompt)
+        together.init_row(slot, Sampling(temperature=0), 1, prompt)
         start(alone, slot, prompt, Sampling(temperature=0), chunk=512)
     assert together.prefill([(slot, prompt[:-1], 0) for slot, prompt in enumerate(PROMPTS)]) == [True] * 4
     for slot, prompt in enumerate(PROMPTS):
-        together.arm(slot, prompt[-1], len(prompt) - 1)
+        together.activate(slot, prompt[-1], len(prompt) - 1)
     assert run(together, [0, 1, 2, 3], 16) == run(alone, [0, 1, 2, 3], 16)
-
-
-def test_slots_of_one_page_and_pytorchs_attention_serve_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layout and the attention of CUDA, on this CPU."""
-    monkeypatch.setattr(attention, "_paged", attention._fused)
-    engine, alone = runner(), runner(slots=1)
-    for each in (engine, alone):
-        each.kv.whole = True
-        for tensors in each.kv.tensors:
-            pages, slots, heads, size, width = tensors[0].shape
-            tensors[:] = [torch.zeros(1, slots, heads, pages * size, width) for _ in tensors]
-    for slot, prompt in enumerate(PROMPTS):
-        start(engine, slot, prompt, Sampling(temperature=0))
-    engine.swap(0, 1, len(PROMPTS[1]))
-    texts = run(engine, [1, 0, 2, 3], 12)
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        start(alone, 0, prompt, Sampling(temperature=0), chunk=100)
-        assert run(alone, [0], 12) == [text] == [generated("LlamaForCausalLM", prompt, 12)]
 
 
 @pytest.mark.parametrize(("rope", "looked_up"), [("linear", True), ("dynamic", False)])
