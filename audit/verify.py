@@ -52,7 +52,7 @@ def verify(database: Database, keys: MacKeys, head: HeadFile, at_least: tuple[st
 
 
 def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
-    """What is wrong between the table, the database's head and the file's; and whether a good backup looks like that."""
+    """What is wrong between table, head and file; and whether a good backup looks like that."""
     last = connection.execute(_LAST).one_or_none()
     why, is_copy = "", False
     if head is None:
