@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import click
 from flask import Flask
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
@@ -42,7 +41,7 @@ from audit.tail import Place
 from cache.breaker import Breaker
 from cache.responses import ResponseCache
 from cache.stores import Cache, RedisCache, SqliteCache
-from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, require_keys, signing_secret
+from crypto import Encryptor, KeyFileError, KeyRing, derive, key_ring, signing_secret
 from db import Database
 from errors import ServiceError, StoreUnavailable
 from model.flight import Flights
@@ -68,12 +67,12 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     """
     with _refusals():
         settings = settings or Settings.from_environment()
-        if _is_command():
-            require_keys(settings)
+        if commands.is_command():
+            commands.require_service(settings)
         _log_to(settings)
         metrics = Metrics()
         rooms = _services(settings, metrics, backend or _local(settings, metrics))
-        if not _is_command():
+        if not commands.is_command():
             accounts.add_first_admin(rooms, _admin_password(settings))
     return _flask(settings, rooms, metrics)
 
@@ -221,12 +220,6 @@ def _allowances(settings: Settings) -> Allowances:
     return Allowances(everybody, settings.role_limits)
 
 
-def _is_command() -> bool:
-    """Whether this is `flask users ...`, which changes a service and never makes one."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.info_name != "run"
-
-
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What an operator must mend ends the start, in one line."""
@@ -240,4 +233,4 @@ def _refusals() -> Iterator[None]:
 
 def _refuse(line: str) -> NoReturn:
     print(line, file=sys.stderr)
-    raise SystemExit(1 if _is_command() else _APP_LOAD_ERROR)
+    raise SystemExit(1 if commands.is_command() else _APP_LOAD_ERROR)
