@@ -130,9 +130,9 @@ def _check_host() -> None:
     An address or localhost cannot be rebound, and behind a proxy the names are the proxy's to know.
     """
     settings = services().settings
-    if not settings.allowed_hosts and (settings.trusted_proxies or not is_loopback(settings.host)):
+    if not settings.allowed_hosts and (settings.trusted_proxies or not _is_loopback(settings.host)):
         return
-    name = host_name()
+    name = _host_name()
     if name not in {"localhost", settings.host, *settings.allowed_hosts} and not _is_address(name):
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
@@ -165,14 +165,14 @@ def _caller() -> Principal:
     return caller
 
 
-def host_name() -> str:
+def _host_name() -> str:
     try:
         return urlsplit(f"//{request.host}").hostname or ""
     except ValueError:  # brackets around what is no address
         return ""
 
 
-def is_loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
