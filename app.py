@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-import click
 from flask import Flask
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
@@ -31,7 +30,7 @@ from audit.log import AuditLog
 from cache.redis_cache import Breaker, RedisCache, RedisLink
 from cache.responses import ResponseCache
 from cache.sqlite_cache import SqliteCache
-from crypto import Encryptor, KeyFileError, derive, key_ring, require_keys, signing_secret
+from crypto import Encryptor, KeyFileError, derive, key_ring, signing_secret
 from db import Database
 from errors import ServiceError
 from model.types import Backend
@@ -50,12 +49,12 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     """The app, ready to serve. Exits with one line on stderr when a setting or the data folder cannot be used."""
     with _refusals():
         settings = settings or Settings.from_environment()
-        if _is_command():
-            require_keys(settings)
+        if cli.is_command():
+            cli.require_service(settings)
         _log_to(settings)
         metrics = Metrics()
         services = _services(settings, metrics, backend or _local(settings, metrics))
-        if not _is_command():
+        if not cli.is_command():
             accounts.add_first_admin(services, settings.admin_password)
     return _flask(settings, services, metrics)
 
@@ -150,12 +149,6 @@ def _local(settings: Settings, metrics: Metrics) -> Backend:
     return LocalBackend(settings, metrics)
 
 
-def _is_command() -> bool:
-    """Whether this is `flask users ...`, which changes a service and never makes one."""
-    running = click.get_current_context(silent=True)
-    return running is not None and running.info_name != "run"
-
-
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What an operator must mend ends the start, in one line."""
@@ -169,4 +162,4 @@ def _refusals() -> Iterator[None]:
 
 def _refuse(line: str) -> NoReturn:
     print(line, file=sys.stderr)
-    raise SystemExit(1 if _is_command() else _APP_LOAD_ERROR)
+    raise SystemExit(1 if cli.is_command() else _APP_LOAD_ERROR)

@@ -145,14 +145,6 @@ def key_ring(settings: Settings) -> KeyRing:
     return KeyRing.parse(_read_secret("KEY_FILE", settings.key_file), settings.key_file)
 
 
-def require_keys(settings: Settings) -> None:
-    """Raise SettingsError unless a service has run with this DATA_DIR: commands never make a new one."""
-    for given, name in ((settings.jwt_secret_file, "secret"), (settings.key_file, "keys")):
-        if given is None and not (settings.data_dir / name).exists():
-            folder = settings.data_dir.absolute()
-            raise SettingsError(f"DATA_DIR: no service has run with {folder} (for example DATA_DIR=/var/lib/flask-llm)")
-
-
 def _read_secret(setting: str, file: Path) -> bytes:
     """The file's content without the space around it. Raises SettingsError."""
     try:

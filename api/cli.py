@@ -17,9 +17,26 @@ from api import accounts
 from api.context import services
 from errors import ServiceError
 from quotas.limits import MAX_COUNT, MAX_TOKENS
+from settings import Settings, SettingsError
 
 _PAGE = 1000
 _AS_ROLE = "role"  # the value for a limit that is again what the role has
+
+
+def is_command() -> bool:
+    """Whether this process runs a command such as `flask users`, which changes a service and never makes one."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.info_name != "run"
+
+
+def require_service(settings: Settings) -> None:
+    """Raise SettingsError unless a service has run with this DATA_DIR."""
+    folder, given = settings.data_dir, (settings.jwt_secret_file, settings.key_file, settings.database_url)
+    names = (("secret",), ("keys",), ("service.sqlite3", "state.sqlite3"))
+    if not all(
+        value or any((folder / name).exists() for name in each) for value, each in zip(given, names, strict=True)
+    ):
+        raise SettingsError(f"DATA_DIR: no service has run with {folder.absolute()} (for example /var/lib/flask-llm)")
 
 
 class _Group(AppGroup):

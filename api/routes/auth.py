@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from secrets import token_hex
 
@@ -19,12 +20,13 @@ from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request
-from api.middleware import SECURED, Reply, host_name, is_loopback, needs, principal, public
+from api.middleware import SECURED, Reply, needs, principal, public
 from api.schemas.accounts import PasswordBody
 from api.schemas.native import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
 from errors import NotFound, Unauthorized
 
 _DEVICE_AGE = 180 * 86_400  # seconds
+_LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 blueprint = APIBlueprint(
     "auth",
@@ -129,7 +131,7 @@ def _signed_in(user: User) -> Response:
     current().user, current().user_id = user.name, user.id
     response = jsonify(_tokens(user.id, session))
     name, value = services().guard.device_cookie(user.name)
-    secure = not is_loopback(host_name(request.host))
+    secure = not _LOOPBACK.fullmatch(request.host)
     path = request.script_root + "/"
     response.set_cookie(name, value, _DEVICE_AGE, path=path, secure=secure, httponly=True, samesite="Strict")
     return response

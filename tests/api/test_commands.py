@@ -155,11 +155,14 @@ def test_a_lost_password_is_replaced_without_a_running_service(
 def test_a_command_with_a_wrong_data_dir_says_so_and_makes_nothing(
     tmp_path: Path, flask: Callable[..., subprocess.CompletedProcess[str]], words: tuple[str, ...]
 ) -> None:
-    for folder in (tmp_path / "missing", tmp_path):
-        done = flask(*words, DATA_DIR=str(folder))
+    secret = tmp_path / "handed over"
+    secret.write_text("ab" * 32)
+    handed_over = {"JWT_SECRET_FILE": str(secret), "KEY_FILE": str(secret)}
+    for folder, more in ((tmp_path / "missing", {}), (tmp_path, {}), (tmp_path / "missing", handed_over)):
+        done = flask(*words, DATA_DIR=str(folder), **more)
         assert done.returncode == 1 and done.stdout == ""
         assert re.fullmatch(rf"DATA_DIR: no service has run with {folder} [^\n]+\n", done.stderr)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [secret]
 
 
 @pytest.mark.parametrize(("module", "words"), [("flask", ("--app", "app", "users", "list")), ("crypto", ())])

@@ -9,7 +9,7 @@ import pytest
 
 from cache.responses import ResponseCache
 from cache.sqlite_cache import SqliteCache
-from crypto import Box
+from crypto import Encryptor
 
 ANSWER: dict[str, object] = {"text": "Ray\n\ud800 scatters", "usage": {"prompt_tokens": 3}, "parts": [["answer", "é"]]}
 
@@ -19,7 +19,7 @@ class Kept:
 
     def __init__(self, folder: Path, key: bytes = bytes(32), mac_key: bytes = b"m" * 32, ttl: int = 60) -> None:
         self.raw = SqliteCache(folder / "cache.db")
-        self.box = Box(key)
+        self.box = Encryptor(key)
         self.heard: list[str] = []
         self.responses = ResponseCache(self.raw, self.box, mac_key, ttl, self.heard.append)
 
