@@ -185,13 +185,16 @@ class AuditLog:
                     connection.execute(_LOCK)
                 head, remarks = self._found(connection)
                 head = self._timed(head)
-                events = [*remarks, *self._closing(connection), *events]
-                if (is_new_day := head.clock - head.day >= DAY) or self._left is None:
+                # The first record goes alone: until the head file is there, it is the one that may lack it.
+                begins = any(remark["kind"] in ("log", "imported") for remark in remarks)
+                news = remarks if begins else [*remarks, *self._closing(connection), *events]
+                is_new_day = head.clock - head.day >= DAY and not begins
+                if is_new_day or self._left is None:
                     self._doomed = self._too_old(connection, head)
                 if is_new_day:
                     head = replace(head, day=head.clock)
-                    events.append({"kind": "day", "clock": head.clock})
-                head = self._pruned(connection, self._added(connection, events, head))
+                    news.append({"kind": "day", "clock": head.clock})
+                head = self._pruned(connection, self._added(connection, news, head))
                 signed = head.signed(self.keys)
                 connection.execute(_MOVE_HEAD, {"new": signed})
             self._left, self._signed = head, signed
@@ -200,6 +203,8 @@ class AuditLog:
                 old_log.retire(self._folder / "audit")
             self._file.write(file, signed)
         self._tell(head)
+        if begins:
+            self._commit(events)
 
     def _found(self, connection: Connection) -> tuple[Head, list[Event]]:
         """The head to go on from, and what is to be said about how the log was found."""

@@ -41,7 +41,7 @@ def take_over(
 
 def retire(folder: Path) -> None:
     """Put the folder of a log that was taken over aside."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         folder.rename(folder.with_name(f"{folder.name}.imported"))
 
 

@@ -52,7 +52,7 @@ def verify(database: Database, keys: MacKeys, head: HeadFile, at_least: tuple[st
 
 
 def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
-    """What is wrong between table, head and file; and whether a good backup looks like that."""
+    """What is wrong between table, database head and head file; and whether a backup may look like that."""
     last = connection.execute(_LAST).one_or_none()
     why, is_copy = "", False
     if head is None:
@@ -95,7 +95,7 @@ def _verified(connection: Connection, keys: MacKeys, kept: Head | None, at_least
 
 
 def _rows(connection: Connection) -> Iterator[Any]:
-    seq = -1
+    seq = -(1 << 62)
     while page := connection.execute(_FROM, {"seq": seq}).all():
         yield from page
         seq = page[-1].seq

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_the_record_is_committed_before_the_head_file_is_written(log: Log, monke
     write = HeadFile.write
     monkeypatch.setattr(HeadFile, "write", lambda *given: (found.append(log.said()), write(*given)))
     log.open().append(said("a"))
-    assert found == [["a"]]
+    assert found == [[], ["a"]], "the first record goes alone"
 
 
 @pytest.mark.promise("P16", counted="32 threads x 100 records: 3,200 in the log, no gap, no duplicate, fewer commits")
@@ -224,6 +225,7 @@ def test_a_start_whose_end_was_lost_does_not_stay_open(log: Log) -> None:
             audit.append(said("the process goes on"))
             assert [(end["id"], end["outcome"]) for end in log.records("end")] == [("a", "audit_unavailable")]
     del audit
+    gc.collect()
     log.open().open()
     assert [(end["id"], end["outcome"]) for end in log.records("end")][1:] == [("b", "aborted")]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from audit.records import chained
 from crypto import MacKeys
 from tests.audit.logs import DAY, Log, said
 
+ROOT = Path(__file__).parents[2]
 COLUMNS = ("seq", "time", "kind", "request", "user", "outcome", "body", "key", "mac")
 NAMES = ", ".join(COLUMNS).replace("user", '"user"').replace("time", '"time"')
 PUT = f"INSERT INTO audit ({NAMES}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -91,7 +94,7 @@ def test_every_record_has_its_place(log: Log) -> None:
     original = rows(log)
     for n, row in enumerate(original):
         gone, cut = original[:n] + original[n + 1 :], original[:n]
-        doubled = [*original, (99, *row[1:])]
+        doubled = [*original, ((99, -9)[n % 2], *row[1:])]
         moved_up = [*original[:n], *((each[0] - 1, *each[1:]) for each in original[n + 1 :])]
         swapped = list(original)
         if n + 1 < len(original):
@@ -216,9 +219,9 @@ def test_a_head_file_that_is_behind_is_no_fault(log: Log) -> None:
 
 def test_a_crash_between_the_first_record_and_the_head_file_is_no_fault(tmp_path: Path) -> None:
     log = Log(tmp_path)
-    audit = log.open()
-    audit._file.write = lambda *_: None  # type: ignore[method-assign,assignment]
-    audit.append()
+    code = "import os, sys; from tests.audit.logs import *; from audit.records import HeadFile\n"
+    code += "HeadFile.write = lambda *_: os.kill(os.getpid(), 9); Log(Path(sys.argv[1])).open().open()"
+    assert subprocess.run([sys.executable, "-c", code, str(log.folder)], cwd=ROOT).returncode == -9
     assert [record["kind"] for record in log.records()] == ["log"] and log.whole
     log.open().append(said("a"))
     assert log.whole and log.records("damaged") == []
