@@ -113,7 +113,7 @@ def _bug(error: Exception) -> ServiceError:
 
 
 def _say_when(response: Response) -> Response:
-    """Whoever is turned away for now hears when to come back, also where nobody below could tell."""
+    """A refusal for now says when to come back, also where nothing below could tell."""
     if response.status_code in (429, 503):
         response.headers.setdefault("Retry-After", "1")
     return response

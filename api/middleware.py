@@ -29,7 +29,7 @@ Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[d
 View = TypeVar("View", bound=Callable[..., Any])
 
 SECURED: list[dict[str, list[str]]] = [{"bearer": []}]
-_LARGE = ("/generate", "/stream", "/v1/")  # where MAX_BODY holds; elsewhere nobody sends more than a password
+_LARGE = ("/generate", "/stream", "/v1/")  # where MAX_BODY holds; elsewhere a password is the most
 _SMALL_BODY = 64 << 10
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT"})
 # Text becomes HTML or a script's address only through the two named policies: web/js/trusted.js, and DOMPurify's own.
