@@ -11,6 +11,7 @@ from pathlib import Path
 import jwt
 import pytest
 from flask import Flask
+from sqlalchemy import text
 
 from accounts.credentials import Credentials
 from accounts.old_state import Days, import_old_state
@@ -98,3 +99,20 @@ def test_a_first_version_without_limits_is_imported_too(database: Database, tmp_
     handed: list[Days] = []
     import_old_state(database, path, lambda _, days: handed.append(days))
     assert Users(database).get("ann").limits == UserLimits() and handed == [[]]
+
+
+def test_an_old_folder_moves_to_postgresql(make_app: Callable[..., Flask], tmp_path: Path, postgres_url: str) -> None:
+    db = Database(postgres_url)
+    with db.transaction() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    db.close()
+    old_folder(tmp_path)
+    nobody = Client(make_app(database_url=postgres_url))
+    assert not (tmp_path / "service.sqlite3").exists()
+    ann = nobody.login("ann")
+    assert ann.post("/generate", {"prompt": "hi"}).status_code == 200
+    assert Client(nobody.app, old_token()).get("/v1/models").status_code == 200
+    ann.post("/logout")
+    assert ann.get("/keys").status_code == 401
+    nobody.app.extensions[NAME].users._db.close()

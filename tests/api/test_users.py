@@ -241,11 +241,13 @@ def test_no_admin_makes_changes_or_removes_an_auditor(
     add_user("eve", Role.AUDITOR), add_user("bob")
     before = [rooms.users.get(name) for name in ("eve", "bob")]
     assert_refused(admin.post("/admin/users", {"username": "spy", "role": "auditor"}), 403)
-    assert_refused(patch(admin, "bob", {"role": "auditor"}), 403)
+    add_user("second", Role.ADMIN)
+    for name in ("bob", "admin"):
+        assert_refused(patch(admin, name, {"role": "auditor"}), 403)
     for body in ({"password": NEW}, {"role": "user"}, {"disabled": True}, {"limits": {"rpm": 1}}):
         assert_refused(patch(admin, "eve", body), 403)
     assert_refused(admin.ask("DELETE", "/admin/users/eve"), 403)
-    assert [rooms.users.get(name) for name in ("eve", "bob")] == before and rooms.users.count() == 3
+    assert [rooms.users.get(name) for name in ("eve", "bob")] == before and rooms.users.count() == 4
 
 
 @pytest.mark.parametrize(
