@@ -73,7 +73,6 @@ def _lines(file: Path) -> list[str]:
 def _build(library: Path) -> None:
     """Raises OSError without a compiler or a writable folder, SubprocessError when compiling fails."""
     begin = time.monotonic()
-    _log.info("building the CPU kernels, once, half a minute at most on a quiet machine")
     library.parent.mkdir(parents=True, exist_ok=True)
     compiler = str(config.cpp.cxx[1])
     with tempfile.TemporaryDirectory(dir=library.parent) as place, ThreadPoolExecutor() as pool:

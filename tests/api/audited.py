@@ -10,7 +10,7 @@ from audit.records import HeadFile
 from audit.verify import verify
 from tests.audit.logs import find
 
-PROMPT = "<b>why</b> is the sky blue"
+PROMPT = "<!--now-->why is the sky blue"
 SENT, CLEANED = f'[["user","{PROMPT}"]]', '[["user","why is the sky blue"]]'
 
 

@@ -88,14 +88,14 @@ def test_the_defaults_are_those_of_the_contract(admin: Client, backend: Scripted
     assert (request.max_new_tokens, request.timeout, request.model) == (256, 300, MODEL)
 
 
-def test_html_is_taken_out_and_code_is_not(admin: Client, backend: ScriptedBackend) -> None:
-    admin.post("/generate", {"prompt": "<b>if</b> a<b && c>d: vector<int> v;"})
-    assert backend.submitted[0].messages[0].content == "if a<b && c>d: vector<int> v;"
+def test_html_that_can_act_is_removed_and_code_is_not(admin: Client, backend: ScriptedBackend) -> None:
+    admin.post("/generate", {"prompt": "<script>x</script><b>if</b> a<b && c>d: vector<int> v;"})
+    assert backend.submitted[0].messages[0].content == "<b>if</b> a<b && c>d: vector<int> v;"
 
 
 def test_sanitising_can_be_switched_off(make_app: Callable[..., Any], backend: ScriptedBackend) -> None:
-    Client(make_app(sanitise="off")).login().post("/generate", {"prompt": "<b>hi</b>"})
-    assert backend.submitted[0].messages[0].content == "<b>hi</b>"
+    Client(make_app(sanitise="off")).login().post("/generate", {"prompt": "<script>hi</script>"})
+    assert backend.submitted[0].messages[0].content == "<script>hi</script>"
 
 
 @pytest.mark.parametrize("path", ["/generate", "/stream"])
@@ -113,7 +113,7 @@ def test_what_was_removed_is_told_and_assistant_turns_are_left_as_they_are(
 
 
 def test_a_prompt_of_nothing_but_html_is_refused(admin: Client, backend: ScriptedBackend) -> None:
-    answer = admin.post("/generate", {"prompt": "<b> </b>"})
+    answer = admin.post("/generate", {"prompt": "<script> </script>"})
     assert (answer.status_code, answer.json["error"]["param"]) == (422, "prompt")
     assert not backend.submitted
 
@@ -219,7 +219,7 @@ def test_an_administrator_sees_who_is_on_it_and_may_end_it(
         assert admin.ask("DELETE", "/requests/bobs").status_code == 204
         assert b'"finish_reason": "cancelled"' in b"".join(frames)
     assert admin.get("/admin/requests").json == {"requests": []}
-    (event,) = [each for each in records(services, "act") if each["act"] == "request cancelled"]
+    (event,) = records(services, "request cancelled")
     assert (event["user"], event["account"], event["of_request"]) == ("admin", "bob", "bobs")
 
 
