@@ -113,7 +113,7 @@ def _keep_caches(folder: Path) -> None:
             link.symlink_to(folder)
         folder = link
     for name in ("torchinductor", "triton"):
-        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(folder / name))
+        os.environ[f"{name.upper()}_CACHE_DIR"] = str(folder / name)  # importing inductor has set a folder in /tmp
 
 
 class ThreadCompiler:

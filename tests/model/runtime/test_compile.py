@@ -54,10 +54,10 @@ def fail(*_: object) -> Code:
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("plan", [pytest.param(KERNELS, id="dense"), pytest.param(PACKED, id="packed")])
-def test_compiled_layers_answer_like_eager_ones(architecture: str, plan: Plan) -> None:
+def test_compiled_layers_answer_like_eager_ones(architecture: str, plan: Plan, tmp_path: Path) -> None:
     """Prompts in chunks of any size, and batches of any number of rows, by two pieces of code."""
     engine, eager = runner(architecture, plan=plan), runner(architecture, plan=plan)
-    engine.compiler = compiler_for(engine, Settings())
+    engine.compiler = compiler_for(engine, Settings(data_dir=tmp_path))
     load_all(engine)
     assert engine.details()["compiled"] == "2/2"
     for slot, prompt in enumerate(PROMPTS):
@@ -126,8 +126,8 @@ def test_what_was_compiled_is_found_by_a_later_start(inductor_cache: Path, tmp_p
     data, log = tmp_path / "my data", tmp_path / "compilers"
     kernels = Path(__file__).parents[3] / "data" / "compiled"
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    path = spies(tmp_path / "bin", log)
     for ran_a_compiler in (True, False):
-        path = spies(tmp_path / "bin", log)
         command = [sys.executable, "-c", code, kernels, data]
         done = subprocess.run(command, env=environment | {"PATH": path}, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
