@@ -208,13 +208,13 @@ def answer(server: Server, sent: bytes, whole: bool = False) -> tuple[int, dict[
         (HEADERS + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", {400}),
         (HEADERS + b"Content-Length: 40\r\n\r\n{", {400}),
     ],
-    ids=str,
+    ids=lambda value: repr(value[-24:]) if isinstance(value, bytes) else "",  # an environment variable holds it
 )
 def test_what_can_never_become_a_request_is_refused_or_closed(server: Server, sent: bytes, statuses: set[int]) -> None:
     pid = details(server)["pid"]
     status, error = answer(server, sent, whole=True)
     assert status in statuses and (status == 0 or "message" in error), (status, error)
-    assert details(server)["pid"] == pid and server.ask("GET", "/healthz") == {"status": "ok"}
+    assert details(server)["pid"] == pid and server.ask("GET", "/healthz")["status"] == "ok"
 
 
 @pytest.mark.parametrize(("token", "status"), [("good", 200), ("bad", 401)])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -14,12 +15,13 @@ import pytest
 from flask import Flask
 
 from accounts.passwords import Passwords
-from api.context import LOGINS, PREPARING, Capacity
+from api.context import LOGINS, NAME, PREPARING, Capacity
 from errors import Overloaded
 from model.types import GenerateRequest
 from tests.api.conftest import PASSWORD, Client
 from tests.api.scripted import CONTEXT, ScriptedBackend
 from tests.api.server import Server, eventually
+from version import VERSION
 
 SILENT = {"prompt": "silent", "temperature": 0}
 LONG = {"prompt": "w" * 20_000, "cache": False}
@@ -52,11 +54,11 @@ def test_more_generations_than_there_are_threads_are_503_and_a_closed_one_makes_
 
 @pytest.mark.promise("P8", injected="a megabyte of words, as HTML", counted="refused before any work on its text")
 def test_a_prompt_that_cannot_fit_is_refused_by_its_length_alone(
-    admin: Client, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+    app: Flask, admin: Client, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worked: list[object] = []
     monkeypatch.setattr(ScriptedBackend, "prepare", lambda _, request: worked.append(request))
-    monkeypatch.setattr("app.sanitise", worked.append)
+    app.extensions[NAME] = replace(app.extensions[NAME], sanitise=worked.append)
     for path, param in (("/generate", "prompt"), ("/stream", "prompt")):
         refused = admin.post(path, ENORMOUS)
         error = refused.json["error"]
@@ -194,4 +196,4 @@ def test_health_answers_while_everybody_else_waits(tmp_path: Path) -> None:
         for _ in range(60):
             waiting.enter_context(closing(server.connect("POST", "/generate", SILENT)))
         eventually(lambda: server.open_streams() == 18)
-        assert server.ask("GET", "/healthz") == {"status": "ok"}
+        assert server.ask("GET", "/healthz") == {"status": "ok", "version": VERSION}
