@@ -53,9 +53,7 @@ class Metrics:
         self.engine_failures = counter("llm_engine_failures_total", "Steps that raised.")
         self.cache_lookups = counter("llm_cache_lookups_total", "Response cache look-ups.", ["result"])
         self.audit_records = counter("llm_audit_records_total", "Audit records: written, or failed to be.", ["result"])
-        self.audit_last_seq = gauge(
-            "llm_audit_last_seq", "Number of the newest audit record, by the log's id.", ["log"]
-        )
+        self.audit_last_seq = gauge("llm_audit_last_seq", "Newest audit record's number, by the log's id.", ["log"])
         self.audit_commit = histogram("llm_audit_commit_seconds", "Making a batch of audit records durable.")
         self.breaker_open = gauge("llm_cache_breaker_open", "1 while the cache is given a rest after faults.")
 

