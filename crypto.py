@@ -22,20 +22,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from settings import Settings, SettingsError, usable
 
-_VERSION = b"\x01"
-_ID = 4  # bytes of a key's name in the header
-_NONCE = 12  # 96 random bits, as NIST SP 800-38D allows for 2^32 messages a key
-_HEADER = len(_VERSION) + _ID
+_HEADER, _NONCE = 5, 12  # bytes; NIST SP 800-38D allows 96 random bits for 2^32 messages a key
 _LINE = re.compile(rb"[0-9a-fA-F]{64}")
-_MAX_FILE = 64 << 10  # bytes
-
-
-class KeyFileError(SettingsError):
-    """A key file that must not be used. The message is one line: the file, and what to do."""
 
 
 class SealBroken(ValueError):
-    """These bytes were sealed with another key or for another context, or were changed since."""
+    """Sealed bytes that cannot be opened. The message says why."""
 
 
 def derive(master: bytes, purpose: str, size: int = 32) -> bytes:
@@ -56,24 +48,26 @@ class Encryptor:
     """
 
     def __init__(self, key: bytes, *older: bytes) -> None:
-        self._ciphers = {derive(each, "key id", _ID): AESGCM(derive(each, "box")) for each in (*older, key)}
-        self._newest = derive(key, "key id", _ID)
+        self._ciphers = {_header(each): AESGCM(derive(each, "box")) for each in (*older, key)}
+        self._newest = _header(key)
 
     def seal(self, plain: bytes, context: bytes) -> bytes:
         """`plain`, encrypted; opens only with the same `context`."""
-        header, nonce = _VERSION + self._newest, secrets.token_bytes(_NONCE)
-        return header + nonce + self._ciphers[self._newest].encrypt(nonce, plain, context + header)
+        nonce = secrets.token_bytes(_NONCE)
+        sealed = self._ciphers[self._newest].encrypt(nonce, plain, context + self._newest)
+        return self._newest + nonce + sealed
 
     def open(self, sealed: bytes, context: bytes) -> bytes:
         """What was sealed. Raises SealBroken."""
         header, nonce, rest = sealed[:_HEADER], sealed[_HEADER : _HEADER + _NONCE], sealed[_HEADER + _NONCE :]
-        cipher = self._ciphers.get(header[1:])
-        if cipher is None or header[:1] != _VERSION or len(nonce) != _NONCE:
-            raise SealBroken("sealed with no key that we have")
         try:
-            return cipher.decrypt(nonce, rest, context + header)
-        except InvalidTag:
-            raise SealBroken("the seal is broken") from None
+            return self._ciphers[header].decrypt(nonce, rest, context + header)
+        except (KeyError, ValueError, InvalidTag):
+            raise SealBroken("sealed with another key or for another context, or changed since") from None
+
+
+def _header(key: bytes) -> bytes:
+    return b"\x01" + derive(key, "key id", 4)  # the format's version, and which key
 
 
 class MacKeys:
@@ -96,17 +90,17 @@ class KeyRing:
 
     @classmethod
     def parse(cls, text: bytes, source: Path) -> KeyRing:
-        """The keys in a file's text: 64 hex digits a line, newest first, # for remarks. Raises KeyFileError."""
+        """The keys in a file's text: 64 hex digits a line, newest first, # for remarks. Raises SettingsError."""
         lines = [line.strip() for line in text.splitlines()]
         found = [line for line in lines if line and not line.startswith(b"#")]
         if not found or not all(_LINE.fullmatch(line) for line in found):
-            raise KeyFileError(f"{source}: needs 64 hex digits a line (for example from: openssl rand -hex 32)")
+            raise SettingsError(f"{source}: needs 64 hex digits a line (for example from: openssl rand -hex 32)")
         return cls([bytes.fromhex(line.decode()) for line in found])
 
     @classmethod
     def load_or_create(cls, path: Path) -> KeyRing:
-        """The keys in `path`, which is made (mode 600, one random key) when it is missing. Raises KeyFileError."""
-        return cls.parse(_read_or_create(path, _new_line()), path)
+        """The keys in `path`, which is made (mode 600, one random key) when it is missing. Raises SettingsError."""
+        return cls.parse(_read_or_create(path, secrets.token_hex(32).encode() + b"\n"), path)
 
     def encryptor(self, purpose: str) -> Encryptor:
         return Encryptor(*(derive(master, purpose) for master in self._masters))
@@ -116,10 +110,10 @@ class KeyRing:
 
 
 def load_or_create_key(path: Path) -> bytes:
-    """The secret in `path`, made there (mode 600) when the file is missing. Raises KeyFileError."""
+    """The secret in `path`, made there (mode 600) when the file is missing. Raises SettingsError."""
     key = _read_or_create(path, secrets.token_bytes(32))
     if len(key) != 32:
-        raise KeyFileError(f"{path}: must hold exactly 32 random bytes; delete it to have a new one made")
+        raise SettingsError(f"{path}: must hold exactly 32 random bytes; delete it to have a new one made")
     return key
 
 
@@ -151,17 +145,13 @@ def require_keys(settings: Settings) -> None:
 
 
 def rotate(path: Path) -> None:
-    """Put a new key before those in `path`. The file is replaced whole, or not at all. Raises KeyFileError."""
+    """Put a new key before those in `path`. The file is replaced whole, or not at all. Raises SettingsError."""
     try:
         content = _read_private(path)
         KeyRing.parse(content, path)
-        _write_private(path, _new_line() + content, os.replace)
+        _write_private(path, secrets.token_hex(32).encode() + b"\n" + content, os.replace)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; the keys stay as they are") from error
-
-
-def _new_line() -> bytes:
-    return secrets.token_hex(32).encode() + b"\n"
+        raise SettingsError(f"{path}: {error.strerror}; the keys stay as they are") from error
 
 
 def _read_or_create(path: Path, content: bytes) -> bytes:
@@ -173,7 +163,7 @@ def _read_or_create(path: Path, content: bytes) -> bytes:
                 _write_private(path, content, os.link)
         return _read_private(path)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; no key can be kept there") from error
+        raise SettingsError(f"{path}: {error.strerror}; no key can be kept there") from error
 
 
 def _write_private(path: Path, content: bytes, place: Callable[[Path, Path], None]) -> None:
@@ -188,12 +178,11 @@ def _write_private(path: Path, content: bytes, place: Callable[[Path, Path], Non
 
 
 def _read_private(path: Path) -> bytes:
-    """Raises KeyFileError for a file that others may touch, OSError."""
     with open(path, "rb") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o7777
         if mode & 0o037:  # a group may read, as Kubernetes mounts secrets, but not write; others may nothing
-            raise KeyFileError(f"{path}: mode {mode:o} is too open for a secret; run chmod 600 on it")
-        return file.read(_MAX_FILE)
+            raise SettingsError(f"{path}: mode {mode:o} is too open for a secret; run chmod 600 on it")
+        return file.read(64 << 10)
 
 
 if __name__ == "__main__":
