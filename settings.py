@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -57,16 +57,13 @@ def _redis(value: str) -> str:
     return value
 
 
-_LIST = BeforeValidator(_split)
 _REDIS = AfterValidator(_redis)
 _POSTGRESQL = StringConstraints(pattern=r"^(postgresql\+psycopg://.*)?$")
 _PASSWORD = StringConstraints(min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST)
 _HOST = StringConstraints(pattern=r"^[A-Za-z0-9._-]+$|^[0-9A-Fa-f:.]+$")
 _LIMIT = StringConstraints(pattern=r"^(admin|user|auditor)\.((streams|rpm)=[1-9]\d{0,5}|tokens_per_day=\d{1,15})$")
-Names = Annotated[tuple[str, ...], NoDecode, _LIST]
-Hosts = Annotated[tuple[Annotated[str, _HOST], ...], NoDecode, _LIST]
-Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode, _LIST]
-RoleLimits = Annotated[tuple[Annotated[str, _LIMIT], ...], NoDecode, _LIST]
+_T = TypeVar("_T")
+Listed = Annotated[tuple[_T, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -83,7 +80,7 @@ class Settings(BaseSettings):
     log_file: Path | None = Field(None, examples=["/var/log/flask-llm.log"])
 
     model: str = Field("smollm2-135m-instruct", min_length=1)
-    models_allowed: Names = Field((), examples=["org/name@<40-digit commit>"])
+    models_allowed: Listed[str] = Field((), examples=["org/name@<40-digit commit>"])
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", examples=["cpu"])
     threads: int = Field(0, ge=0, le=1024, examples=["4"])
@@ -98,11 +95,11 @@ class Settings(BaseSettings):
     user_streams: int = Field(10, ge=1)
     user_rpm: int = Field(120, ge=1)
     user_tokens_per_day: int = Field(0, ge=0, examples=["200000"])
-    role_limits: RoleLimits = Field((), examples=["admin.rpm=600,user.tokens_per_day=200000"])
+    role_limits: Listed[Annotated[str, _LIMIT]] = Field((), examples=["admin.rpm=600,user.tokens_per_day=200000"])
     max_body: int = Field(1 << 20, ge=1024, le=1 << 30)
-    allowed_hosts: Hosts = Field((), examples=["llm.example.org,localhost"])
+    allowed_hosts: Listed[Annotated[str, _HOST]] = Field((), examples=["llm.example.org,localhost"])
     trusted_proxies: int = Field(0, ge=0, le=8, examples=["1"])
-    metrics_networks: Networks = Field((), examples=["10.1.0.0/16"])
+    metrics_networks: Listed[IPvAnyNetwork] = Field((), examples=["10.1.0.0/16"])
     sanitise: Literal["active", "strip", "off"] = "active"
 
     redis_url: Annotated[str, _REDIS] | None = Field(None, repr=False, examples=["redis://127.0.0.1:6379/0"])

