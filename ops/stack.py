@@ -21,8 +21,7 @@ from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60.0
-# Longer than GRACE_PERIOD's default, as docker-compose.yml's stop_grace_period.
-STOP_SECONDS = 40.0
+STOP_SECONDS = 40.0  # longer than GRACE_PERIOD's default, as docker-compose.yml's stop_grace_period
 
 
 class StackError(Exception):

@@ -122,8 +122,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     with checkpoint.as_model_error(f"tokenizer in {folder.name}"):
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return tokenizer
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
