@@ -30,7 +30,7 @@ from audit.log import AuditLog
 from cache.redis_cache import Breaker, RedisCache, RedisLink
 from cache.responses import ResponseCache
 from cache.sqlite_cache import SqliteCache
-from crypto import Encryptor, KeyFileError, derive, key_ring, signing_secret
+from crypto import Encryptor, derive, key_ring, signing_secret
 from db import Database
 from errors import ServiceError
 from model.types import Backend
@@ -154,7 +154,7 @@ def _refusals() -> Iterator[None]:
     """What an operator must mend ends the start, in one line."""
     try:
         yield
-    except (SettingsError, KeyFileError, ModelError) as error:
+    except (SettingsError, ModelError) as error:
         _refuse(str(error))
     except (ServiceError, OSError) as error:
         _refuse(f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)")

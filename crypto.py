@@ -5,15 +5,13 @@ python -m crypto    put a new key before those in the key file; the service uses
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import re
 import secrets
-import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,22 +20,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, usable
 
-_VERSION = b"\x01"
-_ID = 4  # bytes of a key's name in the header
-_NONCE = 12  # 96 random bits, as NIST SP 800-38D allows for 2^32 messages a key
-_HEADER = len(_VERSION) + _ID
+_HEADER, _NONCE = 5, 12  # bytes; NIST SP 800-38D allows 96 random bits for 2^32 messages a key
 _LINE = re.compile(rb"[0-9a-fA-F]{64}")
-_MAX_KEY_FILE = 64 << 10  # bytes
-
-
-class KeyFileError(Exception):
-    """A key file that must not be used. The message is one line: the file, and what to do."""
 
 
 class SealBroken(ValueError):
-    """These bytes were sealed with another key or for another context, or were changed since."""
+    """Sealed bytes that cannot be opened. The message says why."""
 
 
 def derive(master: bytes, purpose: str, size: int = 32) -> bytes:
@@ -47,10 +37,7 @@ def derive(master: bytes, purpose: str, size: int = 32) -> bytes:
 
 def mac(key: bytes, *parts: bytes) -> str:
     """HMAC-SHA256 in hex; each part goes in behind its length, so ("ab", "c") is not ("a", "bc")."""
-    code = hmac.new(key, digestmod=hashlib.sha256)
-    for part in parts:
-        code.update(len(part).to_bytes(8, "big") + part)
-    return code.hexdigest()
+    return hmac.digest(key, b"".join(len(part).to_bytes(8, "big") + part for part in parts), "sha256").hex()
 
 
 class Encryptor:
@@ -61,24 +48,26 @@ class Encryptor:
     """
 
     def __init__(self, key: bytes, *older: bytes) -> None:
-        self._ciphers = {derive(each, "key id", _ID): AESGCM(derive(each, "box")) for each in (*older, key)}
-        self._newest = derive(key, "key id", _ID)
+        self._ciphers = {_header(each): AESGCM(derive(each, "box")) for each in (*older, key)}
+        self._newest = _header(key)
 
     def seal(self, plain: bytes, context: bytes) -> bytes:
         """`plain`, encrypted; opens only with the same `context`."""
-        header, nonce = _VERSION + self._newest, secrets.token_bytes(_NONCE)
-        return header + nonce + self._ciphers[self._newest].encrypt(nonce, plain, context + header)
+        nonce = secrets.token_bytes(_NONCE)
+        sealed = self._ciphers[self._newest].encrypt(nonce, plain, context + self._newest)
+        return self._newest + nonce + sealed
 
     def open(self, sealed: bytes, context: bytes) -> bytes:
         """What was sealed. Raises SealBroken."""
         header, nonce, rest = sealed[:_HEADER], sealed[_HEADER : _HEADER + _NONCE], sealed[_HEADER + _NONCE :]
-        cipher = self._ciphers.get(header[1:])
-        if cipher is None or header[:1] != _VERSION or len(nonce) != _NONCE:
-            raise SealBroken("sealed with no key that we have")
         try:
-            return cipher.decrypt(nonce, rest, context + header)
-        except InvalidTag:
-            raise SealBroken("the seal is broken") from None
+            return self._ciphers[header].decrypt(nonce, rest, context + header)
+        except (KeyError, ValueError, InvalidTag):
+            raise SealBroken("sealed with another key or for another context, or changed since") from None
+
+
+def _header(key: bytes) -> bytes:
+    return b"\x01" + derive(key, "key id", 4)  # the format's version, and which key
 
 
 class MacKeys:
@@ -101,17 +90,17 @@ class KeyRing:
 
     @classmethod
     def parse(cls, text: bytes, source: Path) -> KeyRing:
-        """The keys in a file's text: 64 hex digits a line, newest first, # for remarks. Raises KeyFileError."""
+        """The keys in a file's text: 64 hex digits a line, newest first, # for remarks. Raises SettingsError."""
         lines = [line.strip() for line in text.splitlines()]
         found = [line for line in lines if line and not line.startswith(b"#")]
         if not found or not all(_LINE.fullmatch(line) for line in found):
-            raise KeyFileError(f"{source}: needs 64 hex digits a line (for example from: openssl rand -hex 32)")
+            raise SettingsError(f"{source}: needs 64 hex digits a line (for example from: openssl rand -hex 32)")
         return cls([bytes.fromhex(line.decode()) for line in found])
 
     @classmethod
     def load_or_create(cls, path: Path) -> KeyRing:
-        """The keys in `path`, which is made (mode 600, one random key) when it is missing. Raises KeyFileError."""
-        return cls.parse(_read_or_create(path, _new_line(), _MAX_KEY_FILE), path)
+        """The keys in `path`, which is made (mode 600, one random key) when it is missing. Raises SettingsError."""
+        return cls.parse(_read_or_create(path, secrets.token_hex(32).encode() + b"\n"), path)
 
     def encryptor(self, purpose: str) -> Encryptor:
         return Encryptor(*(derive(master, purpose) for master in self._masters))
@@ -121,99 +110,78 @@ class KeyRing:
 
 
 def load_or_create_key(path: Path) -> bytes:
-    """The secret in `path`, made there (mode 600) when the file is missing. Raises KeyFileError."""
-    key = _read_or_create(path, secrets.token_bytes(32), 33)
+    """The secret in `path`, made there (mode 600) when the file is missing. Raises SettingsError."""
+    key = _read_or_create(path, secrets.token_bytes(32))
     if len(key) != 32:
-        raise KeyFileError(f"{path}: must hold exactly 32 random bytes; delete it to have a new one made")
+        raise SettingsError(f"{path}: must hold exactly 32 random bytes; delete it to have a new one made")
     return key
 
 
 def signing_secret(settings: Settings) -> bytes:
-    """What signs tokens, and names cached answers and API keys. Raises SettingsError, KeyFileError."""
+    """What signs tokens, and names cached answers and API keys. Raises SettingsError."""
     if settings.jwt_secret_file is None:
         return load_or_create_key(settings.data_dir / "secret")
-    secret = _read_secret("JWT_SECRET_FILE", settings.jwt_secret_file)
+    with usable("JWT_SECRET_FILE", "read"):
+        secret = settings.jwt_secret_file.read_bytes().strip()
     if len(secret) < 32:
         raise SettingsError("JWT_SECRET_FILE: needs 32 characters or more (for example from: openssl rand -hex 32)")
     return secret
 
 
 def key_ring(settings: Settings) -> KeyRing:
-    """What encrypts cached answers and stored contents, and signs the audit log. Raises SettingsError, KeyFileError."""
+    """What encrypts cached answers and stored contents, and signs the audit log. Raises SettingsError."""
     if settings.key_file is None:
         return KeyRing.load_or_create(settings.data_dir / "keys")
-    return KeyRing.parse(_read_secret("KEY_FILE", settings.key_file), settings.key_file)
-
-
-def _read_secret(setting: str, file: Path) -> bytes:
-    """The file's content without the space around it. Raises SettingsError."""
-    try:
-        return file.read_bytes().strip()
-    except OSError as error:
-        raise SettingsError(f"{setting}: cannot read {file}: {error.strerror}") from None
+    with usable("KEY_FILE", "read"):
+        return KeyRing.parse(settings.key_file.read_bytes(), settings.key_file)
 
 
 def rotate(path: Path) -> None:
-    """Put a new key before those in `path`. The file is replaced whole, or not at all. Raises KeyFileError."""
+    """Put a new key before those in `path`. The file is replaced whole, or not at all. Raises SettingsError."""
     try:
-        content = _read_private(path, _MAX_KEY_FILE)
+        content = _read_private(path)
         KeyRing.parse(content, path)
-        draft = _write_draft(path, _new_line() + content)
-        try:
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        _write_private(path, secrets.token_hex(32).encode() + b"\n" + content, os.replace)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; the keys stay as they are") from error
+        raise SettingsError(f"{path}: {error.strerror}; the keys stay as they are") from error
 
 
-def _new_line() -> bytes:
-    return secrets.token_hex(32).encode() + b"\n"
-
-
-def _read_or_create(path: Path, content: bytes, max_bytes: int) -> bytes:
-    """Two processes that start together read the same: the file appears whole, by a link that only one can make."""
+def _read_or_create(path: Path, content: bytes) -> bytes:
+    """Processes that start together read the same: only one of them can link its file to `path`."""
     try:
         if not path.exists():
-            draft = _write_draft(path, content)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                os.link(draft, path)
-            draft.unlink()
-        return _read_private(path, max_bytes)
+                _write_private(path, content, os.link)
+        return _read_private(path)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; no key can be kept there") from error
+        raise SettingsError(f"{path}: {error.strerror}; no key can be kept there") from error
 
 
-def _write_draft(path: Path, content: bytes) -> Path:
-    """A durable file (mode 600) beside `path`. Raises OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 600 from the start
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Path(draft)
+def _write_private(path: Path, content: bytes, place: Callable[[Path, Path], None]) -> None:
+    """A file of mode 600 that is durable before `place` gives it its name."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        place(draft, path)
 
 
-def _read_private(path: Path, max_bytes: int) -> bytes:
-    """Raises KeyFileError for a file that others may touch, OSError."""
+def _read_private(path: Path) -> bytes:
     with open(path, "rb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        content = file.read(max_bytes)
-    if mode & 0o037:  # a group may read, as Kubernetes mounts secrets, but not write; others may nothing
-        raise KeyFileError(f"{path}: mode {mode:o} is too open for a secret; run chmod 600 on it")
-    return content
+        mode = os.fstat(file.fileno()).st_mode & 0o7777
+        if mode & 0o037:  # a group may read, as Kubernetes mounts secrets, but not write; others may nothing
+            raise SettingsError(f"{path}: mode {mode:o} is too open for a secret; run chmod 600 on it")
+        return file.read(64 << 10)
 
 
-def main() -> None:
+if __name__ == "__main__":
     try:
         settings = Settings.from_environment()
         path = settings.key_file or settings.data_dir / "keys"
         rotate(path)
-    except (SettingsError, KeyFileError) as error:
+    except SettingsError as error:
         sys.exit(str(error))
     print(f"{path} has a new key in its first line. Restart the service to write with it; the lines below still read.")
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,6 @@ metadata = MetaData()  # each feature declares its tables on it; migrations/ mak
 _BUSY = 5.0  # seconds to wait for another writer; ours hold the lock for milliseconds
 _POOL = 20  # connections kept open; more are opened while more threads ask at once
 _MIGRATION_LOCK = 7_235_401  # any number, the same in all replicas
-_MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Database:
@@ -41,7 +40,7 @@ class Database:
             self._writer = _engine(address, timeout)
             self._reader = _engine(address, timeout, isolation_level="AUTOCOMMIT")
         if self.is_sqlite:
-            event.listen(self._writer, "begin", _begin_immediate)
+            event.listen(self._writer, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
     @classmethod
     def in_folder(cls, folder: Path) -> Database:
@@ -66,7 +65,7 @@ class Database:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
             config = Config(attributes={"connection": connection})
-            config.set_main_option("script_location", str(_MIGRATIONS))
+            config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
             command.upgrade(config, "head")
 
     def close(self) -> None:
@@ -88,18 +87,15 @@ def failures() -> Iterator[None]:
 
 def _engine(address: URL, timeout: float, **options: Any) -> Engine:
     if address.get_backend_name() == "sqlite":
-        engine = create_engine(
-            address, connect_args={"timeout": timeout, "check_same_thread": False}, pool_size=_POOL, max_overflow=-1,
-            **options,
-        )  # fmt: skip
+        driver: dict[str, Any] = {"timeout": timeout, "check_same_thread": False}
+        engine = create_engine(address, connect_args=driver, pool_size=_POOL, max_overflow=-1, **options)
         event.listen(engine, "connect", _prepare_sqlite)
         return engine
     milliseconds = int(timeout * 1000)
     settings = f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}"
-    return create_engine(
-        address, connect_args={"connect_timeout": max(1, int(timeout)), "options": settings}, pool_size=_POOL,
-        max_overflow=_POOL, pool_timeout=timeout, pool_pre_ping=True, **options,
-    )  # fmt: skip
+    driver = {"connect_timeout": max(1, int(timeout)), "options": settings}
+    options |= {"pool_size": _POOL, "max_overflow": _POOL, "pool_timeout": timeout, "pool_pre_ping": True}
+    return create_engine(address, connect_args=driver, **options)
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -107,10 +103,6 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA journal_mode=WAL").fetchone()
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
-
-
-def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _make_private(path: Path) -> None:

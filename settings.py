@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -57,13 +57,13 @@ def _redis(value: str) -> str:
     return value
 
 
-_LIST = BeforeValidator(_split)
+_REDIS = AfterValidator(_redis)
+_POSTGRESQL = StringConstraints(pattern=r"^(postgresql\+psycopg://.*)?$")
+_PASSWORD = StringConstraints(min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST)
 _HOST = StringConstraints(pattern=r"^[A-Za-z0-9._-]+$|^[0-9A-Fa-f:.]+$")
 _LIMIT = StringConstraints(pattern=r"^(admin|user|auditor)\.((streams|rpm)=[1-9]\d{0,5}|tokens_per_day=\d{1,15})$")
-Names = Annotated[tuple[str, ...], NoDecode, _LIST]
-Hosts = Annotated[tuple[Annotated[str, _HOST], ...], NoDecode, _LIST]
-Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode, _LIST]
-RoleLimits = Annotated[tuple[Annotated[str, _LIMIT], ...], NoDecode, _LIST]
+_T = TypeVar("_T")
+Listed = Annotated[tuple[_T, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -72,19 +72,17 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     host: str = "127.0.0.1"
-    port: int = Field(5000, ge=1, le=65535)
+    port: int = Field(5000, ge=1, le=65535, examples=["5001"])
     data_dir: Path = Field(Path("data"), examples=["/var/lib/flask-llm"])
-    database_url: str = Field(
-        "", repr=False, pattern=r"^(postgresql\+psycopg://.*)?$", examples=["postgresql+psycopg://llm@db/llm"]
-    )
+    database_url: Annotated[str, _POSTGRESQL] = Field("", repr=False, examples=["postgresql+psycopg://llm@db/llm"])
     url_prefix: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$", examples=["/llm"])
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_file: Path | None = Field(None, examples=["/var/log/flask-llm.log"])
 
     model: str = Field("smollm2-135m-instruct", min_length=1)
-    models_allowed: Names = Field((), examples=["org/name@<40-digit commit>"])
+    models_allowed: Listed[str] = Field((), examples=["org/name@<40-digit commit>"])
     quantization: Literal["nf4", "int8", "none"] = "nf4"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", examples=["cpu"])
     threads: int = Field(0, ge=0, le=1024, examples=["4"])
     compile: bool = Field(True, examples=["on"])
     preload: bool = Field(False, examples=["true"])
@@ -97,16 +95,14 @@ class Settings(BaseSettings):
     user_streams: int = Field(10, ge=1)
     user_rpm: int = Field(120, ge=1)
     user_tokens_per_day: int = Field(0, ge=0, examples=["200000"])
-    role_limits: RoleLimits = Field((), examples=["admin.rpm=600,user.tokens_per_day=200000"])
+    role_limits: Listed[Annotated[str, _LIMIT]] = Field((), examples=["admin.rpm=600,user.tokens_per_day=200000"])
     max_body: int = Field(1 << 20, ge=1024, le=1 << 30)
-    allowed_hosts: Hosts = Field((), examples=["llm.example.org,localhost"])
+    allowed_hosts: Listed[Annotated[str, _HOST]] = Field((), examples=["llm.example.org,localhost"])
     trusted_proxies: int = Field(0, ge=0, le=8, examples=["1"])
-    metrics_networks: Networks = Field((), examples=["10.1.0.0/16"])
+    metrics_networks: Listed[IPvAnyNetwork] = Field((), examples=["10.1.0.0/16"])
     sanitise: Literal["active", "strip", "off"] = "active"
 
-    redis_url: Annotated[str, AfterValidator(_redis)] | None = Field(
-        None, repr=False, examples=["redis://127.0.0.1:6379/0"]
-    )
+    redis_url: Annotated[str, _REDIS] | None = Field(None, repr=False, examples=["redis://127.0.0.1:6379/0"])
     cache_ttl: int = Field(3600, ge=0, le=31_536_000)
     cache_shared: bool = Field(False, examples=["false"])
 
@@ -116,20 +112,25 @@ class Settings(BaseSettings):
 
     key_file: Path | None = Field(None, examples=["/run/secrets/keys"])
     jwt_secret_file: Path | None = Field(None, examples=["/run/secrets/jwt_secret"])
-    admin_password: str | None = Field(
-        None, min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST, repr=False, examples=["a long passphrase"]
-    )
+    admin_password: Annotated[str, _PASSWORD] | None = Field(None, repr=False, examples=["a long passphrase"])
     access_ttl: int = Field(900, ge=30, le=86_400)
     refresh_ttl: int = Field(604_800, ge=60, le=31_536_000)
 
     @classmethod
     def from_environment(cls) -> Settings:
         """The settings of this process. Raises SettingsError for the first wrong one; never echoes a value."""
-        given = {name: _secret(f"{name.upper()}_FILE") for name in _SECRETS if os.environ.get(f"{name.upper()}_FILE")}
+        given: dict[str, Any] = {}
+        for name in _SECRETS:
+            if file := os.environ.get(variable := f"{name.upper()}_FILE"):
+                with usable(variable, "read"):
+                    given[name] = Path(file).read_text("utf-8").strip()
         try:
-            return cls(**given)  # type: ignore[arg-type]
+            return cls(**given)
         except ValidationError as error:
-            raise SettingsError(_one_line(error)) from None
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            name = str(first["loc"][0])
+            variable = f"{name.upper()}_FILE" if name in given else name.upper()
+            raise _wrong(variable, first["msg"].removeprefix("Value error, ")) from None
 
     @property
     def compute_threads(self) -> int:
@@ -146,14 +147,14 @@ def check(settings: Settings, listening: bool = True) -> None:
     for name in sorted(set(os.environ) - known - {f"{field.upper()}_FILE" for field in _SECRETS}):
         for meant in difflib.get_close_matches(name, known, 1, cutoff=0.8):
             _log.warning("%s is not a setting: did you mean %s?", name, meant)
-    with _usable("DATA_DIR", "it must be a folder that this user can write"):
+    with usable("DATA_DIR", "write"):
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=settings.data_dir).close()
-    with _usable("LOG_FILE", "cannot write"):
+    with usable("LOG_FILE", "write"):
         if settings.log_file:
             settings.log_file.open("a").close()
     if settings.device == "cuda" and not _has_gpu():
-        raise SettingsError("DEVICE: there is no NVIDIA GPU here, or no driver for it (for example DEVICE=cpu)")
+        raise _wrong("DEVICE", "there is no NVIDIA GPU here, or no driver for it")
     if listening:
         _check_port(settings.host, settings.port)
 
@@ -163,14 +164,12 @@ def _check_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except PermissionError as error:
+            raise _wrong("PORT", f"{host}:{port}: {error.strerror}") from None
         except (OSError, UnicodeError) as error:
-            number, reason = getattr(error, "errno", None), getattr(error, "strerror", "not a name")
-            if number not in (errno.EADDRINUSE, errno.EACCES):
-                line = f"HOST: {host} is no address of this machine: {reason} (for example HOST=127.0.0.1)"
-                raise SettingsError(line) from None
-            if number == errno.EADDRINUSE:
-                reason = "is in use: stop what listens there, or choose another"
-            raise SettingsError(f"PORT: {host}:{port} {reason} (for example PORT=5001)") from None
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                raise _wrong("HOST", f"{host} is no address of this machine") from None
+            raise _wrong("PORT", f"{host}:{port} is in use: stop what listens there, or choose another") from None
 
 
 def _has_gpu() -> bool:
@@ -184,28 +183,18 @@ def _has_gpu() -> bool:
 
 
 @contextmanager
-def _usable(variable: str, problem: str) -> Iterator[None]:
-    """Turn what the file system says into one line about this variable."""
-    field = Settings.model_fields.get(variable.lower())
-    example = field.examples[0] if field and field.examples else f"/run/secrets/{variable.lower()[:-5]}"
+def usable(variable: str, action: str) -> Iterator[None]:
+    """Turn what the file system says about a file into a SettingsError that names its variable."""
     try:
         yield
     except UnicodeDecodeError:
-        raise SettingsError(f"{variable}: the file is not text in UTF-8 (for example {variable}={example})") from None
+        raise _wrong(variable, "the file is not text in UTF-8") from None
     except OSError as error:
-        line = f"{variable}: {error.filename or ''}: {problem}: {error.strerror} (for example {variable}={example})"
-        raise SettingsError(line.replace(": : ", ": ")) from None
+        raise _wrong(variable, f"cannot {action} {error.filename}: {error.strerror}") from None
 
 
-def _secret(variable: str) -> str:
-    with _usable(variable, "cannot read"):
-        return Path(os.environ[variable]).read_text("utf-8").strip()
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = str(first["loc"][0])
-    variable, info = field.upper(), Settings.model_fields[field]
-    example = (info.examples or [info.default])[0]
-    source = f"{variable}_FILE" if os.environ.get(f"{variable}_FILE") else variable
-    return f"{source}: {first['msg'].removeprefix('Value error, ')} (for example {variable}={example})"
+def _wrong(variable: str, problem: str) -> SettingsError:
+    field = Settings.model_fields.get(variable.lower())
+    default = field.default if field else f"/run/secrets/{variable.lower().removesuffix('_file')}"
+    example = field.examples[0] if field and field.examples else default
+    return SettingsError(f"{variable}: {problem} (for example {variable}={example})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from secrets import token_hex
@@ -23,20 +24,13 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """All collectors of one app, on a registry of its own. Seconds, bytes and tokens throughout."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self.registry = registry or CollectorRegistry()
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(name, text, registry=self.registry, buckets=_SECONDS)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, registry=self.registry)
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=self.registry)
-
+        histogram = partial(Histogram, registry=self.registry, buckets=_SECONDS)
+        gauge = partial(Gauge, registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
         self.ttft = histogram("llm_time_to_first_token_seconds", "From submission to the first token.")
         self.itl = histogram("llm_inter_token_seconds", "Between two tokens of one stream.")
         self.e2e = histogram("llm_request_seconds", "From submission to the end of a generation.")
@@ -54,14 +48,12 @@ class Metrics:
         self.prompt_tokens = counter("llm_prompt_tokens_total", "Prompt tokens computed.")
         self.cached_tokens = counter("llm_cached_prompt_tokens_total", "Prompt tokens whose KV was reused.")
         self.generated_tokens = counter("llm_generated_tokens_total", "Tokens generated.")
-        self.finished = counter("llm_requests_finished_total", "Finished requests.", "reason")
+        self.finished = counter("llm_requests_finished_total", "Finished requests.", ["reason"])
         self.compile_fallbacks = counter("llm_compile_fallbacks_total", "Buckets left eager because compiling failed.")
         self.engine_failures = counter("llm_engine_failures_total", "Steps that raised.")
-        self.cache_lookups = counter("llm_cache_lookups_total", "Response cache look-ups.", "result")
-        self.audit_records = counter("llm_audit_records_total", "Audit records: written, or failed to be.", "result")
-        self.audit_last_seq = Gauge(
-            "llm_audit_last_seq", "Number of the newest audit record, by the log's id.", ["log"], registry=self.registry
-        )
+        self.cache_lookups = counter("llm_cache_lookups_total", "Response cache look-ups.", ["result"])
+        self.audit_records = counter("llm_audit_records_total", "Audit records: written, or failed to be.", ["result"])
+        self.audit_last_seq = gauge("llm_audit_last_seq", "Newest audit record's number, by the log's id.", ["log"])
         self.audit_commit = histogram("llm_audit_commit_seconds", "Making a batch of audit records durable.")
         self.breaker_open = gauge("llm_cache_breaker_open", "1 while the cache is given a rest after faults.")
 
@@ -98,6 +90,7 @@ def configure_logging(level: str = "info", file: Path | None = None) -> None:
         plain if not file and sys.stderr.isatty() else structlog.processors.JSONRenderer(),
     ]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=render))
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of itself at every start
     root = logging.getLogger()
     for earlier in [other for other in root.handlers if other.get_name() == _HANDLER]:
         root.removeHandler(earlier)

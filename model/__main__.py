@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crypto import KeyFileError, key_ring, signing_secret
+from crypto import key_ring, signing_secret
 from model.weights.catalogue import ModelError, find
 from settings import Settings, SettingsError, check
 from telemetry import configure_logging
@@ -25,7 +25,7 @@ try:
     from model.weights.loader import fetch  # after the checks, which need no second for its libraries
 
     fetch(settings, arguments.verify)
-except (SettingsError, KeyFileError, ModelError, OSError) as error:
+except (SettingsError, ModelError, OSError) as error:
     sys.exit(str(error))
 except KeyboardInterrupt:
     sys.exit("Interrupted; run it again to go on.")

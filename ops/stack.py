@@ -15,14 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("redis-server", "gunicorn", "nginx")
 START_SECONDS = 60.0
-# Longer than GRACE_PERIOD's default, as docker-compose.yml's stop_grace_period.
-STOP_SECONDS = 40.0
+STOP_SECONDS = 40.0  # longer than GRACE_PERIOD's default, as docker-compose.yml's stop_grace_period
 
 
 class StackError(Exception):
@@ -31,9 +30,22 @@ class StackError(Exception):
 
 def free_port() -> int:
     """A TCP port of loopback that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def listening(port: int) -> bool:
+    """Whether this port of loopback accepts connections."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def program(name: str) -> str:
+    """The path of a program of the distribution. Raises StackError where it is not installed."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if not found:
+        raise StackError(f"{name} is not installed (apt install {name})")
+    return found
 
 
 def make_secrets(folder: Path) -> None:
@@ -48,15 +60,6 @@ def nginx_conf(secrets: Path, https: int, http: int, app: int) -> str:
     return _script("nginx-conf", ROOT / "nginx.conf", **places, SECRETS=str(secrets.resolve()))
 
 
-def _script(name: str, argument: Path, **environment: str) -> str:
-    """What a script of this folder prints. Raises StackError."""
-    command = [str(ROOT / "ops" / name), str(argument)]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    if done.returncode:
-        raise StackError(done.stderr.strip())
-    return done.stdout
-
-
 def nginx_command(folder: Path) -> list[str]:
     """How to run nginx on `folder/nginx.conf` without touching anything outside the folder."""
     # As root, its workers would be another user, who may not enter a private folder to spool bodies.
@@ -64,14 +67,15 @@ def nginx_command(folder: Path) -> list[str]:
     return [program("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr", "-g", directives]
 
 
-def program(name: str) -> str:
-    """The path of a program of the distribution. Raises StackError where it is not installed."""
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if not found:
-        raise StackError(f"{name} is not installed (apt install {name})")
-    return found
+def _script(name: str, argument: Path, **environment: str) -> str:
+    command = [str(ROOT / "ops" / name), str(argument)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise StackError(done.stderr.strip())
+    return done.stdout
 
 
+@dataclass
 class Stack:
     """The processes as a context: started and answering inside, drained and ended after it.
 
@@ -79,42 +83,33 @@ class Stack:
     beside this process's own. output: for what they print. parts: which of the three to run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, str],
-        https: int,
-        output: IO[bytes] | None = None,
-        parts: Collection[str] = PARTS,
-    ) -> None:
-        self.secrets, self.folder = folder.resolve() / "secrets", folder.resolve()
-        self.https, self.http, self.app, self.redis = https, free_port(), free_port(), free_port()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._settings, self._output, self._parts = dict(settings), output, parts
+    folder: Path
+    settings: Mapping[str, str]
+    https: int
+    output: IO[bytes] | None = None
+    parts: Collection[str] = ("redis-server", "gunicorn", "nginx")
+    http: int = field(default_factory=free_port)
+    app: int = field(default_factory=free_port)
+    redis: int = field(default_factory=free_port)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def __enter__(self) -> Self:
+    def __post_init__(self) -> None:
+        self.folder = self.folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.secrets = self.folder / "secrets"
         make_secrets(self.secrets)
         (self.folder / "nginx.conf").write_text(nginx_conf(self.secrets, self.https, self.http, self.app))
+
+    def __enter__(self) -> Self:
         try:
-            for name in PARTS:
-                if name in self._parts:
-                    self._start(name)
+            for name in self.parts:
+                self._start(name)
         except BaseException:
-            self.stop()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def wait(self) -> None:
-        """Returns never: raises StackError when one of the processes ends."""
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-        ended = [name for name, process in self.processes.items() if process.poll() is not None]
-        raise StackError(f"{' and '.join(ended)} ended by itself; its last lines above say why")
-
-    def stop(self) -> None:
         """The app drains first, while nginx still carries its last streams out and Redis still answers."""
         for name in ("gunicorn", "nginx", "redis-server"):
             if process := self.processes.pop(name, None):
@@ -125,11 +120,17 @@ class Stack:
                     process.kill()
                     process.wait()
 
+    def wait(self) -> None:
+        """Returns never: raises StackError when one of the processes ends."""
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        ended = [name for name, process in self.processes.items() if process.poll() is not None]
+        raise StackError(f"{' and '.join(ended)} ended by itself; its last lines above say why")
+
     def _start(self, name: str) -> None:
         command, port = self._command(name)
-        # In a session of its own, so that Ctrl-C reaches this process alone and `stop` keeps its order.
+        # In a session of its own, so that Ctrl-C reaches this process alone and they end in their order.
         process = self.processes[name] = subprocess.Popen(
-            command, cwd=ROOT, env=self._environment(), stdout=self._output, stderr=self._output, start_new_session=True
+            command, cwd=ROOT, env=self._environment(), stdout=self.output, stderr=self.output, start_new_session=True
         )
         deadline = time.monotonic() + START_SECONDS
         while not listening(port):
@@ -149,25 +150,17 @@ class Stack:
     def _environment(self) -> dict[str, str]:
         redis_url = (self.secrets / "redis_url").read_text().strip().replace("redis:6379", f"127.0.0.1:{self.redis}")
         place = {"HOST": "127.0.0.1", "PORT": str(self.app), "REDIS_URL": redis_url, "TRUSTED_PROXIES": "1"}
-        environment = {**os.environ, **place, **self._settings}
+        environment = {**os.environ, **place, **self.settings}
         if not environment.get("ADMIN_PASSWORD"):
             environment.setdefault("ADMIN_PASSWORD_FILE", str(self.secrets / "admin_password"))
         return environment
 
 
-def listening(port: int) -> bool:
-    """Whether this port of loopback accepts connections."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def check_nginx() -> None:
     """Has nginx read nginx.conf, with a throw-away certificate. Raises StackError when it objects."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_secrets(folder / "secrets")
-        (folder / "nginx.conf").write_text(nginx_conf(folder / "secrets", free_port(), free_port(), free_port()))
-        if subprocess.run([*nginx_command(folder), "-t"]).returncode:
+    with tempfile.TemporaryDirectory() as folder:
+        stack = Stack(Path(folder), {}, free_port())
+        if subprocess.run([*nginx_command(stack.folder), "-t"]).returncode:
             raise StackError("nginx.conf is wrong; nginx says above where")
 
 

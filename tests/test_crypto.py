@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crypto import Encryptor, KeyFileError, KeyRing, SealBroken, derive, load_or_create_key, mac, rotate
+from crypto import Encryptor, KeyRing, SealBroken, derive, load_or_create_key, mac, rotate
+from settings import SettingsError
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 
@@ -45,7 +46,7 @@ def test_a_key_of_the_wrong_size_is_refused(tmp_path: Path, content: bytes) -> N
     path = tmp_path / "key"
     path.touch(0o600)
     path.write_bytes(content)
-    with pytest.raises(KeyFileError, match=r"^[^\n]*key: must hold exactly 32 random bytes[^\n]*$"):
+    with pytest.raises(SettingsError, match=r"^[^\n]*key: must hold exactly 32 random bytes[^\n]*$"):
         load_or_create_key(path)
     assert path.read_bytes() == content
 
@@ -55,15 +56,15 @@ def test_a_key_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> No
     path = tmp_path / "key"
     load_or_create_key(path)
     path.chmod(mode)
-    with pytest.raises(KeyFileError, match=rf"^[^\n]*mode {mode:o} is too open[^\n]*$"):
+    with pytest.raises(SettingsError, match=rf"^[^\n]*mode {mode:o} is too open[^\n]*$"):
         load_or_create_key(path)
 
 
 def test_a_key_file_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(KeyFileError, match=r"^[^\n]+key: File exists; no key[^\n]+$"):
+    with pytest.raises(SettingsError, match=r"^[^\n]+key: File exists; no key[^\n]+$"):
         load_or_create_key(tmp_path / "file" / "key")
-    with pytest.raises(KeyFileError, match=r"^[^\n]+Is a directory[^\n]+$"):
+    with pytest.raises(SettingsError, match=r"^[^\n]+Is a directory[^\n]+$"):
         load_or_create_key(tmp_path)
 
 
@@ -164,7 +165,7 @@ def test_remarks_and_empty_lines_are_skipped() -> None:
 
 @pytest.mark.parametrize("text", ["", "\n#only a remark", "ab", A + "0", f"{A}\nnonsense", "é" * 32])
 def test_what_is_no_key_file_is_one_line_without_what_is_in_it(text: str) -> None:
-    with pytest.raises(KeyFileError, match=r"^keys: needs 64 hex digits a line [^\n]+$") as refused:
+    with pytest.raises(SettingsError, match=r"^keys: needs 64 hex digits a line [^\n]+$") as refused:
         ring(text)
     assert A not in str(refused.value)
 
@@ -174,8 +175,8 @@ def test_a_ring_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> N
     path = tmp_path / "keys"
     KeyRing.load_or_create(path)
     path.chmod(mode)
-    with pytest.raises(KeyFileError, match="too open"):
+    with pytest.raises(SettingsError, match="too open"):
         KeyRing.load_or_create(path)
-    with pytest.raises(KeyFileError, match="too open"):
+    with pytest.raises(SettingsError, match="too open"):
         rotate(path)
     assert len(path.read_bytes().splitlines()) == 1

@@ -27,9 +27,7 @@ def upgrade() -> None:
     op.create_index("audit_by_kind", "audit", ["kind", "time", "seq"])
     op.create_index("audit_by_request", "audit", ["request"])
     head = op.create_table(
-        "audit_head",
-        sa.Column("log", sa.Text, primary_key=True),
-        sa.Column("state", sa.LargeBinary),
+        "audit_head", sa.Column("log", sa.Text, primary_key=True), sa.Column("state", sa.LargeBinary)
     )
     op.bulk_insert(head, [{"log": token_hex(8), "state": None}])
     op.create_table(

@@ -105,11 +105,8 @@ def with_config(spec: ModelSpec, folder: Path) -> ModelSpec:
     if spec.context:
         return spec
     config = read_json(folder / "config.json")
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return replace(
-        spec, architecture=config["architectures"][0], context=config.get("max_position_embeddings") or 2048,
-        parameters=size // 2,
-    )  # fmt: skip
+    context = config.get("max_position_embeddings") or 2048
+    return replace(spec, architecture=config["architectures"][0], context=context)
 
 
 def read_json(file: Path) -> dict[str, Any]:

