@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
-from accounts.tables import api_keys, users
+from accounts.users import api_keys, users
 from db import Database, failures
 
 # (user_id, day since 1970 in UTC, tokens): settled ones, and those that were reserved when the service ended.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from secrets import token_hex
-from typing import Unpack
 
 import structlog
 
@@ -13,7 +12,7 @@ from accounts.credentials import ApiKey, Principal
 from accounts.passwords import WeakPassword, check_strength, generate
 from accounts.roles import Permission, Role
 from accounts.tokens import TokenType
-from accounts.users import Changes, UnknownUser, User, UserExists, UserLimits
+from accounts.users import User, UserExists, UserLimits
 from api import bearer
 from api.audit_events import record
 from api.context import Services, services
@@ -35,11 +34,11 @@ def add(by: Principal | None, name: str, role: str, password: str, limits: UserL
     return found.users.add(name, role, found.passwords.hash(password), limits)
 
 
-def change(by: Principal | None, name: str, password: str | None = None, **columns: Unpack[Changes]) -> User:
+def change(by: Principal | None, name: str, password: str | None = None, **columns: object) -> User:
     """The account as it is after the change. Raises Forbidden, WeakPassword, UnknownUser and LastOfRole."""
     found = services()
     if columns or by is None or by.name != name:  # auditors change their own passwords
-        _check_roles(by, get(name).role, columns.get("role", ""))
+        _check_roles(by, services().users.require(name).role, str(columns.get("role")))
     if password is not None:
         check_strength(password, name)
         columns["password_hash"] = found.passwords.hash(password)
@@ -49,17 +48,9 @@ def change(by: Principal | None, name: str, password: str | None = None, **colum
 
 def remove(by: Principal | None, name: str) -> None:
     """Raises Forbidden, UnknownUser and LastOfRole."""
-    _check_roles(by, get(name).role)
+    _check_roles(by, services().users.require(name).role)
     _record(by, "account removed", account=name)
     services().users.delete(name)
-
-
-def get(name: str) -> User:
-    """Raises UnknownUser."""
-    user = services().users.get(name)
-    if user is None:
-        raise UnknownUser
-    return user
 
 
 def add_key(by: Principal | None, owner: User | Principal, name: str, days: int) -> tuple[ApiKey, str]:

@@ -140,7 +140,7 @@ def limits(name: str, **wanted: int | str | None) -> None:
     columns = {limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None}
     if columns:
         _change(name, **columns)
-    user = accounts.get(name)
+    user = services().users.require(name)
     click.echo(json.dumps(asdict(services().limits.of(user.role, **asdict(user.limits)))))
 
 
@@ -150,7 +150,7 @@ def limits(name: str, **wanted: int | str | None) -> None:
 @click.option("--days", type=click.IntRange(1, 366), default=90, show_default=True)
 def add_key(owner: str, name: str, days: int) -> None:
     """Add an API key and print its token, which is not shown again."""
-    click.echo(accounts.add_key(None, accounts.get(owner), name[:64], days)[1])
+    click.echo(accounts.add_key(None, services().users.require(owner), name[:64], days)[1])
 
 
 def _change(name: str, **columns: Any) -> None:

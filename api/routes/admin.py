@@ -10,7 +10,7 @@ from flask_openapi3.models.tag import Tag
 
 from accounts.passwords import generate
 from accounts.roles import Permission, Role
-from accounts.users import User
+from accounts.users import User, UserLimits
 from api import accounts
 from api.context import services
 from api.errors import ErrorBody
@@ -39,7 +39,8 @@ def list_users(query: schemas.UsersQuery) -> Reply:
 def add_user(body: schemas.UserBody) -> Reply:
     """A new account; without a password in the request, one is made up and shown this once."""
     made = None if body.password else generate()
-    user = accounts.add(principal(), body.username, body.role, body.password or made or "", body.own_limits())
+    limits = UserLimits(**body.limits.model_dump())
+    user = accounts.add(principal(), body.username, body.role, body.password or made or "", limits)
     return schemas.NewUserOut(**_shown(user).model_dump(), password=made).model_dump(mode="json"), 201
 
 
@@ -47,7 +48,7 @@ def add_user(body: schemas.UserBody) -> Reply:
 @needs(Permission.MANAGE_USERS)
 def get_user(path: schemas.UserPath) -> Reply:
     """One account."""
-    return _shown(accounts.get(path.name)).model_dump(mode="json")
+    return _shown(services().users.require(path.name)).model_dump(mode="json")
 
 
 @blueprint.patch("/admin/users/<name>", responses={200: schemas.UserOut})
@@ -72,7 +73,7 @@ def _shown(user: User) -> schemas.UserOut:
         username=user.name,
         role=Role(user.role),
         disabled=user.disabled,
-        own_limits=schemas.LimitsBody(**asdict(user.limits)),
-        limits=schemas.LimitsOut(**asdict(found.limits.of(user.role, **asdict(user.limits)))),
+        own_limits=user.limits,
+        limits=found.limits.of(user.role, **asdict(user.limits)),
         tokens_today=found.usage.tokens_today(user.id),
     )

@@ -21,8 +21,8 @@ from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request
 from api.middleware import SECURED, Reply, needs, principal, public
-from api.schemas.accounts import PasswordBody
-from api.schemas.native import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
+from api.schemas.accounts import KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
+from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
 
 _DEVICE_AGE = 180 * 86_400  # seconds

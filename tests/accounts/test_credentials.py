@@ -14,8 +14,7 @@ from sqlalchemy import event, func, select
 
 from accounts import credentials as module
 from accounts.credentials import ApiKey, Credentials, Principal, Session
-from accounts.tables import api_keys, sessions
-from accounts.users import User, UserLimits, Users
+from accounts.users import User, UserLimits, Users, api_keys, sessions
 from db import Database
 from errors import InvalidRequest, StoreUnavailable
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from accounts.credentials import ApiKey, Credentials
-from accounts.users import Changes, LastOfRole, UnknownUser, User, UserExists, UserLimits, Users
+from accounts.users import LastOfRole, UnknownUser, User, UserExists, UserLimits, Users
 from db import Database
 from errors import InvalidRequest
 
@@ -145,7 +146,7 @@ def test_the_last_auditor_stays_too(users: Users) -> None:
     ids=["password", "disabled", "role", "nothing of weight"],
 )
 def test_sessions_end_with_the_password_and_keys_with_the_rights(
-    database: Database, users: Users, change: Changes, session: bool, key: bool
+    database: Database, users: Users, change: dict[str, Any], session: bool, key: bool
 ) -> None:
     credentials = Credentials(database, b"key", 1000)
     users.add("kept", "auditor", "hash")
