@@ -144,10 +144,10 @@ class Credentials:
         with self._db.transaction() as connection:
             connection.execute(delete(sessions).where(sessions.c.id == id))
 
-    def add_key(self, owner: User | Principal, key: ApiKey, scopes: Sequence[str]) -> str:
-        """Remember a new API key. Returns the jti of its token. Raises InvalidRequest when the owner has too many."""
-        jti, user_id = token_hex(16), owner.user_id if isinstance(owner, Principal) else owner.id
-        columns = {**asdict(key), "user_id": user_id, "role": owner.role, "scopes": " ".join(scopes)}
+    def add_key(self, user_id: str, role: str, key: ApiKey, scopes: Sequence[str]) -> str:
+        """Remember a new API key. Returns the jti of its token. Raises InvalidRequest when the user has too many."""
+        jti = token_hex(16)
+        columns = {**asdict(key), "user_id": user_id, "role": role, "scopes": " ".join(scopes)}
         with self._db.transaction() as connection:
             _prune(connection, api_keys, key.created)
             if len(_keys(connection, user_id, key.created)) >= MAX_KEYS:

@@ -82,20 +82,6 @@ class User:
     limits: UserLimits = _AS_THE_ROLE
 
 
-class UserExists(Conflict):
-    def __init__(self) -> None:
-        super().__init__("The user name is taken.", param="username")
-
-
-class UnknownUser(NotFound):
-    def __init__(self) -> None:
-        super().__init__("No such user.", param="name")
-
-
-class LastOfRole(Conflict):
-    """The change would take away the last active admin or auditor."""
-
-
 _BY_NAME = select(users).where(users.c.name == bindparam("name"))
 # PostgreSQL locks these rows, so that two admins cannot remove each other at the same moment.
 _KEPT = users.c.role.in_((Role.ADMIN, Role.AUDITOR)) & ~users.c.disabled
@@ -103,13 +89,13 @@ _KEPT_ROLES = select(users.c.role).where(_KEPT).with_for_update()
 
 
 class Users:
-    """The accounts in a database. Changing a missing one raises UnknownUser; anything may raise StoreUnavailable."""
+    """The accounts in a database. Changing a missing one raises NotFound; anything may raise StoreUnavailable."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
     def add(self, name: str, role: str, password_hash: str, limits: UserLimits = _AS_THE_ROLE) -> User:
-        """Make an account. Raises InvalidRequest for an impossible name, UserExists for a taken one."""
+        """Make an account. Raises InvalidRequest for an impossible name, Conflict for a taken one."""
         if not re.fullmatch(NAME, name):
             words = "A user name is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter or a digit."
             raise InvalidRequest(words, param="username")
@@ -119,17 +105,17 @@ class Users:
             try:
                 connection.execute(insert(users), columns)
             except IntegrityError:
-                raise UserExists from None
+                raise Conflict("The user name is taken.", param="username") from None
         return user
 
     def get(self, name: str) -> User | None:
         """The account; None where there is none of this name."""
-        with suppress(UnknownUser):
+        with suppress(NotFound):
             return self.require(name)
         return None
 
     def require(self, name: str) -> User:
-        """The account. Raises UnknownUser."""
+        """The account. Raises NotFound."""
         with self._db.reading() as connection:
             return _find(connection, name)
 
@@ -144,9 +130,9 @@ class Users:
             return int(connection.scalar(select(func.count()).select_from(users)) or 0)
 
     def change(self, name: str, **columns: object) -> User:
-        """Change some columns, all or none. Returns the account as it is then. Raises LastOfRole.
+        """Change some columns, all or none. Returns the account as it is then.
 
-        A new password ends every session. Another role, and being disabled, end the API keys too, and for good: an
+        Raises Conflict for the last admin or auditor. A new password ends every session. Another role, and being disabled, end the API keys too, and for good: an
         account that is enabled again starts without them.
         """
         with self._keeping_roles() as connection:
@@ -162,7 +148,7 @@ class Users:
         return after
 
     def delete(self, name: str) -> None:
-        """Remove an account with its sessions and keys. Raises LastOfRole."""
+        """Remove an account with its sessions and keys. Raises Conflict for the last admin or auditor."""
         with self._keeping_roles() as connection:
             connection.execute(delete(users).where(users.c.id == _find(connection, name).id))
 
@@ -173,13 +159,13 @@ class Users:
             before = set(connection.scalars(_KEPT_ROLES))
             yield connection
             if lost := before - set(connection.scalars(_KEPT_ROLES)):
-                raise LastOfRole(f"This is the last {lost.pop()}: make another one first.")
+                raise Conflict(f"This is the last {lost.pop()}: make another one first.")
 
 
 def _find(connection: Connection, name: str) -> User:
     row = re.fullmatch(NAME, name) and connection.execute(_BY_NAME, {"name": name}).one_or_none()
     if row is None:
-        raise UnknownUser
+        raise NotFound("No such user.", param="name")
     return _user(row)
 
 

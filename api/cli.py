@@ -31,11 +31,13 @@ def is_command() -> bool:
 
 def require_service(settings: Settings) -> None:
     """Raise SettingsError unless a service has run with this DATA_DIR."""
-    folder, given = settings.data_dir, (settings.jwt_secret_file, settings.key_file, settings.database_url)
-    names = (("secret",), ("keys",), ("service.sqlite3", "state.sqlite3"))
-    if not all(
-        value or any((folder / name).exists() for name in each) for value, each in zip(given, names, strict=True)
-    ):
+    folder = settings.data_dir
+    found = (
+        settings.jwt_secret_file or (folder / "secret").exists(),
+        settings.key_file or (folder / "keys").exists(),
+        settings.database_url or any((folder / name).exists() for name in ("service.sqlite3", "state.sqlite3")),
+    )
+    if not all(found):
         raise SettingsError(f"DATA_DIR: no service has run with {folder.absolute()} (for example /var/lib/flask-llm)")
 
 
@@ -73,9 +75,9 @@ def show() -> None:
 @ask_option
 def add(name: str, role: str, ask: bool) -> None:
     """Add an account."""
-    password = _password(ask)
+    password, words = _password(ask)
     accounts.add(None, name, role, password, UserLimits())
-    click.echo(f"Added {name} ({role})." + _shown(password, ask))
+    click.echo(f"Added {name} ({role}).{words}")
 
 
 @users.command("password")
@@ -83,9 +85,8 @@ def add(name: str, role: str, ask: bool) -> None:
 @ask_option
 def set_password(name: str, ask: bool) -> None:
     """Give an account another password, which ends its sessions. For a lost one too: no service needs to run."""
-    password = _password(ask)
-    accounts.change(None, name, password)
-    click.echo(f"Changed {name}." + _shown(password, ask))
+    password, words = _password(ask)
+    _change(name, words, password=password)
 
 
 @users.command("role")
@@ -118,16 +119,13 @@ def delete(name: str) -> None:
     click.echo(f"Removed {name}.")
 
 
-class _Limit(click.ParamType[int | str, Any]):
+class _Limit(click.IntRange):
     """A number, or the word for the role's."""
 
     name = f"NUMBER|{_AS_ROLE}"
 
-    def __init__(self, least: int, most: int) -> None:
-        self._range = click.IntRange(least, most)
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        return _AS_ROLE if value == _AS_ROLE else self._range.convert(value, parameter, context)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == _AS_ROLE else super().convert(value, param, ctx)
 
 
 @users.command()
@@ -137,7 +135,9 @@ class _Limit(click.ParamType[int | str, Any]):
 @click.option("--tokens-per-day", type=_Limit(0, MAX_TOKENS), help="Prompts and answers together; 0: no limit.")
 def limits(name: str, **wanted: int | str | None) -> None:
     """Show an account's limits, or give it limits of its own, or its role's again."""
-    columns = {limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None}
+    columns: dict[str, Any] = {
+        limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None
+    }
     if columns:
         _change(name, **columns)
     user = services().users.require(name)
@@ -153,18 +153,16 @@ def add_key(owner: str, name: str, days: int) -> None:
     click.echo(accounts.add_key(None, services().users.require(owner), name[:64], days)[1])
 
 
-def _change(name: str, **columns: Any) -> None:
-    accounts.change(None, name, None, **columns)
-    click.echo(f"Changed {name}.")
+def _change(name: str, words: str = "", **changes: Any) -> None:
+    accounts.change(None, name, **changes)
+    click.echo(f"Changed {name}.{words}")
 
 
-def _password(ask: bool) -> str:
+def _password(ask: bool) -> tuple[str, str]:
+    """A password, and what to say of it."""
     if not ask:
-        return generate()
+        made = generate()
+        return made, f" The password is {made} (it is not shown again)."
     if sys.stdin.isatty():
-        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
-    return sys.stdin.readline().rstrip("\n")
-
-
-def _shown(password: str, asked: bool) -> str:
-    return "" if asked else f" The password is {password} (it is not shown again)."
+        return click.prompt("Password", hide_input=True, confirmation_prompt=True), ""
+    return sys.stdin.readline().rstrip("\n"), ""

@@ -41,7 +41,7 @@ def new_key(
     credentials: Credentials, user: User, scopes: tuple[str, ...] = (), expires: float = NOW + 1000, now: float = NOW
 ) -> tuple[ApiKey, str]:
     key = ApiKey(token_hex(8), "laptop", now, expires)
-    return key, credentials.add_key(user, key, scopes)
+    return key, credentials.add_key(user.id, user.role, key, scopes)
 
 
 def access(user: User, session: Session | None, **changes: Any) -> dict[str, Any]:
