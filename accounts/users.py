@@ -132,8 +132,8 @@ class Users:
     def change(self, name: str, **columns: object) -> User:
         """Change some columns, all or none. Returns the account as it is then.
 
-        Raises Conflict for the last admin or auditor. A new password ends every session. Another role, and being disabled, end the API keys too, and for good: an
-        account that is enabled again starts without them.
+        A new password ends every session. Another role, and being disabled, end the API keys too, and for good: an
+        account that is enabled again starts without them. Raises Conflict for the last admin or auditor.
         """
         with self._keeping_roles() as connection:
             before = _find(connection, name)
