@@ -17,6 +17,7 @@ from errors import InvalidRequest, StoreUnavailable
 
 MAX_KEYS = 100  # of one user, at the same time
 MAX_SESSIONS = 100  # of one user; the oldest ends when another begins
+_SESSION_TTL = 30 * 86_400  # seconds, however often it is refreshed
 _PRUNED = 100  # expired rows that one write takes along
 _LAST_USED_STEP = 60.0  # seconds; a synced write for every request would cost more than the figure is worth
 
@@ -58,18 +59,11 @@ class ApiKey:
     last_used: float | None = None
 
 
-_OWNER = (users.c.id.label("user_id"), users.c.name.label("user"), users.c.role)
-_WHO = (*_OWNER, users.c.streams, users.c.rpm, users.c.tokens_per_day)
-_SESSION = (
-    select(sessions.c.id, *_WHO)
-    .join_from(sessions, users)
-    .where(sessions.c.id == bindparam("id"), sessions.c.expires > bindparam("now"), ~users.c.disabled)
-)
-_KEY = (
-    select(api_keys.c.id, api_keys.c.scopes, api_keys.c.last_used, *_WHO)
-    .join_from(api_keys, users)
-    .where(api_keys.c.expires > bindparam("now"), api_keys.c.role == users.c.role, ~users.c.disabled)
-)
+_WHO = (users.c.id.label("user_id"), users.c.name.label("user"), *users.c["role", "streams", "rpm", "tokens_per_day"])
+_SESSION = select(sessions.c.id, *_WHO).join_from(sessions, users)
+_SESSION = _SESSION.where(sessions.c.id == bindparam("id"), sessions.c.expires > bindparam("now"), ~users.c.disabled)
+_KEY = select(*api_keys.c["id", "scopes", "last_used"], *_WHO).join_from(api_keys, users)
+_KEY = _KEY.where(api_keys.c.expires > bindparam("now"), api_keys.c.role == users.c.role, ~users.c.disabled)
 _KEY_BY_HASH = _KEY.where(api_keys.c.jti_hash == bindparam("hash"))
 _KEY_BY_ID = _KEY.where(api_keys.c.id == bindparam("id"))
 
@@ -77,11 +71,11 @@ _KEY_BY_ID = _KEY.where(api_keys.c.id == bindparam("id"))
 class Credentials:
     """Everything may raise StoreUnavailable, which must never be read as "revoked" or as "good".
 
-    key: for the hashes of API keys; the database alone is then no way to try one. Lifetimes in seconds.
+    key: for the hashes of API keys; the database alone is then no way to try one. refresh_ttl: in seconds.
     """
 
-    def __init__(self, db: Database, key: bytes, refresh_ttl: float, session_ttl: float = 30 * 86_400) -> None:
-        self._db, self._key, self._refresh_ttl, self._session_ttl = db, key, refresh_ttl, session_ttl
+    def __init__(self, db: Database, key: bytes, refresh_ttl: float) -> None:
+        self._db, self._key, self._refresh_ttl = db, key, refresh_ttl
 
     def find(self, claims: Mapping[str, Any], now: float) -> Principal | None:
         """The caller whose token makes these claims, in one statement; None once it is revoked or has expired."""
@@ -109,7 +103,7 @@ class Credentials:
 
     def start_session(self, user: User, now: float) -> Session | None:
         """A new session; None when the account was changed since `user` was read and its password checked."""
-        session = Session(token_hex(16), token_hex(16), now + min(self._refresh_ttl, self._session_ttl))
+        session = Session(token_hex(16), token_hex(16), now + min(self._refresh_ttl, _SESSION_TTL))
         unchanged = select(users.c.id).where(
             users.c.id == user.id, users.c.password_hash == user.password_hash, ~users.c.disabled
         )
@@ -120,7 +114,7 @@ class Credentials:
                 return None
             _prune(connection, sessions, now)
             connection.execute(delete(sessions).where(sessions.c.id.in_(oldest)))
-            columns = {**asdict(session), "user_id": user.id, "ends": now + self._session_ttl}
+            columns = {**asdict(session), "user_id": user.id, "ends": now + _SESSION_TTL}
             connection.execute(insert(sessions), columns)
         return session
 
@@ -175,8 +169,9 @@ class Credentials:
 
 
 def _keys(connection: Connection, user_id: str, now: float) -> list[ApiKey]:
-    columns = [api_keys.c[name] for name in ApiKey.__slots__]
-    mine = select(*columns).where(api_keys.c.user_id == user_id, api_keys.c.expires > now)
+    mine = select(*api_keys.c["id", "name", "created", "expires", "last_used"]).where(
+        api_keys.c.user_id == user_id, api_keys.c.expires > now
+    )
     return [ApiKey(*row) for row in connection.execute(mine.order_by(api_keys.c.created))]
 
 

@@ -20,6 +20,8 @@ from redis import ConnectionPool
 from crypto import mac
 from errors import Overloaded, RateLimited, Unauthorized
 
+Ask = Callable[..., Any]  # RedisLink.ask, which returns None for a command that Redis does not answer
+
 _WINDOW = 900  # seconds
 # Wrong passwords in any window. Memory stays small: two Argon2 hashes at once fail at most 30,000 times in it.
 _PAIR = RateLimitItemPerSecond(5, _WINDOW, "pair")  # for one name from one address
@@ -41,12 +43,9 @@ class LoginGuard:
     """Counts in Redis while it answers, else in memory.
 
     key: signs device cookies. places: attempts that may wait at once; an address may hold as many as it leaves free.
-    shared: a Redis, and RedisLink.ask, which returns None for a command that Redis does not answer.
     """
 
-    def __init__(
-        self, key: bytes, places: int, shared: tuple[ConnectionPool, Callable[..., Any]] | None = None
-    ) -> None:
+    def __init__(self, key: bytes, places: int, shared: tuple[ConnectionPool, Ask] | None = None) -> None:
         self._key, self._places = key, places
         self._held: Counter[str] = Counter()
         self._busy: set[str] = set()  # names whose password is being checked

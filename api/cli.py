@@ -122,7 +122,8 @@ def delete(name: str) -> None:
 class _Limit(click.IntRange):
     """A number, or the word for the role's."""
 
-    name = f"NUMBER|{_AS_ROLE}"
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"NUMBER|{_AS_ROLE}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == _AS_ROLE else super().convert(value, param, ctx)

@@ -20,7 +20,7 @@ from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request
 from api.middleware import SECURED, Reply, host_name, is_loopback, needs, principal, public
-from api.schemas.accounts import KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
+from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
 from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
 
@@ -80,7 +80,7 @@ def change_password(body: PasswordBody) -> Reply:
 def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
     key, token = accounts.add_key(principal(), principal(), body.name, body.expires_in_days)
-    return NewKeyOut(**_shown(key).model_dump(), key=token).model_dump(), 201
+    return {**_shown(key), "key": token}, 201
 
 
 @blueprint.get("/keys", security=SECURED, responses={200: KeysOut})
@@ -88,7 +88,7 @@ def add_key(body: KeyBody) -> Reply:
 def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
     keys = services().credentials.keys(principal().user_id, time.time())
-    return KeysOut(keys=[_shown(key) for key in keys]).model_dump()
+    return {"keys": [_shown(key) for key in keys]}
 
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
@@ -138,5 +138,5 @@ def _tokens(user_id: str, session: Session) -> dict[str, object]:
     return TokensOut(access_token=access, refresh_token=renewal, expires_in=seconds).model_dump()
 
 
-def _shown(key: ApiKey) -> KeyOut:
-    return KeyOut(id=key.id, name=key.name, created_at=key.created, expires_at=key.expires)
+def _shown(key: ApiKey) -> dict[str, object]:
+    return {"id": key.id, "name": key.name, "created_at": key.created, "expires_at": key.expires}
