@@ -46,8 +46,7 @@ def register(app: Flask, policy: TokenPolicy) -> None:
 def mint(kind: TokenType, user_id: str, jti: str, expires: float, **claims: object) -> str:
     """A new token, good until `expires` (Unix seconds)."""
     extra = {**claims, "type": kind.value, "jti": jti, "exp": expires}
-    token: str = create_access_token(user_id, additional_claims=extra)
-    return token
+    return str(create_access_token(user_id, additional_claims=extra))
 
 
 def claims(*kinds: TokenType) -> Mapping[str, Any]:

@@ -19,7 +19,6 @@ from errors import ServiceError
 from quotas.limits import MAX_COUNT, MAX_TOKENS
 from settings import Settings, SettingsError
 
-_PAGE = 1000
 _AS_ROLE = "role"  # the value for a limit that is again what the role has
 
 
@@ -62,7 +61,7 @@ ask_option = click.option("--ask", is_flag=True, help="Ask for the password (or 
 def show() -> None:
     """All accounts, one JSON object a line."""
     after = ""
-    while page := services().users.page(after, _PAGE):
+    while page := services().users.page(after):
         for user in page:
             own = {limit: number for limit, number in asdict(user.limits).items() if number is not None}
             click.echo(json.dumps({"username": user.name, "role": user.role, "disabled": user.disabled, **own}))
