@@ -115,8 +115,10 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         contents=ring.encryptor("audit contents"),
         passwords=Passwords(),
         policy=TokenPolicy(derive(secret, "jwt"), settings.access_ttl, settings.refresh_ttl),
-        guard=LoginGuard(derive(secret, "devices"), LOGINS, settings.redis_url),
-        tickets=Tickets(Encryptor(derive(secret, "tickets")), settings.redis_url),
+        guard=LoginGuard(
+            derive(secret, "devices"), LOGINS, (redis.redis.connection_pool, redis.ask) if redis else None
+        ),
+        tickets=Tickets(Encryptor(derive(secret, "tickets")), (redis.redis, redis.ask) if redis else None),
         limits=LimitTable(limits, settings.role_limits),
         rate=RequestRate((redis.redis.connection_pool, redis.ask) if redis else None),
         streams=ConcurrencyLimit(),

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from secrets import token_hex
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, Table, bindparam, delete, insert, select, update
 
-from accounts.tables import api_keys, sessions, users
-from accounts.users import User, UserLimits
+from accounts.users import User, UserLimits, api_keys, sessions, users
 from db import Database
 from errors import InvalidRequest, StoreUnavailable
 
 MAX_KEYS = 100  # of one user, at the same time
 MAX_SESSIONS = 100  # of one user; the oldest ends when another begins
+_SESSION_TTL = 30 * 86_400  # seconds, however often it is refreshed
 _PRUNED = 100  # expired rows that one write takes along
 _LAST_USED_STEP = 60.0  # seconds; a synced write for every request would cost more than the figure is worth
 
@@ -60,49 +59,41 @@ class ApiKey:
     last_used: float | None = None
 
 
-_WHO = (users.c.id.label("user_id"), users.c.name.label("user"), users.c.role, users.c.streams, users.c.rpm)
-_SESSION = (
-    select(sessions.c.id, *_WHO, users.c.tokens_per_day)
-    .join_from(sessions, users)
-    .where(sessions.c.id == bindparam("id"), sessions.c.expires > bindparam("now"), ~users.c.disabled)
-)
-_KEY = (
-    select(api_keys.c.id, api_keys.c.scopes, api_keys.c.last_used, *_WHO, users.c.tokens_per_day)
-    .join_from(api_keys, users)
-    .where(api_keys.c.expires > bindparam("now"), api_keys.c.role == users.c.role, ~users.c.disabled)
-)
+_WHO = (users.c.id.label("user_id"), users.c.name.label("user"), *users.c["role", "streams", "rpm", "tokens_per_day"])
+_SESSION = select(sessions.c.id, *_WHO).join_from(sessions, users)
+_SESSION = _SESSION.where(sessions.c.id == bindparam("id"), sessions.c.expires > bindparam("now"), ~users.c.disabled)
+_KEY = select(*api_keys.c["id", "scopes", "last_used"], *_WHO).join_from(api_keys, users)
+_KEY = _KEY.where(api_keys.c.expires > bindparam("now"), api_keys.c.role == users.c.role, ~users.c.disabled)
 _KEY_BY_HASH = _KEY.where(api_keys.c.jti_hash == bindparam("hash"))
 _KEY_BY_ID = _KEY.where(api_keys.c.id == bindparam("id"))
-_KEYS = (
-    select(api_keys.c.id, api_keys.c.name, api_keys.c.created, api_keys.c.expires, api_keys.c.last_used)
-    .where(api_keys.c.user_id == bindparam("user_id"), api_keys.c.expires > bindparam("now"))
-    .order_by(api_keys.c.created)
-)
-_CURRENT = select(sessions.c.ends).where(
-    sessions.c.id == bindparam("id"), sessions.c.refresh == bindparam("refresh"), sessions.c.expires > bindparam("now")
-)
 
 
 class Credentials:
     """Everything may raise StoreUnavailable, which must never be read as "revoked" or as "good".
 
-    key: for the hashes of API keys; the database alone is then no way to try one. Lifetimes in seconds.
+    key: for the hashes of API keys; the database alone is then no way to try one. refresh_ttl: in seconds.
     """
 
-    def __init__(self, db: Database, key: bytes, refresh_ttl: float, session_ttl: float = 30 * 86_400) -> None:
-        self._db, self._key, self._refresh_ttl, self._session_ttl = db, key, refresh_ttl, session_ttl
+    def __init__(self, db: Database, key: bytes, refresh_ttl: float) -> None:
+        self._db, self._key, self._refresh_ttl = db, key, refresh_ttl
 
     def find(self, claims: Mapping[str, Any], now: float) -> Principal | None:
         """The caller whose token makes these claims, in one statement; None once it is revoked or has expired."""
-        is_key = claims["type"] == "key"
-        if is_key:
+        if is_key := claims["type"] == "key":
             row = self._row(_KEY_BY_HASH, hash=self._hash(claims["jti"]), now=now)
-            self._note_use(row, now)
         else:
             row = self._row(_SESSION, id=str(claims.get("sid")), now=now)
         if row is None or claims["sub"] not in (row.user_id, row.user):  # tokens of old keys hold the name
             return None
-        return _principal(row, float(claims["exp"]), is_key)
+        limits = UserLimits(row.streams, row.rpm, row.tokens_per_day)
+        caller = Principal(row.user_id, row.user, row.role, limits, float(claims["exp"]))
+        if not is_key:
+            return replace(caller, session_id=row.id)
+        if now - (row.last_used or 0) >= _LAST_USED_STEP:
+            used = update(api_keys).where(api_keys.c.id == row.id).values(last_used=now)
+            with suppress(StoreUnavailable), self._db.transaction() as connection:  # a full disk refuses no good key
+                connection.execute(used)
+        return replace(caller, key_id=row.id, scopes=row.scopes.split())
 
     def still_stands(self, caller: Principal, now: float) -> bool:
         """Whether the caller's session or key is still good, and its owner still holds the same role."""
@@ -112,19 +103,19 @@ class Credentials:
 
     def start_session(self, user: User, now: float) -> Session | None:
         """A new session; None when the account was changed since `user` was read and its password checked."""
-        session = Session(token_hex(16), token_hex(16), now + min(self._refresh_ttl, self._session_ttl))
-        unchanged = select(users.c.id).with_for_update().where(
+        session = Session(token_hex(16), token_hex(16), now + min(self._refresh_ttl, _SESSION_TTL))
+        unchanged = select(users.c.id).where(
             users.c.id == user.id, users.c.password_hash == user.password_hash, ~users.c.disabled
-        )  # fmt: skip
+        )
         mine = select(sessions.c.id).where(sessions.c.user_id == user.id)
+        oldest = mine.order_by(sessions.c.ends.desc()).offset(MAX_SESSIONS - 1)
         with self._db.transaction() as connection:
-            if connection.execute(unchanged).one_or_none() is None:
+            if connection.execute(unchanged.with_for_update()).one_or_none() is None:
                 return None
             _prune(connection, sessions, now)
-            oldest = mine.order_by(sessions.c.ends.desc()).offset(MAX_SESSIONS - 1)
             connection.execute(delete(sessions).where(sessions.c.id.in_(oldest)))
-            columns = {"id": session.id, "refresh": session.refresh, "expires": session.expires, "user_id": user.id}
-            connection.execute(insert(sessions), {**columns, "ends": now + self._session_ttl})
+            columns = {**asdict(session), "user_id": user.id, "ends": now + _SESSION_TTL}
+            connection.execute(insert(sessions), columns)
         return session
 
     def rotate(self, id: str, refresh: str, now: float) -> Session | None:
@@ -132,28 +123,28 @@ class Credentials:
 
         A token that comes back after its turn was stolen, by whoever used it first or by this caller: the session ends.
         """
+        this = sessions.c.id == id
+        current = select(sessions.c.ends).where(this, sessions.c.refresh == refresh, sessions.c.expires > now)
         with self._db.transaction() as connection:
-            values = {"id": id, "refresh": refresh, "now": now}
-            ends = connection.scalar(_CURRENT.with_for_update(), values)
+            ends = connection.scalar(current.with_for_update())
             if ends is None:
-                connection.execute(delete(sessions).where(sessions.c.id == id))
+                connection.execute(delete(sessions).where(this))
                 return None
             session = Session(id, token_hex(16), min(now + self._refresh_ttl, ends))
-            changed = {"refresh": session.refresh, "expires": session.expires}
-            connection.execute(update(sessions).where(sessions.c.id == id).values(changed))
+            connection.execute(update(sessions).where(this).values(asdict(session)))
         return session
 
     def end_session(self, id: str) -> None:
         with self._db.transaction() as connection:
             connection.execute(delete(sessions).where(sessions.c.id == id))
 
-    def add_key(self, owner: User | Principal, key: ApiKey, scopes: tuple[str, ...]) -> str:
-        """Remember a new API key. Returns the jti of its token. Raises InvalidRequest when the owner has too many."""
-        jti, user_id = token_hex(16), owner.user_id if isinstance(owner, Principal) else owner.id
-        columns = {**asdict(key), "user_id": user_id, "role": owner.role, "scopes": " ".join(scopes)}
+    def add_key(self, user_id: str, role: str, key: ApiKey, scopes: Sequence[str]) -> str:
+        """Remember a new API key. Returns the jti of its token. Raises InvalidRequest when the user has too many."""
+        jti = token_hex(16)
+        columns = {**asdict(key), "user_id": user_id, "role": role, "scopes": " ".join(scopes)}
         with self._db.transaction() as connection:
             _prune(connection, api_keys, key.created)
-            if len(connection.execute(_KEYS, {"user_id": user_id, "now": key.created}).all()) >= MAX_KEYS:
+            if len(_keys(connection, user_id, key.created)) >= MAX_KEYS:
                 raise InvalidRequest(f"You have {MAX_KEYS} keys already: revoke one first.", code="too_many_keys")
             connection.execute(insert(api_keys), {**columns, "jti_hash": self._hash(jti)})
         return jti
@@ -161,7 +152,7 @@ class Credentials:
     def keys(self, user_id: str, now: float) -> list[ApiKey]:
         """The user's keys that still work, oldest first."""
         with self._db.reading() as connection:
-            return [ApiKey(*row) for row in connection.execute(_KEYS, {"user_id": user_id, "now": now})]
+            return _keys(connection, user_id, now)
 
     def revoke_key(self, id: str, user_id: str) -> bool:
         """Whether this user had a key of that id."""
@@ -173,19 +164,15 @@ class Credentials:
         with self._db.reading() as connection:
             return connection.execute(statement, values).one_or_none()
 
-    def _note_use(self, row: Row[Any] | None, now: float) -> None:
-        if row is None or now - (row.last_used or 0) < _LAST_USED_STEP:
-            return
-        with suppress(StoreUnavailable), self._db.transaction() as connection:  # a full disk must not refuse a good key
-            connection.execute(update(api_keys).where(api_keys.c.id == row.id).values(last_used=now))
-
     def _hash(self, jti: str) -> str:
-        return hmac.new(self._key, jti.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+        return hmac.digest(self._key, jti.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
-def _principal(row: Row[Any], expires: float, is_key: bool) -> Principal:
-    who = (row.user_id, row.user, row.role, UserLimits(row.streams, row.rpm, row.tokens_per_day), expires)
-    return Principal(*who, key_id=row.id, scopes=row.scopes.split()) if is_key else Principal(*who, session_id=row.id)
+def _keys(connection: Connection, user_id: str, now: float) -> list[ApiKey]:
+    mine = select(*api_keys.c["id", "name", "created", "expires", "last_used"]).where(
+        api_keys.c.user_id == user_id, api_keys.c.expires > now
+    )
+    return [ApiKey(*row) for row in connection.execute(mine.order_by(api_keys.c.created))]
 
 
 def _prune(connection: Connection, table: Table, now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hmac import compare_digest
 from secrets import token_hex
@@ -13,16 +13,14 @@ from threading import Condition
 from typing import Any
 
 from limits import RateLimitItem, RateLimitItemPerSecond
-from limits.errors import StorageError
 from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import MovingWindowRateLimiter
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from redis import ConnectionPool
 
 from crypto import mac
 from errors import Overloaded, RateLimited, Unauthorized
 
-Bucket = tuple[RateLimitItem, str]
+Ask = Callable[..., Any]  # RedisLink.ask, which returns None for a command that Redis does not answer
 
 _WINDOW = 900  # seconds
 # Wrong passwords in any window. Memory stays small: two Argon2 hashes at once fail at most 30,000 times in it.
@@ -31,7 +29,6 @@ _DEVICE = RateLimitItemPerSecond(5, _WINDOW, "device")  # for one name from a de
 _NAME = RateLimitItemPerSecond(50, _WINDOW, "name")  # for one name from new devices anywhere
 _ADDRESS = RateLimitItemPerSecond(100, _WINDOW, "address")  # for any names: an office behind one address mistypes too
 _TOLD = RateLimitItemPerSecond(1, 60, "told")
-_REST = 5.0  # seconds without Redis after a fault
 
 
 class TooManyFailures(RateLimited):
@@ -43,22 +40,20 @@ class TooManyFailures(RateLimited):
 
 
 class LoginGuard:
-    """Counts in Redis when there is a `redis_url` and it answers, else in memory.
+    """Counts in Redis while it answers, else in memory.
 
-    places: attempts that may wait at once; an address may hold as many as it leaves free. key: signs device cookies.
-    Raises ValueError for a malformed URL.
+    key: signs device cookies. places: attempts that may wait at once; an address may hold as many as it leaves free.
     """
 
-    def __init__(self, key: bytes, places: int, redis_url: str | None = None) -> None:
+    def __init__(self, key: bytes, places: int, shared: tuple[ConnectionPool, Ask] | None = None) -> None:
         self._key, self._places = key, places
         self._held: Counter[str] = Counter()
         self._busy: set[str] = set()  # names whose password is being checked
         self._changed = Condition()
         self._local = MovingWindowRateLimiter(MemoryStorage())
-        self._shared, self._resting = None, 0.0
-        if redis_url:
-            options: Any = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2, "retry": Retry(NoBackoff(), 1)}
-            self._shared = MovingWindowRateLimiter(RedisStorage(redis_url, wrap_exceptions=True, **options))
+        if shared:
+            self._shared = MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=shared[0]))
+        self._ask = shared[1] if shared else lambda *_: None
 
     @contextmanager
     def attempt(self, address: str, name: str, cookies: Mapping[str, str]) -> Iterator[None]:
@@ -67,42 +62,36 @@ class LoginGuard:
         Attempts at one name take turns, so that fifty guesses sent at the same moment are five guesses too.
         """
         network = _network(address)
-        buckets = self._buckets(network, name, self._device(name, cookies))
+        buckets = self._buckets(network, name, cookies)
         with self._turn(network, name):
             for bucket in buckets:
-                if not self._ask("test", *bucket):
-                    raise self._refusal(bucket, network)
+                if not self._count("test", *bucket):
+                    reset = self._count("get_window_stats", *bucket).reset_time
+                    first = self._count("hit", _TOLD, network)
+                    raise TooManyFailures(max(reset - time.time(), 1.0), first)
             try:
                 yield
             except Unauthorized:
                 for bucket in buckets:
-                    self._ask("hit", *bucket)
+                    self._count("hit", *bucket)
                 raise
-            self._ask("clear", *buckets[0])
+            self._count("clear", *buckets[0])
 
-    def device_cookie(self, name: str, device: str | None = None) -> tuple[str, str]:
-        """Name and value of the cookie that tells a device where `name` has logged in."""
+    def device_cookie(self, name: str, device: str = "") -> tuple[str, str]:
+        """Name and value of the cookie that tells a device, by default a new one, where `name` has logged in."""
         device = device or token_hex(16)
         owner = name.encode("utf-8", "surrogatepass")
         return f"device_{mac(self._key, b'name', owner)[:16]}", f"{device}.{mac(self._key, owner, device.encode())}"
 
-    def _device(self, name: str, cookies: Mapping[str, str]) -> str | None:
-        """The device that a valid cookie names."""
-        sent = cookies.get(self.device_cookie(name, "-")[0], "")
-        device = sent.partition(".")[0]
-        expected = self.device_cookie(name, device)[1] if device.isascii() else ""
-        return device if device and compare_digest(sent.encode("utf-8", "replace"), expected.encode()) else None
-
-    def _buckets(self, network: str, name: str, device: str | None) -> list[Bucket]:
+    def _buckets(self, network: str, name: str, cookies: Mapping[str, str]) -> list[tuple[RateLimitItem, str]]:
+        """What counts an attempt: the device that a valid cookie names, else the address and the name."""
         owner = name.encode("utf-8", "surrogatepass")
-        if device is not None:
+        sent = cookies.get(self.device_cookie(name)[0], "")
+        device = sent.partition(".")[0]
+        if sent.isascii() and compare_digest(sent, self.device_cookie(name, device)[1]):
             return [(_DEVICE, mac(self._key, owner, device.encode()))]
         pair = mac(self._key, network.encode(), owner)
         return [(_PAIR, pair), (_NAME, mac(self._key, owner)), (_ADDRESS, mac(self._key, network.encode()))]
-
-    def _refusal(self, bucket: Bucket, network: str) -> TooManyFailures:
-        reset = self._ask("get_window_stats", *bucket).reset_time
-        return TooManyFailures(max(reset - time.time(), 1.0), first=self._ask("hit", _TOLD, network))
 
     @contextmanager
     def _turn(self, network: str, name: str) -> Iterator[None]:
@@ -121,13 +110,10 @@ class LoginGuard:
                 self._held += Counter()  # drops the zeros
                 self._changed.notify_all()
 
-    def _ask(self, operation: str, item: RateLimitItem, who: str) -> Any:
-        if self._shared and time.monotonic() >= self._resting:
-            try:
-                return getattr(self._shared, operation)(item, who)
-            except (StorageError, OSError, ValueError):  # what is lost are the failures of the last minutes
-                self._resting = time.monotonic() + _REST
-        return getattr(self._local, operation)(item, who)
+    def _count(self, operation: str, item: RateLimitItem, who: str) -> Any:
+        """What the limiter says. Without Redis, what is lost are the failures of the last minutes."""
+        shared = self._ask(lambda: getattr(self._shared, operation)(item, who), "logins")
+        return getattr(self._local, operation)(item, who) if shared is None else shared
 
 
 def _network(address: str) -> str:

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
-from accounts.tables import api_keys, users
+from accounts.users import api_keys, users
 from db import Database, failures
 
 # (user_id, day since 1970 in UTC, tokens): settled ones, and those that were reserved when the service ended.
 Days = list[tuple[str, int, int]]
+_USERS = "SELECT * FROM users"
+_KEYS = """SELECT id, owner AS user_id, jti_hash, name, scopes, role, created, expires, last_used FROM api_keys
+    WHERE NOT revoked"""
 _DAYS = """SELECT owner, day, sum(tokens) AS tokens FROM
     (SELECT owner, day, tokens FROM days UNION ALL SELECT owner, day, tokens FROM reservations) GROUP BY owner, day"""
 
@@ -28,7 +30,6 @@ def import_old_state(db: Database, path: Path, add_days: Callable[[Connection, D
     if not path.exists():
         return False
     with failures(), closing(sqlite3.connect(path)) as old, db.transaction() as connection:
-        old.row_factory = sqlite3.Row
         if connection.execute(select(users.c.id).limit(1)).first() is None:
             add_days(connection, _copy(old, connection))
     for suffix in ("", "-wal", "-shm"):
@@ -38,21 +39,13 @@ def import_old_state(db: Database, path: Path, add_days: Callable[[Connection, D
 
 
 def _copy(old: sqlite3.Connection, connection: Connection) -> Days:
-    has_limits = old.execute("PRAGMA user_version").fetchone()[0] >= 2
-    accounts = [
-        dict(row, id=token_hex(16), disabled=bool(row["disabled"])) for row in old.execute("SELECT * FROM users")
-    ]
+    old.row_factory = sqlite3.Row
+    accounts = [{**row, "id": token_hex(16), "disabled": bool(row["disabled"])} for row in old.execute(_USERS)]
     ids = {account["name"]: account["id"] for account in accounts}
-    living = old.execute("SELECT * FROM api_keys WHERE NOT revoked").fetchall()
-    keys = [_key(row, ids[row["owner"]]) for row in living if row["owner"] in ids]
-    if accounts:
-        connection.execute(insert(users), accounts)
-    if keys:
-        connection.execute(insert(api_keys), keys)
-    days = old.execute(_DAYS).fetchall() if has_limits else []
+    keys = [{**row, "user_id": ids[row["user_id"]]} for row in old.execute(_KEYS) if row["user_id"] in ids]
+    for table, rows in ((users, accounts), (api_keys, keys)):
+        if rows:
+            connection.execute(insert(table), rows)
+    has_limits = old.execute("PRAGMA user_version").fetchone()[0] >= 2
+    days = old.execute(_DAYS) if has_limits else ()
     return [(ids[owner], day, tokens) for owner, day, tokens in days if owner in ids]
-
-
-def _key(row: sqlite3.Row, user_id: str) -> dict[str, Any]:
-    columns = {name: row[name] for name in row.keys() if name not in ("owner", "revoked")}  # noqa: SIM118
-    return {**columns, "user_id": user_id}

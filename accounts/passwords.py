@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 
 from argon2 import PasswordHasher
@@ -14,19 +14,15 @@ from errors import InvalidRequest
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
 
 _READABLE = "abcdefghjkmnpqrstuvwxyz23456789"  # without i, l, o, 0, 1
-_COMMON = Path(__file__).parent / "common_passwords.txt"
-
-
-class WeakPassword(InvalidRequest):
-    code = "weak_password"
+_COMMON = frozenset((Path(__file__).parent / "common_passwords.txt").read_text().split())
 
 
 class Passwords:
-    """Argon2id with RFC 9106's second recommendation: 64 MiB a hash, so at most `at_once` run together."""
+    """Argon2id with RFC 9106's second recommendation: 64 MiB a hash, so at most two run together."""
 
-    def __init__(self, hasher: PasswordHasher | None = None, at_once: int = 2) -> None:
+    def __init__(self, hasher: PasswordHasher | None = None) -> None:
         self._hasher = hasher or PasswordHasher()
-        self._running = threading.BoundedSemaphore(at_once)
+        self._running = threading.BoundedSemaphore(2)
         self._unknown = self.hash(secrets.token_urlsafe(32))
 
     def hash(self, password: str) -> str:
@@ -39,31 +35,25 @@ class Passwords:
 
         Costs one Argon2 verification either way, so that the time taken does not tell which names exist.
         """
-        with self._running:
-            try:
-                matches = self._hasher.verify(self._unknown if stored is None else stored, _encoded(password))
-            except (VerificationError, ValueError):  # another password, or a damaged hash
-                return False
-        return matches and stored is not None
+        with self._running, suppress(VerificationError, ValueError):  # another password, or a damaged hash
+            return self._hasher.verify(stored or self._unknown, _encoded(password)) and stored is not None
+        return False
 
 
-def check_strength(password: str, name: str, param: str = "password") -> None:
-    """Raise WeakPassword for one that is too short or long, or that a guesser tries first (NIST SP 800-63B)."""
+def check_strength(password: str, name: str) -> None:
+    """Raise InvalidRequest for one that is too short or long, or that a guesser tries first (NIST SP 800-63B)."""
     if not PASSWORD_SHORTEST <= len(password) <= PASSWORD_LONGEST:
-        raise WeakPassword(f"A password has {PASSWORD_SHORTEST} to {PASSWORD_LONGEST} characters.", param=param)
+        words = f"A password has {PASSWORD_SHORTEST} to {PASSWORD_LONGEST} characters."
+        raise InvalidRequest(words, code="weak_password", param="password")
     plain = password.strip().casefold()
-    if len(set(plain)) < 2 or plain == name.casefold() or plain in _common():
-        raise WeakPassword("This password is among the first that a guesser tries: choose another one.", param=param)
+    if len(set(plain)) < 2 or plain == name.casefold() or plain in _COMMON:
+        words = "This password is among the first that a guesser tries: choose another one."
+        raise InvalidRequest(words, code="weak_password", param="password")
 
 
 def generate() -> str:
     """A random password of 99 bits that can be read aloud: four groups of five letters and digits."""
     return "-".join("".join(secrets.choice(_READABLE) for _ in range(5)) for _ in range(4))
-
-
-@cache
-def _common() -> frozenset[str]:
-    return frozenset(_COMMON.read_text().split())
 
 
 def _encoded(password: str) -> bytes:

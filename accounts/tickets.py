@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Callable
-from dataclasses import dataclass
 from secrets import token_urlsafe
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-from redis import Redis, RedisError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from redis import Redis
 
 from crypto import Encryptor
 from errors import RateLimited, TooLarge
 
-Reply = TypeVar("Reply")
-
 MAX_BYTES = 64 << 10  # of one ticket: a prompt of about 15,000 tokens; longer ones are for POST /stream
 MAX_TICKETS = 16  # of one user, at the same time
 _MAX_MEMORY = 64 << 20  # bytes of all tickets here; in Redis its own maxmemory bounds them
-_REST = 5.0  # seconds without Redis after a fault
 _TTL = 60  # seconds after which Redis forgets a ticket in any case
 
 
-@dataclass(frozen=True, slots=True)
-class _Ticket:
+class _Ticket(NamedTuple):
     user_id: str
-    sealed: bytes
     expires: float
+    sealed: bytes
 
 
 class Tickets:
-    """A ticket is kept in Redis when there is a `redis_url` and it answers, so that replicas share it; else in memory.
+    """Tickets are kept in Redis while it answers, so that replicas share them; else in memory.
 
-    Raises ValueError for a malformed URL.
+    shared: a client, and RedisLink.ask, which returns None for a command that Redis does not answer.
     """
 
-    def __init__(self, encryptor: Encryptor, redis_url: str | None = None) -> None:
-        self._encryptor = encryptor
+    def __init__(self, encryptor: Encryptor, shared: tuple[Redis, Callable[..., Any]] | None = None) -> None:
+        self._encryptor, self._shared = encryptor, shared
         self._kept: dict[str, _Ticket] = {}
         self._lock = threading.Lock()
-        self._resting = 0.0
-        options: Any = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2, "retry": Retry(NoBackoff(), 1)}
-        self._redis = Redis.from_url(redis_url, **options) if redis_url else None
 
     def put(self, user_id: str, content: bytes, expires: float) -> str:
         """The ticket for `content`, good once until `expires` (Unix seconds). Raises TooLarge, RateLimited."""
@@ -55,8 +43,8 @@ class Tickets:
             raise TooLarge(f"A ticket holds at most {MAX_BYTES >> 10} KiB: send longer requests to POST /stream.")
         ticket = token_urlsafe(32)
         name = _name(ticket)
-        made = _Ticket(user_id, self._encryptor.seal(content, name.encode()), expires)
-        kept = self._ask(lambda client: _put_in_redis(client, name, made, time.time()))
+        made = _Ticket(user_id, expires, self._encryptor.seal(content, name.encode()))
+        kept = self._ask(_put_in_redis, name, made)
         if kept is None:
             kept = self._put_in_memory(name, made)
         if not kept:
@@ -68,7 +56,7 @@ class Tickets:
         name = _name(ticket)
         with self._lock:
             found = self._kept.pop(name, None)
-        found = found or self._ask(lambda client: _take_from_redis(client, name))
+        found = found or self._ask(_take_from_redis, name)
         if found is None or found.expires <= time.time():
             return None
         return self._encryptor.open(found.sealed, name.encode())
@@ -83,25 +71,20 @@ class Tickets:
             self._kept[name] = made
             return True
 
-    def _ask(self, command: Callable[[Redis], Reply]) -> Reply | None:
-        """What Redis replies; None when there is none, or it does not answer."""
-        if self._redis is None or time.monotonic() < self._resting:
+    def _ask(self, command: Callable[..., Any], *values: object) -> Any:
+        if self._shared is None:
             return None
-        try:
-            return command(self._redis)
-        except (RedisError, OSError, ValueError, TypeError):
-            self._resting = time.monotonic() + _REST
-            return None
+        client, ask = self._shared
+        return ask(lambda: command(client, *values), "ticket")
 
 
-def _put_in_redis(client: Redis, name: str, made: _Ticket, now: float) -> bool:
+def _put_in_redis(client: Redis, name: str, made: _Ticket) -> bool:
     mine = f"tickets:{made.user_id}"
-    client.zremrangebyscore(mine, 0, now)
+    client.zremrangebyscore(mine, 0, time.time())
     if client.zcard(mine) >= MAX_TICKETS:
         return False
-    value = json.dumps([made.user_id, b64encode(made.sealed).decode(), made.expires])
     with client.pipeline() as all_or_none:
-        all_or_none.set(f"ticket:{name}", value, ex=_TTL)
+        all_or_none.set(f"ticket:{name}", f"{made.user_id} {made.expires} ".encode() + made.sealed, ex=_TTL)
         all_or_none.zadd(mine, {name: made.expires})
         all_or_none.expire(mine, _TTL)
         all_or_none.execute()
@@ -112,9 +95,9 @@ def _take_from_redis(client: Redis, name: str) -> _Ticket | None:
     value: Any = client.getdel(f"ticket:{name}")
     if value is None:
         return None
-    user_id, sealed, expires = json.loads(value)
-    client.zrem(f"tickets:{user_id}", name)
-    return _Ticket(user_id, b64decode(sealed), expires)
+    user_id, expires, sealed = bytes.split(value, b" ", 2)
+    client.zrem(f"tickets:{user_id.decode()}", name)
+    return _Ticket(user_id.decode(), float(expires), sealed)
 
 
 def _name(ticket: str) -> str:

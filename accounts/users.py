@@ -1,25 +1,61 @@
-"""Accounts by name: added, looked up, changed and removed."""
+"""Accounts by name: added, looked up, changed and removed; and the tables of all that belongs to one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from secrets import token_hex
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from accounts.roles import Role
-from accounts.tables import api_keys, sessions, users
-from db import Database
+from db import Database, metadata
 from errors import Conflict, InvalidRequest, NotFound
 
 # ASCII only: no letter of another alphabet can pass for one of these, and no control character gets in.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
-_NAME = re.compile(NAME)
+
+# migrations/versions/ makes the tables; times are Unix seconds.
+users = sa.Table(
+    "users",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),  # random: the next account of a name inherits nothing
+    sa.Column("name", sa.String(64), nullable=False, unique=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("password_hash", sa.Text, nullable=False),
+    sa.Column("disabled", sa.Boolean, nullable=False, default=False),
+    # The user's own limits; NULL is what the role has.
+    sa.Column("streams", sa.Integer),
+    sa.Column("rpm", sa.Integer),
+    sa.Column("tokens_per_day", sa.BigInteger),
+)
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("user_id", sa.String(32), sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("refresh", sa.String(32), nullable=False),  # the jti of the one refresh token that is good
+    sa.Column("expires", sa.Double, nullable=False, index=True),
+    sa.Column("ends", sa.Double, nullable=False),  # no refresh prolongs the session beyond this
+)
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("user_id", sa.String(32), sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("jti_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("scopes", sa.String(256), nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("created", sa.Double, nullable=False),
+    sa.Column("expires", sa.Double, nullable=False, index=True),
+    sa.Column("last_used", sa.Double),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,47 +82,21 @@ class User:
     limits: UserLimits = _AS_THE_ROLE
 
 
-class Changes(TypedDict, total=False):
-    """The columns of an account that may change."""
-
-    password_hash: str
-    role: str
-    disabled: bool
-    streams: int | None
-    rpm: int | None
-    tokens_per_day: int | None
-
-
-class UserExists(Conflict):
-    def __init__(self) -> None:
-        super().__init__("The user name is taken.", param="username")
-
-
-class UnknownUser(NotFound):
-    def __init__(self) -> None:
-        super().__init__("No such user.", param="name")
-
-
-class LastOfRole(Conflict):
-    """The change would take away the last active admin or auditor."""
-
-
 _BY_NAME = select(users).where(users.c.name == bindparam("name"))
-_PAGE = select(users).where(users.c.name > bindparam("after")).order_by(users.c.name).limit(bindparam("count"))
 # PostgreSQL locks these rows, so that two admins cannot remove each other at the same moment.
-_KEPT_ROLES = select(users.c.role).where(users.c.role.in_((Role.ADMIN, Role.AUDITOR)), ~users.c.disabled)
-_KEPT_ROLES = _KEPT_ROLES.with_for_update()
+_KEPT = users.c.role.in_((Role.ADMIN, Role.AUDITOR)) & ~users.c.disabled
+_KEPT_ROLES = select(users.c.role).where(_KEPT).with_for_update()
 
 
 class Users:
-    """The accounts in a database. Changing a missing one raises UnknownUser; anything may raise StoreUnavailable."""
+    """The accounts in a database. Changing a missing one raises NotFound; anything may raise StoreUnavailable."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
     def add(self, name: str, role: str, password_hash: str, limits: UserLimits = _AS_THE_ROLE) -> User:
-        """Make an account. Raises InvalidRequest for an impossible name, UserExists for a taken one."""
-        if not _NAME.fullmatch(name):
+        """Make an account. Raises InvalidRequest for an impossible name, Conflict for a taken one."""
+        if not re.fullmatch(NAME, name):
             words = "A user name is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter or a digit."
             raise InvalidRequest(words, param="username")
         user = User(token_hex(16), name, role, password_hash, limits=limits)
@@ -95,36 +105,41 @@ class Users:
             try:
                 connection.execute(insert(users), columns)
             except IntegrityError:
-                raise UserExists from None
+                raise Conflict("The user name is taken.", param="username") from None
         return user
 
     def get(self, name: str) -> User | None:
-        """The account, or None: also for a name that no account can have."""
-        if not _NAME.fullmatch(name):
-            return None
+        """The account; None where there is none of this name."""
+        with suppress(NotFound):
+            return self.require(name)
+        return None
+
+    def require(self, name: str) -> User:
+        """The account. Raises NotFound."""
         with self._db.reading() as connection:
             return _find(connection, name)
 
     def page(self, after: str = "", count: int = 100) -> list[User]:
         """The accounts whose names follow `after`, in order of their names."""
+        names = select(users).where(users.c.name > after).order_by(users.c.name).limit(count)
         with self._db.reading() as connection:
-            return [_user(row) for row in connection.execute(_PAGE, {"after": after, "count": count})]
+            return [_user(row) for row in connection.execute(names)]
 
     def count(self) -> int:
         with self._db.reading() as connection:
             return int(connection.scalar(select(func.count()).select_from(users)) or 0)
 
-    def change(self, name: str, **columns: Unpack[Changes]) -> User:
-        """Change some columns, all or none. Returns the account as it is then. Raises LastOfRole.
+    def change(self, name: str, **columns: object) -> User:
+        """Change some columns, all or none. Returns the account as it is then.
 
         A new password ends every session. Another role, and being disabled, end the API keys too, and for good: an
-        account that is enabled again starts without them.
+        account that is enabled again starts without them. Raises Conflict for the last admin or auditor.
         """
         with self._keeping_roles() as connection:
-            before = _require(connection, name)
+            before = _find(connection, name)
             if columns:
                 connection.execute(update(users).where(users.c.id == before.id).values(**columns))
-            after = _require(connection, name)
+            after = _find(connection, name)
             rights = after.role != before.role or after.disabled > before.disabled
             if rights or after.password_hash != before.password_hash:
                 connection.execute(delete(sessions).where(sessions.c.user_id == before.id))
@@ -133,9 +148,9 @@ class Users:
         return after
 
     def delete(self, name: str) -> None:
-        """Remove an account with its sessions and keys. Raises LastOfRole."""
+        """Remove an account with its sessions and keys. Raises Conflict for the last admin or auditor."""
         with self._keeping_roles() as connection:
-            connection.execute(delete(users).where(users.c.id == _require(connection, name).id))
+            connection.execute(delete(users).where(users.c.id == _find(connection, name).id))
 
     @contextmanager
     def _keeping_roles(self) -> Iterator[Connection]:
@@ -144,19 +159,14 @@ class Users:
             before = set(connection.scalars(_KEPT_ROLES))
             yield connection
             if lost := before - set(connection.scalars(_KEPT_ROLES)):
-                raise LastOfRole(f"This is the last {lost.pop()}: make another one first.")
+                raise Conflict(f"This is the last {lost.pop()}: make another one first.")
 
 
-def _find(connection: Connection, name: str) -> User | None:
-    row = connection.execute(_BY_NAME, {"name": name}).one_or_none()
-    return None if row is None else _user(row)
-
-
-def _require(connection: Connection, name: str) -> User:
-    user = _find(connection, name)
-    if user is None:
-        raise UnknownUser
-    return user
+def _find(connection: Connection, name: str) -> User:
+    row = re.fullmatch(NAME, name) and connection.execute(_BY_NAME, {"name": name}).one_or_none()
+    if row is None:
+        raise NotFound("No such user.", param="name")
+    return _user(row)
 
 
 def _user(row: Any) -> User:

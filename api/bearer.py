@@ -24,7 +24,6 @@ def register(app: Flask, policy: TokenPolicy) -> None:
     app.config.update(
         JWT_SECRET_KEY=policy.key,
         JWT_ALGORITHM="HS256",
-        JWT_DECODE_ALGORITHMS=["HS256"],
         JWT_TOKEN_LOCATION=["headers"],
         JWT_ENCODE_ISSUER=NAME,
         JWT_DECODE_ISSUER=NAME,
@@ -47,8 +46,7 @@ def register(app: Flask, policy: TokenPolicy) -> None:
 def mint(kind: TokenType, user_id: str, jti: str, expires: float, **claims: object) -> str:
     """A new token, good until `expires` (Unix seconds)."""
     extra = {**claims, "type": kind.value, "jti": jti, "exp": expires}
-    token: str = create_access_token(user_id, additional_claims=extra)
-    return token
+    return str(create_access_token(user_id, additional_claims=extra))
 
 
 def claims(*kinds: TokenType) -> Mapping[str, Any]:
@@ -57,17 +55,12 @@ def claims(*kinds: TokenType) -> Mapping[str, Any]:
     if sent is None or sent.type != "bearer" or not sent.token:
         raise Unauthorized("Send a token: Authorization: Bearer <token>.")
     try:
-        found = _decoded(sent.token)
+        if len(sent.token) > MAX_CHARS:
+            raise InvalidToken("too long")
+        found: Mapping[str, Any] = current_app.extensions[_DECODED](sent.token)
+        services().policy.check(found, time.time())  # a cached one may have expired since
     except (InvalidToken, PyJWTError, JWTExtendedException, ValueError, TypeError, OverflowError, RecursionError):
         raise Unauthorized("The token is not valid.", code="invalid_token") from None
     if found["type"] not in kinds:
         raise Unauthorized("This type of token is not for this address.", code="invalid_token")
-    return found
-
-
-def _decoded(token: str) -> Mapping[str, Any]:
-    if len(token) > MAX_CHARS:
-        raise InvalidToken("too long")
-    found: Mapping[str, Any] = current_app.extensions[_DECODED](token)
-    services().policy.check(found, time.time())  # a cached one may have expired since
     return found

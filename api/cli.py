@@ -19,7 +19,6 @@ from errors import ServiceError
 from quotas.limits import MAX_COUNT, MAX_TOKENS
 from settings import Settings, SettingsError
 
-_PAGE = 1000
 _AS_ROLE = "role"  # the value for a limit that is again what the role has
 
 
@@ -31,11 +30,13 @@ def is_command() -> bool:
 
 def require_service(settings: Settings) -> None:
     """Raise SettingsError unless a service has run with this DATA_DIR."""
-    folder, given = settings.data_dir, (settings.jwt_secret_file, settings.key_file, settings.database_url)
-    names = (("secret",), ("keys",), ("service.sqlite3", "state.sqlite3"))
-    if not all(
-        value or any((folder / name).exists() for name in each) for value, each in zip(given, names, strict=True)
-    ):
+    folder = settings.data_dir
+    found = (
+        settings.jwt_secret_file or (folder / "secret").exists(),
+        settings.key_file or (folder / "keys").exists(),
+        settings.database_url or any((folder / name).exists() for name in ("service.sqlite3", "state.sqlite3")),
+    )
+    if not all(found):
         raise SettingsError(f"DATA_DIR: no service has run with {folder.absolute()} (for example /var/lib/flask-llm)")
 
 
@@ -60,7 +61,7 @@ ask_option = click.option("--ask", is_flag=True, help="Ask for the password (or 
 def show() -> None:
     """All accounts, one JSON object a line."""
     after = ""
-    while page := services().users.page(after, _PAGE):
+    while page := services().users.page(after):
         for user in page:
             own = {limit: number for limit, number in asdict(user.limits).items() if number is not None}
             click.echo(json.dumps({"username": user.name, "role": user.role, "disabled": user.disabled, **own}))
@@ -73,9 +74,9 @@ def show() -> None:
 @ask_option
 def add(name: str, role: str, ask: bool) -> None:
     """Add an account."""
-    password = _password(ask)
+    password, words = _password(ask)
     accounts.add(None, name, role, password, UserLimits())
-    click.echo(f"Added {name} ({role})." + _shown(password, ask))
+    click.echo(f"Added {name} ({role}).{words}")
 
 
 @users.command("password")
@@ -83,9 +84,8 @@ def add(name: str, role: str, ask: bool) -> None:
 @ask_option
 def set_password(name: str, ask: bool) -> None:
     """Give an account another password, which ends its sessions. For a lost one too: no service needs to run."""
-    password = _password(ask)
-    accounts.change(None, name, password)
-    click.echo(f"Changed {name}." + _shown(password, ask))
+    password, words = _password(ask)
+    _change(name, words, password=password)
 
 
 @users.command("role")
@@ -118,16 +118,14 @@ def delete(name: str) -> None:
     click.echo(f"Removed {name}.")
 
 
-class _Limit(click.ParamType[int | str, Any]):
+class _Limit(click.IntRange):
     """A number, or the word for the role's."""
 
-    name = f"NUMBER|{_AS_ROLE}"
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"NUMBER|{_AS_ROLE}"
 
-    def __init__(self, least: int, most: int) -> None:
-        self._range = click.IntRange(least, most)
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        return _AS_ROLE if value == _AS_ROLE else self._range.convert(value, parameter, context)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == _AS_ROLE else super().convert(value, param, ctx)
 
 
 @users.command()
@@ -137,10 +135,12 @@ class _Limit(click.ParamType[int | str, Any]):
 @click.option("--tokens-per-day", type=_Limit(0, MAX_TOKENS), help="Prompts and answers together; 0: no limit.")
 def limits(name: str, **wanted: int | str | None) -> None:
     """Show an account's limits, or give it limits of its own, or its role's again."""
-    columns = {limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None}
+    columns: dict[str, Any] = {
+        limit: None if value == _AS_ROLE else value for limit, value in wanted.items() if value is not None
+    }
     if columns:
         _change(name, **columns)
-    user = accounts.get(name)
+    user = services().users.require(name)
     click.echo(json.dumps(asdict(services().limits.of(user.role, **asdict(user.limits)))))
 
 
@@ -150,21 +150,19 @@ def limits(name: str, **wanted: int | str | None) -> None:
 @click.option("--days", type=click.IntRange(1, 366), default=90, show_default=True)
 def add_key(owner: str, name: str, days: int) -> None:
     """Add an API key and print its token, which is not shown again."""
-    click.echo(accounts.add_key(None, accounts.get(owner), name[:64], days)[1])
+    click.echo(accounts.add_key(None, services().users.require(owner), name[:64], days)[1])
 
 
-def _change(name: str, **columns: Any) -> None:
-    accounts.change(None, name, None, **columns)
-    click.echo(f"Changed {name}.")
+def _change(name: str, words: str = "", **changes: Any) -> None:
+    accounts.change(None, name, **changes)
+    click.echo(f"Changed {name}.{words}")
 
 
-def _password(ask: bool) -> str:
+def _password(ask: bool) -> tuple[str, str]:
+    """A password, and what to say of it."""
     if not ask:
-        return generate()
+        made = generate()
+        return made, f" The password is {made} (it is not shown again)."
     if sys.stdin.isatty():
-        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
-    return sys.stdin.readline().rstrip("\n")
-
-
-def _shown(password: str, asked: bool) -> str:
-    return "" if asked else f" The password is {password} (it is not shown again)."
+        return click.prompt("Password", hide_input=True, confirmation_prompt=True), ""
+    return sys.stdin.readline().rstrip("\n"), ""

@@ -18,7 +18,7 @@ SECONDS = 60
 def issue(body: GenerateBody) -> str:
     """A ticket for `body` in the name of the caller; it dies with the caller's token. Raises TooLarge, RateLimited."""
     caller = principal()
-    content = json.dumps({"caller": asdict(caller), "body": body.model_dump(exclude_unset=True)})
+    content = json.dumps([asdict(caller), body.model_dump(exclude_unset=True)])
     return services().tickets.put(caller.user_id, content.encode(), min(time.time() + SECONDS, caller.expires))
 
 
@@ -27,6 +27,6 @@ def redeem(ticket: str) -> GenerateBody | None:
     content = services().tickets.take(ticket)
     if content is None:
         return None
-    kept = json.loads(content)
-    enter_as(Principal(**{**kept["caller"], "limits": UserLimits(**kept["caller"]["limits"])}))
-    return GenerateBody.model_validate(kept["body"])
+    caller, body = json.loads(content)
+    enter_as(Principal(**{**caller, "limits": UserLimits(**caller["limits"])}))
+    return GenerateBody.model_validate(body)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from accounts.passwords import generate
-from accounts.roles import Permission, Role
-from accounts.users import User
+from accounts.roles import Permission
+from accounts.users import User, UserLimits
 from api import accounts
 from api.context import services
 from api.errors import ErrorBody
@@ -31,31 +32,30 @@ blueprint = APIBlueprint(
 def list_users(query: schemas.UsersQuery) -> Reply:
     """A page of accounts, by name."""
     page = services().users.page(query.after, query.limit)
-    return schemas.UsersOut(users=[_shown(user) for user in page]).model_dump(mode="json")
+    return {"users": [_shown(user) for user in page]}
 
 
 @blueprint.post("/admin/users", responses={201: schemas.NewUserOut})
 @needs(Permission.MANAGE_USERS)
 def add_user(body: schemas.UserBody) -> Reply:
     """A new account; without a password in the request, one is made up and shown this once."""
-    made = None if body.password else generate()
-    user = accounts.add(principal(), body.username, body.role, body.password or made or "", body.own_limits())
-    return schemas.NewUserOut(**_shown(user).model_dump(), password=made).model_dump(mode="json"), 201
+    password, limits = body.password or generate(), UserLimits(**body.limits.model_dump())
+    user = accounts.add(principal(), body.username, body.role, password, limits)
+    return {**_shown(user), "password": None if body.password else password}, 201
 
 
 @blueprint.get("/admin/users/<name>", responses={200: schemas.UserOut})
 @needs(Permission.MANAGE_USERS)
 def get_user(path: schemas.UserPath) -> Reply:
     """One account."""
-    return _shown(accounts.get(path.name)).model_dump(mode="json")
+    return _shown(services().users.require(path.name))
 
 
 @blueprint.patch("/admin/users/<name>", responses={200: schemas.UserOut})
 @needs(Permission.MANAGE_USERS)
 def change_user(path: schemas.UserPath, body: schemas.UserChangeBody) -> Reply:
     """Change an account. A new password ends its sessions; a new role or being disabled ends its API keys too."""
-    user = accounts.change(principal(), path.name, body.password, **body.columns())
-    return _shown(user).model_dump(mode="json")
+    return _shown(accounts.change(principal(), path.name, body.password, **body.columns()))
 
 
 @blueprint.delete("/admin/users/<name>", responses={204: None})
@@ -66,13 +66,12 @@ def drop_user(path: schemas.UserPath) -> Reply:
     return Response(status=204)
 
 
-def _shown(user: User) -> schemas.UserOut:
-    found = services()
-    return schemas.UserOut(
-        username=user.name,
-        role=Role(user.role),
-        disabled=user.disabled,
-        own_limits=schemas.LimitsBody(**asdict(user.limits)),
-        limits=schemas.LimitsOut(**asdict(found.limits.of(user.role, **asdict(user.limits)))),
-        tokens_today=found.usage.tokens_today(user.id),
-    )
+def _shown(user: User) -> dict[str, Any]:
+    return {
+        "username": user.name,
+        "role": user.role,
+        "disabled": user.disabled,
+        "own_limits": asdict(user.limits),
+        "limits": asdict(services().limits.of(user.role, **asdict(user.limits))),
+        "tokens_today": services().usage.tokens_today(user.id),
+    }

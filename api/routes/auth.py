@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from secrets import token_hex
 
@@ -20,13 +19,12 @@ from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
 from api.metering import allow, count_request
-from api.middleware import SECURED, Reply, needs, principal, public
-from api.schemas.accounts import PasswordBody
-from api.schemas.native import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
+from api.middleware import SECURED, Reply, host_name, is_loopback, needs, principal, public
+from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
+from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
 
 _DEVICE_AGE = 180 * 86_400  # seconds
-_LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 blueprint = APIBlueprint(
     "auth",
@@ -49,17 +47,14 @@ def login(body: LoginBody) -> Reply:
 @public  # it asks for a refresh token instead
 def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
-    claims, now = bearer.claims(TokenType.REFRESH), time.time()
-    caller = services().credentials.find(claims, now)
-    if caller is None:
-        raise _void()
-    allow(caller)
-    count_request(caller.user_id)
-    session = services().credentials.rotate(claims["sid"], claims["jti"], now)
-    if session is None:
-        raise _void()
-    current().user, current().user_id = caller.name, caller.user_id
-    return _tokens(caller.user_id, session)
+    claims, credentials = bearer.claims(TokenType.REFRESH), services().credentials
+    if caller := credentials.find(claims, time.time()):
+        allow(caller)
+        count_request(caller.user_id)
+        if session := credentials.rotate(claims["sid"], claims["jti"], time.time()):
+            current().user, current().user_id = caller.name, caller.user_id
+            return _tokens(caller.user_id, session)
+    raise Unauthorized("The token is no longer valid.", code="invalid_token")
 
 
 @blueprint.post("/logout", security=SECURED, responses={204: None})
@@ -85,7 +80,7 @@ def change_password(body: PasswordBody) -> Reply:
 def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
     key, token = accounts.add_key(principal(), principal(), body.name, body.expires_in_days)
-    return NewKeyOut(**_shown(key).model_dump(), key=token).model_dump(), 201
+    return {**_shown(key), "key": token}, 201
 
 
 @blueprint.get("/keys", security=SECURED, responses={200: KeysOut})
@@ -93,7 +88,7 @@ def add_key(body: KeyBody) -> Reply:
 def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
     keys = services().credentials.keys(principal().user_id, time.time())
-    return KeysOut(keys=[_shown(key) for key in keys]).model_dump()
+    return {"keys": [_shown(key) for key in keys]}
 
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
@@ -108,9 +103,9 @@ def drop_key(path: IdPath) -> Reply:
 
 def _authenticate(name: str, password: str) -> User:
     """The account of these credentials. Raises Unauthorized, and TooManyFailures after some wrong ones."""
-    found, address = services(), request.remote_addr or ""
+    found = services()
     try:
-        with found.guard.attempt(address, name, request.cookies):
+        with found.guard.attempt(request.remote_addr or "", name, request.cookies):
             user = found.users.get(name)
             right = found.passwords.verify(user.password_hash if user else None, password)
             if user is None or not right or user.disabled:
@@ -130,10 +125,9 @@ def _signed_in(user: User) -> Response:
         raise Unauthorized("Wrong user name or password.", code="wrong_credentials")
     current().user, current().user_id = user.name, user.id
     response = jsonify(_tokens(user.id, session))
-    name, value = services().guard.device_cookie(user.name)
-    secure = not _LOOPBACK.fullmatch(request.host)
-    path = request.script_root + "/"
-    response.set_cookie(name, value, _DEVICE_AGE, path=path, secure=secure, httponly=True, samesite="Strict")
+    cookie, path = services().guard.device_cookie(user.name), request.script_root + "/"
+    secure = not is_loopback(host_name(request.host))
+    response.set_cookie(*cookie, _DEVICE_AGE, path=path, secure=secure, httponly=True, samesite="Strict")
     return response
 
 
@@ -144,9 +138,5 @@ def _tokens(user_id: str, session: Session) -> dict[str, object]:
     return TokensOut(access_token=access, refresh_token=renewal, expires_in=seconds).model_dump()
 
 
-def _void() -> Unauthorized:
-    return Unauthorized("The token is no longer valid.", code="invalid_token")
-
-
-def _shown(key: ApiKey) -> KeyOut:
-    return KeyOut(id=key.id, name=key.name, created_at=key.created, expires_at=key.expires)
+def _shown(key: ApiKey) -> dict[str, object]:
+    return {"id": key.id, "name": key.name, "created_at": key.created, "expires_at": key.expires}

@@ -1,22 +1,58 @@
-"""The JSON of accounts, as pydantic models."""
+"""The JSON of logins, tokens, API keys and accounts, as pydantic models."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from accounts.roles import Role
-from accounts.users import NAME, Changes, UserLimits
+from accounts.users import NAME, UserLimits
 from api.schemas.native import WHOLE, Strict
-from quotas.limits import MAX_COUNT, MAX_TOKENS
+from quotas.limits import MAX_COUNT, MAX_TOKENS, Limits
 from settings import PASSWORD_LONGEST, PASSWORD_SHORTEST
 
-UserName = Annotated[str, Field(pattern=f"^{NAME}$", examples=["ann"])]
 NewPassword = Annotated[str, Field(min_length=PASSWORD_SHORTEST, max_length=PASSWORD_LONGEST)]
 Wanted = Annotated[Role, Field(strict=False)]  # JSON knows no enum, only its word
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE]
 Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS), WHOLE]
+
+
+class LoginBody(Strict):
+    username: str = Field(min_length=1, max_length=256)
+    password: str = Field(min_length=1, max_length=1024)
+
+
+class TokensOut(BaseModel):
+    access_token: str
+    refresh_token: str
+    token_type: Literal["Bearer"] = "Bearer"
+    expires_in: int
+
+
+class PasswordBody(Strict):
+    current_password: str = Field(min_length=1, max_length=PASSWORD_LONGEST)
+    new_password: NewPassword
+
+
+class KeyBody(Strict):
+    name: str = Field(min_length=1, max_length=64)
+    expires_in_days: Annotated[int, Field(ge=1, le=366), WHOLE] = 90
+
+
+class KeyOut(BaseModel):
+    id: str
+    name: str
+    created_at: float
+    expires_at: float
+
+
+class NewKeyOut(KeyOut):
+    key: str = Field(description="Shown this once.")
+
+
+class KeysOut(BaseModel):
+    keys: list[KeyOut]
 
 
 class LimitsBody(Strict):
@@ -28,13 +64,10 @@ class LimitsBody(Strict):
 
 
 class UserBody(Strict):
-    username: UserName
+    username: str = Field(pattern=f"^{NAME}$", examples=["ann"])
     role: Wanted = Role.USER
     password: NewPassword | None = Field(None, description="Made up, and shown once, where there is none.")
-    limits: LimitsBody = Field(default_factory=LimitsBody)
-
-    def own_limits(self) -> UserLimits:
-        return UserLimits(self.limits.streams, self.limits.rpm, self.limits.tokens_per_day)
+    limits: LimitsBody = LimitsBody()
 
 
 class UserChangeBody(Strict):
@@ -43,19 +76,12 @@ class UserChangeBody(Strict):
     role: Wanted | None = None
     password: NewPassword | None = None
     disabled: bool | None = None
-    limits: LimitsBody = Field(default_factory=LimitsBody)
+    limits: LimitsBody = LimitsBody()
 
-    def columns(self) -> Changes:
+    def columns(self) -> dict[str, Any]:
         """Of the limits those that were named, also with null: what is null elsewhere stays."""
-        changes: Changes = {}
-        changes.update(self.limits.model_dump(exclude_unset=True))  # type: ignore[typeddict-item]
-        changes.update(self.model_dump(include={"role", "disabled"}, exclude_none=True))  # type: ignore[typeddict-item]
-        return changes
-
-
-class PasswordBody(Strict):
-    current_password: str = Field(min_length=1, max_length=PASSWORD_LONGEST)
-    new_password: NewPassword
+        named = self.model_dump(include={"role", "disabled"}, exclude_none=True)
+        return {**named, **self.limits.model_dump(exclude_unset=True)}
 
 
 class UserPath(BaseModel):
@@ -69,18 +95,12 @@ class UsersQuery(BaseModel):
     limit: int = Field(100, ge=1, le=1000)
 
 
-class LimitsOut(BaseModel):
-    streams: int
-    rpm: int
-    tokens_per_day: int
-
-
 class UserOut(BaseModel):
     username: str
     role: Role
     disabled: bool
-    own_limits: LimitsBody
-    limits: LimitsOut = Field(description="What holds: the user's own, else the role's, else everybody's.")
+    own_limits: UserLimits
+    limits: Limits = Field(description="What holds: the user's own, else the role's, else everybody's.")
     tokens_today: int = Field(description="Prompts and answers of the generations that ended today (UTC).")
 
 

@@ -81,16 +81,6 @@ class GenerateBody(Strict):
         return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
 
 
-class LoginBody(Strict):
-    username: str = Field(min_length=1, max_length=256)
-    password: str = Field(min_length=1, max_length=1024)
-
-
-class KeyBody(Strict):
-    name: str = Field(min_length=1, max_length=64)
-    expires_in_days: Annotated[int, Field(ge=1, le=366), WHOLE] = 90
-
-
 class IdPath(BaseModel):
     id: str = Field(min_length=1, max_length=128)
 
@@ -105,28 +95,6 @@ class FilePath(BaseModel):
 
 class TicketQuery(BaseModel):
     ticket: str = Field(min_length=1, max_length=256)
-
-
-class TokensOut(BaseModel):
-    access_token: str
-    refresh_token: str
-    token_type: Literal["Bearer"] = "Bearer"
-    expires_in: int
-
-
-class KeyOut(BaseModel):
-    id: str
-    name: str
-    created_at: float
-    expires_at: float
-
-
-class NewKeyOut(KeyOut):
-    key: str = Field(description="Shown this once.")
-
-
-class KeysOut(BaseModel):
-    keys: list[KeyOut]
 
 
 class TicketOut(BaseModel):

@@ -14,8 +14,7 @@ from sqlalchemy import event, func, select
 
 from accounts import credentials as module
 from accounts.credentials import ApiKey, Credentials, Principal, Session
-from accounts.tables import api_keys, sessions
-from accounts.users import User, UserLimits, Users
+from accounts.users import User, UserLimits, Users, api_keys, sessions
 from db import Database
 from errors import InvalidRequest, StoreUnavailable
 
@@ -42,7 +41,7 @@ def new_key(
     credentials: Credentials, user: User, scopes: tuple[str, ...] = (), expires: float = NOW + 1000, now: float = NOW
 ) -> tuple[ApiKey, str]:
     key = ApiKey(token_hex(8), "laptop", now, expires)
-    return key, credentials.add_key(user, key, scopes)
+    return key, credentials.add_key(user.id, user.role, key, scopes)
 
 
 def access(user: User, session: Session | None, **changes: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import redis
 
 from accounts import guard as module
 from accounts.guard import LoginGuard, TooManyFailures
+from cache.redis_cache import RedisLink
 from errors import Overloaded, Unauthorized
 from tests.faults import FaultProxy
 
@@ -36,12 +37,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(params=["memory", "redis"])
 def guard(request: pytest.FixtureRequest) -> LoginGuard:
-    url = None
     if request.param == "redis":
         url = request.getfixturevalue("redis_url")
         with redis.Redis.from_url(url) as client:
             client.flushall()
-    return LoginGuard(b"key", 16, url)
+        return sharing(url)
+    return LoginGuard(b"key", 16)
+
+
+def sharing(url: str) -> LoginGuard:
+    link = RedisLink(url)
+    return LoginGuard(b"key", 16, (link.redis.connection_pool, link.ask))
 
 
 def wrong(guard: LoginGuard, address: str, name: str, **cookies: str) -> bool:
@@ -175,14 +181,14 @@ def test_any_text_can_be_tried_as_a_name(guard: LoginGuard, name: str) -> None:
 def test_replicas_share_what_redis_counts(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
-    guards = [LoginGuard(b"key", 16, redis_url) for _ in range(2)]
+    guards = [sharing(redis_url) for _ in range(2)]
     assert [wrong(guards[number % 2], *ANN) for number in range(6)] == [True] * 5 + [False]
 
 
 def test_without_redis_failures_are_counted_in_memory(redis_url: str) -> None:
     port = int(redis_url.rsplit(":", 1)[1].partition("/")[0])
     with FaultProxy(("127.0.0.1", port)) as proxy:
-        guard = LoginGuard(b"key", 16, f"redis://127.0.0.1:{proxy.port}/0")
+        guard = sharing(f"redis://127.0.0.1:{proxy.port}/0")
         proxy.mode = "refuse"
         assert [wrong(guard, *ANN) for _ in range(6)] == [True] * 5 + [False]
         assert proxy.injected

@@ -10,7 +10,8 @@ import pytest
 from argon2 import PasswordHasher, extract_parameters
 from argon2.profiles import RFC_9106_LOW_MEMORY
 
-from accounts.passwords import Passwords, WeakPassword, check_strength, generate
+from accounts.passwords import Passwords, check_strength, generate
+from errors import InvalidRequest
 
 
 class Recording(PasswordHasher):
@@ -119,9 +120,9 @@ def test_generated_passwords_are_readable_and_never_repeat() -> None:
     ids=ascii,
 )
 def test_weak_passwords_are_refused(password: str) -> None:
-    with pytest.raises(WeakPassword) as refused:
-        check_strength(password, "long.name", param="new_password")
-    assert refused.value.param == "new_password"
+    with pytest.raises(InvalidRequest) as refused:
+        check_strength(password, "long.name")
+    assert (refused.value.code, refused.value.param) == ("weak_password", "password")
 
 
 @pytest.mark.parametrize("password", ["correct horse", "long.name2", "\u5bc6\u7801" * 4, "x" * 1023 + "y", "1234567 a"])

@@ -11,6 +11,7 @@ import redis
 
 from accounts import tickets as module
 from accounts.tickets import MAX_BYTES, MAX_TICKETS, Tickets
+from cache.redis_cache import RedisLink
 from crypto import Encryptor
 from errors import RateLimited, TooLarge
 from tests.faults import Clock, FaultProxy
@@ -34,7 +35,12 @@ def url(redis_url: str) -> str:
 
 @pytest.fixture(params=["memory", "redis"])
 def tickets(request: pytest.FixtureRequest, clock: Clock) -> Tickets:
-    return Tickets(Encryptor(KEY), request.getfixturevalue("url") if request.param == "redis" else None)
+    return sharing(request.getfixturevalue("url")) if request.param == "redis" else Tickets(Encryptor(KEY))
+
+
+def sharing(url: str) -> Tickets:
+    link = RedisLink(url)
+    return Tickets(Encryptor(KEY), (link.redis, link.ask))
 
 
 def test_a_ticket_is_taken_once(tickets: Tickets, clock: Clock) -> None:
@@ -87,7 +93,7 @@ def test_memory_is_bounded_in_all(clock: Clock, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_redis_holds_neither_ticket_nor_content_in_plain_text(url: str, clock: Clock) -> None:
-    made = Tickets(Encryptor(KEY), url).put("ann", b"a private prompt", clock() + 60)
+    made = sharing(url).put("ann", b"a private prompt", clock() + 60)
     with redis.Redis.from_url(url) as client:
         found = {name: client.type(name) for name in client.scan_iter()}
         values = b"".join(client.get(name) for name, kind in found.items() if kind == b"string")
@@ -96,7 +102,7 @@ def test_redis_holds_neither_ticket_nor_content_in_plain_text(url: str, clock: C
 
 
 def test_replicas_share_tickets(url: str, clock: Clock) -> None:
-    one, two = (Tickets(Encryptor(KEY), url) for _ in range(2))
+    one, two = (sharing(url) for _ in range(2))
     made = one.put("ann", b"x", clock() + 60)
     assert two.take(made) == b"x" and one.take(made) is None
 
@@ -105,7 +111,7 @@ def test_replicas_share_tickets(url: str, clock: Clock) -> None:
 def test_without_redis_tickets_are_kept_in_memory(url: str, clock: Clock) -> None:
     port = int(url.rsplit(":", 1)[1].partition("/")[0])
     with FaultProxy(("127.0.0.1", port)) as proxy:
-        tickets = Tickets(Encryptor(KEY), f"redis://127.0.0.1:{proxy.port}/0")
+        tickets = sharing(f"redis://127.0.0.1:{proxy.port}/0")
         proxy.mode = "refuse"
         made = tickets.put("ann", b"x", clock() + 60)
         assert proxy.injected and tickets.take(made) == b"x"

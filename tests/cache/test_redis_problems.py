@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import redis
 from structlog.testing import capture_logs
 
+from accounts.guard import LoginGuard
+from accounts.tickets import Tickets
 from cache.redis_cache import Breaker, RedisCache, RedisLink
+from crypto import Encryptor
+from errors import Unauthorized
 from ops.stack import free_port
 from quotas.limits import RequestRate
 from tests.conftest import program
@@ -152,6 +157,13 @@ def test_the_acl_of_make_secrets_allows_all_that_is_asked(serve: Serve, connect:
     assert link.ask(link.redis.ping)
     cache.put("k", b"value", 60)
     assert rate.hit("ann", 2).left == 1 and cache.get("k") == b"value" and link.problem() is None
+    guard = LoginGuard(b"key", 16, (link.redis.connection_pool, link.ask))
+    tickets = Tickets(Encryptor(bytes(32)), (link.redis, link.ask))
+    with suppress(Unauthorized), guard.attempt("198.51.100.1", "ann", {}):
+        raise Unauthorized("wrong")
+    with guard.attempt("198.51.100.1", "ann", {}):
+        assert tickets.take(tickets.put("ann", b"content", time.time() + 60)) == b"content"
+    assert link.problem() is None
 
 
 def test_a_problem_that_is_mended_is_gone_and_a_new_one_is_told_again(serve: Serve, connect: Connect) -> None:
