@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 from flask import Flask
@@ -22,12 +23,12 @@ from accounts.passwords import Passwords
 from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
-from api import accounts, audit_cli, bearer, cli, context, errors, metering, middleware
+from api import accounts, audit_cli, bearer, cli, context, errors, middleware
 from api.context import LOGINS, NAME, Capacity, Services, max_generations
 from api.routes import admin, audit, auth, generate, health, openai, page
-from api.sanitise import sanitiser
+from api.sanitise import sanitise
 from audit.log import AuditLog
-from cache.redis_cache import Breaker, RedisCache, RedisLink
+from cache.redis_cache import Breaker, RedisLink
 from cache.responses import ResponseCache
 from cache.sqlite_cache import SqliteCache
 from crypto import Encryptor, KeyFileError, derive, key_ring, signing_secret
@@ -74,7 +75,6 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     context.register(app)
     PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
     middleware.register(app)
-    metering.register(app)
     errors.register(app)
     bearer.register(app, services.policy)
     for routes in (health, auth, admin, audit, generate, openai, page):
@@ -101,7 +101,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         backend=backend,
         database=db,
         cache=ResponseCache(
-            RedisCache(redis) if redis else SqliteCache(settings.data_dir / "cache.sqlite3"),
+            redis or SqliteCache(settings.data_dir / "cache.sqlite3"),
             ring.encryptor("cache"),
             derive(secret, "cache key"),
             settings.cache_ttl,
@@ -122,7 +122,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         streams=ConcurrencyLimit(),
         usage=UsageStore(db, settings.request_timeout + _SETTLED_BY),
         generations=Capacity(max_generations(settings), retry_after=5),
-        sanitise=sanitiser(settings.sanitise),
+        sanitise=partial(sanitise, policy=settings.sanitise),
     )
 
 

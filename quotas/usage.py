@@ -138,7 +138,7 @@ class UsageStore:
                 row = {**today, "id": id, "tokens": tokens, "expires": now + self._lifetime}
                 connection.execute(_reservations.insert(), row)
         left = max(limit - used - reserved - tokens * fits, 0)
-        remaining = Remaining(limit, left, _DAY - now % _DAY)
+        remaining = Remaining("Tokens", limit, left, _DAY - now % _DAY)
         if fits:
             return Reservation(id, day, remaining)
         message = f"This request may take {tokens} tokens, and {left} of today's {limit} are left"

@@ -19,8 +19,7 @@ from api import accounts, bearer
 from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
-from api.metering import allow, count_request
-from api.middleware import SECURED, Reply, needs, principal, public
+from api.middleware import SECURED, Reply, allow, count_request, needs, principal, public
 from api.schemas.accounts import PasswordBody
 from api.schemas.native import IdPath, KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, TokensOut
 from errors import NotFound, Unauthorized

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,7 +13,7 @@ from sqlalchemy import text
 
 from api.context import services
 from api.errors import ErrorBody
-from api.middleware import Reply, public
+from api.middleware import Reply, ip_address, public
 from api.schemas.native import FilePath, HealthOut, ReadyOut
 from errors import Forbidden, NotFound, StoreUnavailable
 from version import VERSION
@@ -103,9 +102,6 @@ def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
 
 
 def _may_scrape(address: str) -> bool:
-    try:
-        given = ipaddress.ip_address(address)
-    except ValueError:  # none, or what a client wrote into X-Forwarded-For
-        return False
+    given = ip_address(address)  # what a client wrote into X-Forwarded-For may be anything
     ip = getattr(given, "ipv4_mapped", None) or given
-    return ip.is_loopback or any(ip in network for network in services().settings.metrics_networks)
+    return ip is not None and (ip.is_loopback or any(ip in net for net in services().settings.metrics_networks))

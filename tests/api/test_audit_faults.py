@@ -39,7 +39,9 @@ def test_no_answer_is_called_finished_without_its_whole_record(admin: Client, se
     for at in range(1, 40):
         with failing_database(Fault(at)) as fault:
             answer = admin.post("/generate", {**WAYS["/generate"], "seed": at})
-            said = [record["kind"] for record in records(services) if record["request"] == answer.headers["X-Request-Id"]]
+            said = [
+                record["kind"] for record in records(services) if record["request"] == answer.headers["X-Request-Id"]
+            ]
         if not fault.injected:
             break
         refused += answer.status_code == 503

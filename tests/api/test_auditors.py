@@ -171,7 +171,9 @@ def test_what_people_do_to_accounts_sessions_and_the_log_is_on_record(
     assert whole(services)
 
 
-def test_verifying_from_the_command_line_tells_whole_from_spoiled(app: Flask, admin: Client, services: Services) -> None:
+def test_verifying_from_the_command_line_tells_whole_from_spoiled(
+    app: Flask, admin: Client, services: Services
+) -> None:
     admin.post("/generate", {"prompt": "hello"}).close()
     fine = app.test_cli_runner().invoke(args=["audit", "verify"])
     assert fine.exit_code == 0 and "whole" in fine.output

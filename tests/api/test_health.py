@@ -61,7 +61,7 @@ def test_not_ready_when_the_model_failed_and_its_reason_comes_first(
 def test_a_cache_that_fails_is_shown_and_costs_no_readiness(
     nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services.cache, "problem", lambda: "password")
+    monkeypatch.setattr(type(services.cache), "problem", lambda self: "password")
     answer = nobody.get("/readyz")
     assert (answer.status_code, answer.json["ready"]) == (200, True)
     assert answer.json["details"]["cache_problem"] == "password"

@@ -117,7 +117,9 @@ def test_a_generation_costs_what_it_used_and_not_what_it_might_have(bob: Client,
     assert spent(services) == 2 * COST
 
 
-def test_a_quota_that_is_used_up_is_429_until_tomorrow(bob: Client, services: Services, backend: ScriptedBackend) -> None:
+def test_a_quota_that_is_used_up_is_429_until_tomorrow(
+    bob: Client, services: Services, backend: ScriptedBackend
+) -> None:
     limit(services, tokens_per_day=MOST + COST - 1)
     assert bob.post("/generate", WORDS).status_code == 200
     for path, body in (

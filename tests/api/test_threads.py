@@ -56,7 +56,7 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_length_alone(
 ) -> None:
     worked: list[object] = []
     monkeypatch.setattr(ScriptedBackend, "prepare", lambda _, request: worked.append(request))
-    monkeypatch.setattr("app.sanitise", worked.append)
+    monkeypatch.setattr("api.generation._clean", worked.append)
     for path, param in (("/generate", "prompt"), ("/stream", "prompt")):
         refused = admin.post(path, ENORMOUS)
         error = refused.json["error"]
