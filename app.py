@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn
 
 from flask import Flask
 from flask_openapi3.models.info import Info
@@ -154,12 +153,10 @@ def _refusals() -> Iterator[None]:
     """What an operator must mend ends the start, in one line."""
     try:
         yield
+        return
     except (SettingsError, KeyFileError, ModelError) as error:
-        _refuse(str(error))
+        line = str(error)
     except (ServiceError, OSError) as error:
-        _refuse(f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)")
-
-
-def _refuse(line: str) -> NoReturn:
+        line = f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)"
     print(line, file=sys.stderr)
     raise SystemExit(1 if cli.is_command() else _APP_LOAD_ERROR)

@@ -48,10 +48,9 @@ class ErrorBody(BaseModel):
 
 
 def register(app: Flask) -> None:
-    """Answer every exception of `app` in the contract's shape, and every refusal for now with Retry-After."""
+    """Answer every exception of `app` in the contract's shape."""
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, lambda error: respond(translate(error)))
-    app.after_request(_say_when)
 
 
 def respond(error: ServiceError) -> Response:
@@ -103,13 +102,6 @@ def translate(error: Exception) -> ServiceError:
     plain = ServiceError("Something went wrong here; the request id finds it in the log.", code="internal_error")
     plain.status = 500
     return plain
-
-
-def _say_when(response: Response) -> Response:
-    """A refusal for now says when to come back, also where nothing below could tell."""
-    if response.status_code in (429, 503):
-        response.headers.setdefault("Retry-After", "1")
-    return response
 
 
 def _http(error: HTTPException) -> ResponseReturnValue:

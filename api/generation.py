@@ -67,15 +67,6 @@ class Generation:
         return Counts(1, prompt, usage.cached_tokens, usage.completion_tokens, int(self.failed))
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished answer in one piece."""
-
-    text: str
-    reasoning: str
-    done: Done
-
-
 def start(body: GenerateBody) -> Generation:
     """Start what `body` asks for in the name of the caller. Raises ServiceError."""
     caller, log, sent, found = principal(), current(), body.conversation(), services()
@@ -114,15 +105,15 @@ def start(body: GenerateBody) -> Generation:
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
 
-def read_all(generation: Generation) -> Completion:
-    """Wait for the whole answer. Raises what the generation raises, and ClientGone."""
+def read_all(generation: Generation) -> tuple[str, str, Done]:
+    """The text, reasoning and end of the whole answer. Raises what the generation raises, and ClientGone."""
     texts: dict[str, list[str]] = {"answer": [], "reasoning": []}
     with closing(generation):
         for event in generation.events:
             if isinstance(event, Chunk):
                 texts[event.channel].append(event.text)
             elif isinstance(event, Done):
-                return Completion("".join(texts["answer"]), "".join(texts["reasoning"]), event)
+                return "".join(texts["answer"]), "".join(texts["reasoning"]), event
     raise ServiceError("The answer ended early.")
 
 

@@ -159,9 +159,10 @@ def principal() -> Principal:
 
 
 def enter_as(caller: Principal) -> None:
-    """Let `caller` in, for this request, if the token still stands. Raises Unauthorized."""
-    recheck(caller)()
-    _enter(caller)
+    """Let `caller` in, for this request."""
+    g.principal = caller
+    current().user, current().user_id, current().key = caller.name, caller.user_id, caller.key_id
+    allow(caller)
 
 
 def recheck(caller: Principal) -> Callable[[], None]:
@@ -173,12 +174,6 @@ def recheck(caller: Principal) -> Callable[[], None]:
             raise Unauthorized("The token is no longer valid.", code="invalid_token")
 
     return check
-
-
-def _enter(caller: Principal) -> None:
-    g.principal = caller
-    current().user, current().user_id, current().key = caller.name, caller.user_id, caller.key_id
-    allow(caller)
 
 
 def allow(caller: Principal) -> None:
@@ -201,8 +196,12 @@ def _check() -> None:
     if request.method not in _METHODS:  # what a client makes up must not become a label
         request.prom_do_not_track = True  # type: ignore[attr-defined]
     _check_host()
-    _check_size()
-    _check_caller()
+    limit = services().settings.max_body if request.path.startswith(_LARGE) else _SMALL_BODY
+    request.max_content_length = limit + 1  # a body that does not say its length is cut there, without a word
+    if (request.content_length or 0) > limit:
+        raise TooLarge("The body is too large.")
+    if request.routing_exception is None:  # else 404 or 405 follows
+        _check_caller(current_app.view_functions[request.endpoint or ""])
 
 
 def _check_host() -> None:
@@ -218,32 +217,17 @@ def _check_host() -> None:
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
 
-def _check_size() -> None:
-    limit = services().settings.max_body if request.path.startswith(_LARGE) else _SMALL_BODY
-    request.max_content_length = limit + 1  # a body that does not say its length is cut there, without a word
-    if (request.content_length or 0) > limit:
-        raise TooLarge("The body is too large.")
-
-
-def _check_caller() -> None:
-    if request.routing_exception is not None:
-        return  # 404 or 405 follows
-    view = current_app.view_functions[request.endpoint or ""]
+def _check_caller(view: Callable[..., Any]) -> None:
     if getattr(view, "public", False):
         return
-    caller = _caller()
-    _enter(caller)
+    caller = services().credentials.find(bearer.claims(TokenType.ACCESS, TokenType.KEY), time.time())
+    if caller is None:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    enter_as(caller)
     count_request(caller.user_id)
     permission = getattr(view, "permission", None)
     if permission is None or not allowed(caller.role, permission, caller.scopes):
         raise Forbidden("Your role or key does not allow this.")
-
-
-def _caller() -> Principal:
-    caller = services().credentials.find(bearer.claims(TokenType.ACCESS, TokenType.KEY), time.time())
-    if caller is None:
-        raise Unauthorized("The token is no longer valid.", code="invalid_token")
-    return caller
 
 
 @lru_cache(256)
@@ -266,6 +250,8 @@ def ip_address(name: str) -> IPv4Address | IPv6Address | None:
 
 def _harden(response: Response) -> Response:
     headers = response.headers
+    if response.status_code in (429, 503):  # also where nothing below could tell when to come back
+        headers.setdefault("Retry-After", "1")
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "no-referrer"

@@ -1,12 +1,11 @@
-"""Liveness, readiness, and the API's documentation."""
+"""Liveness, readiness, the API's description and who may read the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 
-from flask import Response, current_app, request
+from flask import current_app, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from sqlalchemy import text
@@ -14,15 +13,11 @@ from sqlalchemy import text
 from api.context import services
 from api.errors import ErrorBody
 from api.middleware import Reply, ip_address, public
-from api.schemas.native import FilePath, HealthOut, ReadyOut
-from errors import Forbidden, NotFound, StoreUnavailable
+from api.schemas.native import HealthOut, ReadyOut
+from errors import Forbidden, StoreUnavailable
 from version import VERSION
 
-_STATIC = Path(__file__).parents[1] / "static"
 _PING = text("SELECT count(*) FROM alembic_version")  # SQLite answers SELECT 1 without its file
-_TYPES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
-_PAGES = {name: (_STATIC / name).read_bytes() for name in _TYPES}
-
 blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
 
 
@@ -68,24 +63,6 @@ def _problem() -> str | None:
 def openapi() -> Reply:
     document: dict[str, object] = current_app.api_doc  # type: ignore[attr-defined]
     return document
-
-
-@blueprint.get("/docs", doc_ui=False)
-@public
-def docs() -> Reply:
-    return _page("docs.html")
-
-
-@blueprint.get("/docs/<name>", doc_ui=False)
-@public
-def docs_file(path: FilePath) -> Reply:
-    return _page(path.name)
-
-
-def _page(name: str) -> Response:
-    if name not in _PAGES:
-        raise NotFound("There is nothing at this address.")
-    return Response(_PAGES[name], mimetype=_TYPES[name])
 
 
 def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
