@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import partial
 
 from flask import Flask
 from flask_openapi3.models.info import Info
@@ -22,12 +22,12 @@ from accounts.passwords import Passwords
 from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
-from api import accounts, audit_cli, bearer, cli, context, errors, metering, middleware
+from api import accounts, audit_cli, bearer, cli, context, errors, middleware
 from api.context import LOGINS, NAME, Capacity, Services, max_generations
 from api.routes import admin, audit, auth, generate, health, openai, page
-from api.sanitise import sanitiser
+from api.sanitise import sanitise
 from audit.log import AuditLog
-from cache.redis_cache import Breaker, RedisCache, RedisLink
+from cache.redis_cache import Breaker, RedisLink
 from cache.responses import ResponseCache
 from cache.sqlite_cache import SqliteCache
 from crypto import Encryptor, derive, key_ring, signing_secret
@@ -74,7 +74,6 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     context.register(app)
     PrometheusMetrics(app, registry=metrics.registry, group_by="url_rule", metrics_decorator=health.scrapers)
     middleware.register(app)
-    metering.register(app)
     errors.register(app)
     bearer.register(app, services.policy)
     for routes in (health, auth, admin, audit, generate, openai, page):
@@ -101,7 +100,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         backend=backend,
         database=db,
         cache=ResponseCache(
-            RedisCache(redis) if redis else SqliteCache(settings.data_dir / "cache.sqlite3"),
+            redis or SqliteCache(settings.data_dir / "cache.sqlite3"),
             ring.encryptor("cache"),
             derive(secret, "cache key"),
             settings.cache_ttl,
@@ -124,7 +123,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         streams=ConcurrencyLimit(),
         usage=UsageStore(db, settings.request_timeout + _SETTLED_BY),
         generations=Capacity(max_generations(settings), retry_after=5),
-        sanitise=sanitiser(settings.sanitise),
+        sanitise=partial(sanitise, policy=settings.sanitise),
     )
 
 
@@ -156,12 +155,10 @@ def _refusals() -> Iterator[None]:
     """What an operator must mend ends the start, in one line."""
     try:
         yield
+        return
     except (SettingsError, ModelError) as error:
-        _refuse(str(error))
+        line = str(error)
     except (ServiceError, OSError) as error:
-        _refuse(f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)")
-
-
-def _refuse(line: str) -> NoReturn:
+        line = f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)"
     print(line, file=sys.stderr)
     raise SystemExit(1 if cli.is_command() else _APP_LOAD_ERROR)

@@ -12,6 +12,9 @@ class ServiceError(Exception):
     status = 503
     code = "unavailable"
 
+    def __init_subclass__(cls, status: int | None = None, code: str | None = None) -> None:
+        cls.status, cls.code = status or cls.status, code or cls.code
+
     def __init__(
         self,
         message: str,
@@ -29,88 +32,64 @@ class ServiceError(Exception):
         self.detail = detail
 
 
-class Malformed(ServiceError):
+class Malformed(ServiceError, status=400, code="malformed"):
     """Not a request that can be read at all."""
 
-    status = 400
-    code = "malformed"
+
+class Unauthorized(ServiceError, status=401, code="unauthorized"): ...
 
 
-class Unauthorized(ServiceError):
-    status = 401
-    code = "unauthorized"
+class Forbidden(ServiceError, status=403, code="forbidden"): ...
 
 
-class Forbidden(ServiceError):
-    status = 403
-    code = "forbidden"
+class NotFound(ServiceError, status=404, code="not_found"): ...
 
 
-class NotFound(ServiceError):
-    status = 404
-    code = "not_found"
+class UnknownModel(ServiceError, status=404, code="model_not_found"): ...
 
 
-class UnknownModel(ServiceError):
-    status = 404
-    code = "model_not_found"
+class Stalled(ServiceError, status=408, code="request_timeout"):
+    """The body stopped arriving (gunicorn.conf.py bounds the wait)."""
 
 
-class Conflict(ServiceError):
-    status = 409
-    code = "conflict"
+class Conflict(ServiceError, status=409, code="conflict"): ...
 
 
-class TooLarge(ServiceError):
-    status = 413
-    code = "too_large"
+class TooLarge(ServiceError, status=413, code="too_large"): ...
 
 
-class UnsupportedMedia(ServiceError):
-    status = 415
-    code = "unsupported_media_type"
+class UnsupportedMedia(ServiceError, status=415, code="unsupported_media_type"): ...
 
 
-class InvalidRequest(ServiceError):
+class InvalidRequest(ServiceError, status=422, code="invalid_value"):
     """Well-formed, but it cannot be served: names the field."""
 
-    status = 422
-    code = "invalid_value"
 
-
-class RateLimited(ServiceError):
+class RateLimited(ServiceError, status=429, code="rate_limited"):
     """More than this client may ask for now."""
 
-    status = 429
-    code = "rate_limited"
+
+class ClientGone(ServiceError, status=499, code="client_gone"):
+    """The client has closed its connection; the status (nginx's) is for the log alone."""
 
 
-class Overloaded(ServiceError):
+class Overloaded(ServiceError, code="overloaded"):
     """The queue is full. `retry_after` comes from the measured speed and the backlog."""
 
-    code = "overloaded"
 
-
-class ModelUnavailable(ServiceError):
+class ModelUnavailable(ServiceError, code="model_unavailable"):
     """Loading failed or takes too long, the engine is down, or the service is stopping."""
 
-    code = "model_unavailable"
+
+class DeadlineExceeded(ServiceError, code="timeout"): ...
 
 
-class DeadlineExceeded(ServiceError):
-    code = "timeout"
-
-
-class GenerationFailed(ServiceError):
+class GenerationFailed(ServiceError, code="generation_failed"):
     """The model could not compute this request (numbers that are not finite, out of memory)."""
 
-    code = "generation_failed"
 
-
-class StoreUnavailable(ServiceError):
+class StoreUnavailable(ServiceError, code="store_unavailable"):
     """The database cannot answer: disk full, read-only, corrupt, unreachable or locked. Never means "no such row"."""
-
-    code = "store_unavailable"
 
     def __init__(self, detail: str) -> None:
         super().__init__("The service cannot look up its state just now.", retry_after=5, detail=detail)

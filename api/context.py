@@ -24,7 +24,7 @@ from crypto import Encryptor
 from db import Database
 from errors import Overloaded
 from model.types import Backend, Done
-from quotas.limits import ConcurrencyLimit, LimitTable, RequestRate
+from quotas.limits import ConcurrencyLimit, LimitTable, Remaining, RequestRate
 from quotas.usage import UsageStore
 from settings import Settings
 from telemetry import request_id
@@ -102,7 +102,7 @@ _log = structlog.get_logger("request")
 
 @dataclass(slots=True)
 class RequestLog:
-    """What the summary line says beside method, path and status; filled in while the request is answered."""
+    """The request being answered: what its summary line says, and what is left of the limits that it took from."""
 
     id: str
     method: str
@@ -115,26 +115,16 @@ class RequestLog:
     cache: str | None = None
     done: Done | None = None
     error: str | None = None
+    remaining: list[Remaining] = field(default_factory=list)
 
     def write(self, status: int) -> None:
-        usage = self.done.usage if self.done else None
+        done, duration = self.done, round((time.monotonic() - self.started) * 1000, 1)
         _log.info(
-            "request",
-            request_id=self.id,
-            method=self.method,
-            route=self.route,
-            path=self.path,
-            status=status,
-            duration_ms=round((time.monotonic() - self.started) * 1000, 1),
-            user=self.user,
-            user_id=self.user_id,
-            key=self.key,
-            cache=self.cache,
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            completion_tokens=usage.completion_tokens if usage else None,
-            finish_reason=self.done.finish_reason.value if self.done else None,
-            error=self.error,
-        )
+            "request", request_id=self.id, method=self.method, route=self.route, path=self.path, status=status,
+            duration_ms=duration, user=self.user, user_id=self.user_id, key=self.key, cache=self.cache,
+            prompt_tokens=done and done.usage.prompt_tokens, completion_tokens=done and done.usage.completion_tokens,
+            finish_reason=done and done.finish_reason.value, error=self.error,
+        )  # fmt: skip
 
 
 def register(app: Flask) -> None:
@@ -159,5 +149,9 @@ def _begin() -> None:
 def _end(response: Response) -> Response:
     found = current()
     response.headers["X-Request-Id"] = found.id
+    for each in found.remaining:  # in the names that OpenAI's clients know
+        response.headers[f"X-RateLimit-Limit-{each.kind}"] = str(each.limit)
+        response.headers[f"X-RateLimit-Remaining-{each.kind}"] = str(each.left)
+        response.headers[f"X-RateLimit-Reset-{each.kind}"] = f"{each.reset:.3f}s"
     response.call_on_close(lambda: found.write(response.status_code))
     return response

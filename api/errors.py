@@ -14,16 +14,14 @@ from werkzeug.exceptions import HTTPException
 
 from api.context import current
 from errors import InvalidRequest, ServiceError
+from quotas.limits import LimitExceeded
 
 log = structlog.get_logger("api")
 
 _TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     503: "overloaded_error",
-}
+}  # fmt: skip
 _MESSAGES = {
     404: "There is nothing at this address.",
     405: "This method is not allowed here.",
@@ -50,10 +48,9 @@ class ErrorBody(BaseModel):
 
 
 def register(app: Flask) -> None:
-    """Answer every exception of `app` in the contract's shape, and every refusal for now with Retry-After."""
+    """Answer every exception of `app` in the contract's shape."""
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, lambda error: respond(translate(error)))
-    app.after_request(_say_when)
 
 
 def respond(error: ServiceError) -> Response:
@@ -63,6 +60,8 @@ def respond(error: ServiceError) -> Response:
     status = 400 if openai and error.status == 422 else error.status  # OpenAI's API knows no 422
     response = jsonify(payload(error, None if openai else current().id))
     response.status_code = status
+    if isinstance(error, LimitExceeded) and error.remaining:
+        current().remaining.append(error.remaining)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if status == 401:
@@ -90,33 +89,19 @@ def invalid(error: ValidationError) -> NoReturn:
 
 
 def translate(error: Exception) -> ServiceError:
-    """Any failure as a ServiceError; a bug becomes a 500."""
+    """Any failure as a ServiceError; a bug becomes a 500.
+
+    A bug's message may hold what a user typed, so the log gets its type and place, and the client neither.
+    """
     if isinstance(error, ServiceError):
         if error.detail is not None:
             log.error("refused", code=error.code, reason=error.detail)
         return error
-    return _bug(error)
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-def _bug(error: Exception) -> ServiceError:
-    """Its message may hold what a user typed, so the log gets its type and place, and the client neither."""
     frames = traceback.extract_tb(error.__traceback__)[-6:]
     log.error("unexpected", error=type(error).__name__, where=[f"{f.filename}:{f.lineno} {f.name}" for f in frames])
     plain = ServiceError("Something went wrong here; the request id finds it in the log.", code="internal_error")
     plain.status = 500
     return plain
-
-
-def _say_when(response: Response) -> Response:
-    """A refusal for now says when to come back, also where nothing below could tell."""
-    if response.status_code in (429, 503):
-        response.headers.setdefault("Retry-After", "1")
-    return response
 
 
 def _http(error: HTTPException) -> ResponseReturnValue:

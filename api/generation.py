@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from secrets import token_hex
@@ -17,11 +17,11 @@ from accounts.credentials import Principal
 from api import generation_audit, sse
 from api.context import RequestLog, current, services
 from api.generation_audit import GenerationAudit
-from api.metering import Meter, limits
-from api.middleware import principal, recheck
+from api.middleware import limits, principal, recheck
 from api.schemas.native import GenerateBody
-from errors import InvalidRequest, ServiceError
+from errors import ClientGone, InvalidRequest, ServiceError
 from model.types import Chunk, Done, Event, FinishReason, GenerateRequest, Message, Status, Usage
+from quotas.usage import Counts, Reservation
 
 CacheUse = Literal["hit", "miss", "off"]
 _SHORT = 8_000  # characters: cleaning and tokenising fewer takes under 5 ms, and needs no place of its own
@@ -32,7 +32,7 @@ class Generation:
     """A generation under way. `close` gives everything back, any number of times; `cancel` lets its events end soon.
 
     events: None for each silence of a few seconds; Done comes when the end is in the audit log. state: loading, queued
-    or running. tokens: sent so far.
+    or running. tokens: sent so far. begun: it counts as a request. failed: the service did, not the client.
     """
 
     id: str
@@ -46,36 +46,44 @@ class Generation:
     started: float = field(default_factory=time.time)
     state: str = "queued"
     tokens: int = 0
+    done: Done | None = None
+    begun: bool = False
+    failed: bool = False
 
+    def observe(self, event: Event | None) -> None:
+        if isinstance(event, Chunk):
+            self.state, self.tokens = "running", self.tokens + 1
+        elif isinstance(event, Status):
+            self.state = event.stage
+        else:
+            self.done = event or self.done
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished answer in one piece."""
-
-    text: str
-    reasoning: str
-    done: Done
+    def counts(self) -> Counts:
+        """What the user pays: Done's figures, else what came. Cached answers, and failures without text, are free."""
+        if not self.begun or self.cache == "hit":
+            return Counts(int(self.begun))
+        usage = self.done.usage if self.done else Usage(len(self.request.prompt_ids), self.tokens)
+        prompt = 0 if self.failed and not usage.completion_tokens else usage.prompt_tokens
+        return Counts(1, prompt, usage.cached_tokens, usage.completion_tokens, int(self.failed))
 
 
 def start(body: GenerateBody) -> Generation:
     """Start what `body` asks for in the name of the caller. Raises ServiceError."""
-    caller, log, sent = principal(), current(), body.conversation()
+    caller, log, sent, found = principal(), current(), body.conversation(), services()
     wanted = _wanted(body, caller, log.id)
-    meter = Meter(caller.user_id, wanted.model)
     with ExitStack() as held:
-        held.enter_context(services().generations.take())
+        held.enter_context(found.generations.take())
         try:
-            held.enter_context(services().streams.hold(caller.user_id, limits().streams))
+            held.enter_context(found.streams.hold(caller.user_id, limits().streams))
             prepared, sanitised = _prepare(body, wanted)
             cache, key, remembered = _look_up(body, prepared)
-            held.callback(meter.settle)
-            if remembered is None:
-                meter.reserve(prepared)
+            reservation = _reserve(prepared) if remembered is None else None
         except ServiceError:
             with generation_audit.start(wanted, sent, caller, log, None):
                 raise
         log.cache = cache
         generation = Generation(log.id, caller.name, prepared, sanitised, cache)
+        held.callback(lambda: found.usage.record(caller.user_id, wanted.model, generation.counts(), reservation))
         if remembered is not None:
             events = [*_replay(remembered)]
             generation_audit.record_hit(prepared, sent, caller, log, events)
@@ -83,29 +91,29 @@ def start(body: GenerateBody) -> Generation:
             generation.events = iter(events)
         else:
             audit = held.push(generation_audit.start(prepared, sent, caller, log, cache))
-            stream = services().backend.submit(prepared)
+            stream = found.backend.submit(prepared)
             held.callback(stream.close)
             generation.cancel = stream.close
-            services().running[prepared.id] = generation
-            held.callback(services().running.pop, prepared.id, None)
+            found.running[prepared.id] = generation
+            held.callback(found.running.pop, prepared.id, None)
             watched = sse.watched(stream, sse.client_check(request.environ), recheck(caller))
-            keep = partial(services().cache.put, key) if key is not None else None
-            generation.events = _observed(watched, generation, keep, meter, audit, log)
-        meter.begin()
+            keep = partial(found.cache.put, key) if key is not None else None
+            generation.events = _observed(watched, generation, keep, audit, log)
+        generation.begun = True
         generation.close = held.pop_all().close
         return generation
     raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
 
 
-def read_all(generation: Generation) -> Completion:
-    """Wait for the whole answer. Raises what the generation raises, and ClientGone."""
+def read_all(generation: Generation) -> tuple[str, str, Done]:
+    """The text, reasoning and end of the whole answer. Raises what the generation raises, and ClientGone."""
     texts: dict[str, list[str]] = {"answer": [], "reasoning": []}
     with closing(generation):
         for event in generation.events:
             if isinstance(event, Chunk):
                 texts[event.channel].append(event.text)
             elif isinstance(event, Done):
-                return Completion("".join(texts["answer"]), "".join(texts["reasoning"]), event)
+                return "".join(texts["answer"]), "".join(texts["reasoning"]), event
     raise ServiceError("The answer ended early.")
 
 
@@ -164,16 +172,24 @@ def _clean(message: Message) -> tuple[Message, int]:
     return Message(message.role, text), removed
 
 
+def _reserve(prepared: GenerateRequest) -> Reservation | None:
+    """The most that it may take, set aside from its caller's tokens of today. Raises LimitExceeded."""
+    if not limits().tokens_per_day:
+        return None
+    most = len(prepared.prompt_ids) + prepared.max_new_tokens
+    reservation = services().usage.reserve(prepared.owner, most, limits().tokens_per_day)
+    current().remaining.append(reservation.remaining)
+    return reservation
+
+
 def _look_up(body: GenerateBody, prepared: GenerateRequest) -> tuple[CacheUse, str | None, dict[str, Any] | None]:
     """What the cache is to the request, the key under which its answer is kept, and the answer kept there."""
     if not (body.cache and prepared.sampling.deterministic) or request.cache_control.no_store:
         return "off", None, None
-    built, sampling = services(), prepared.sampling
-    owner = None if built.settings.cache_shared else prepared.owner
-    chosen = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty, sampling.seed)
-    ending = (chosen, prepared.max_new_tokens, prepared.stop)
-    key = built.cache.key("answer-1", built.backend.fingerprint(), owner, prepared.prompt_ids, *ending)
-    found = built.cache.get(key)
+    cache, owner = services().cache, None if services().settings.cache_shared else prepared.owner
+    ending = (astuple(prepared.sampling), prepared.max_new_tokens, prepared.stop)
+    key = cache.key("answer-1", services().backend.fingerprint(), owner, prepared.prompt_ids, *ending)
+    found = cache.get(key)
     return ("miss" if found is None else "hit"), key, found
 
 
@@ -181,7 +197,6 @@ def _observed(
     watched: Iterator[Event | None],
     generation: Generation,
     keep: Callable[[dict[str, Any]], None] | None,
-    meter: Meter,
     audit: GenerationAudit,
     log: RequestLog,
 ) -> Iterator[Event | None]:
@@ -190,13 +205,10 @@ def _observed(
     try:
         with audit:
             for event in watched:
-                meter.observe(event)
+                generation.observe(event)
                 audit.observe(event)
                 if isinstance(event, Chunk):
-                    generation.state, generation.tokens = "running", generation.tokens + 1
                     chunks.append(event)
-                elif isinstance(event, Status):
-                    generation.state = event.stage
                 elif isinstance(event, Done):
                     log.done = event
                     if keep is not None and event.finish_reason is not FinishReason.CANCELLED:
@@ -204,20 +216,15 @@ def _observed(
                 yield event
     except ServiceError as error:
         log.error = error.code
-        if not isinstance(error, sse.ClientGone):
-            meter.fail()
+        generation.failed = not isinstance(error, ClientGone)
         raise
 
 
 def _remember(chunks: list[Chunk], done: Done) -> dict[str, Any]:
     runs = groupby(chunks, key=lambda chunk: chunk.channel)
     texts = [[channel, "".join(chunk.text for chunk in run)] for channel, run in runs]
-    return {
-        "texts": texts,
-        "served_by": done.served_by,
-        "finish_reason": done.finish_reason,
-        "usage": asdict(done.usage),
-    }
+    ending = {"finish_reason": done.finish_reason, "usage": asdict(done.usage), "served_by": done.served_by}
+    return {"texts": texts, **ending}
 
 
 def _replay(kept: dict[str, Any]) -> Iterator[Chunk | Done]:

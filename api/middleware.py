@@ -7,7 +7,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,9 +22,10 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from accounts.credentials import Principal
 from accounts.roles import Permission, allowed
 from accounts.tokens import TokenType
-from api import bearer, metering
+from api import bearer
 from api.context import current, services
-from errors import Forbidden, InvalidRequest, Malformed, ServiceError, TooLarge, Unauthorized, UnsupportedMedia
+from errors import Forbidden, InvalidRequest, Malformed, Stalled, TooLarge, Unauthorized, UnsupportedMedia
+from quotas.limits import Limits
 
 # What a view returns; flask's own type cannot be looked at while running, and flask-openapi3 looks.
 Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[dict[str, Any], int, dict[str, str]]
@@ -38,13 +41,6 @@ _POLICY = (
     "worker-src 'self'; require-trusted-types-for 'script'; trusted-types page dompurify; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class Stalled(ServiceError):
-    """The body stopped arriving (gunicorn.conf.py bounds the wait)."""
-
-    status = 408
-    code = "request_timeout"
 
 
 class StrictJSON(DefaultJSONProvider):
@@ -163,9 +159,10 @@ def principal() -> Principal:
 
 
 def enter_as(caller: Principal) -> None:
-    """Let `caller` in, for this request, if the token still stands. Raises Unauthorized."""
-    recheck(caller)()
-    _enter(caller)
+    """Let `caller` in, for this request."""
+    g.principal = caller
+    current().user, current().user_id, current().key = caller.name, caller.user_id, caller.key_id
+    allow(caller)
 
 
 def recheck(caller: Principal) -> Callable[[], None]:
@@ -179,18 +176,32 @@ def recheck(caller: Principal) -> Callable[[], None]:
     return check
 
 
-def _enter(caller: Principal) -> None:
-    g.principal = caller
-    current().user, current().user_id, current().key = caller.name, caller.user_id, caller.key_id
-    metering.allow(caller)
+def allow(caller: Principal) -> None:
+    """Remember what the caller of this request may have."""
+    g.limits = services().limits.of(caller.role, **asdict(caller.limits))
+
+
+def limits() -> Limits:
+    """What the caller of this request may have."""
+    found: Limits = g.limits
+    return found
+
+
+def count_request(user_id: str) -> None:
+    """Raises LimitExceeded."""
+    current().remaining.append(services().rate.hit(user_id, limits().rpm))
 
 
 def _check() -> None:
     if request.method not in _METHODS:  # what a client makes up must not become a label
         request.prom_do_not_track = True  # type: ignore[attr-defined]
     _check_host()
-    _check_size()
-    _check_caller()
+    limit = services().settings.max_body if request.path.startswith(_LARGE) else _SMALL_BODY
+    request.max_content_length = limit + 1  # a body that does not say its length is cut there, without a word
+    if (request.content_length or 0) > limit:
+        raise TooLarge("The body is too large.")
+    if request.routing_exception is None:  # else 404 or 405 follows
+        _check_caller(current_app.view_functions[request.endpoint or ""])
 
 
 def _check_host() -> None:
@@ -199,68 +210,48 @@ def _check_host() -> None:
     An address or localhost cannot be rebound, and behind a proxy the names are the proxy's to know.
     """
     settings = services().settings
-    guarded = bool(settings.allowed_hosts) or (not settings.trusted_proxies and is_loopback(settings.host))
+    listens = ip_address(settings.host)
+    loopback = settings.host == "localhost" or (listens is not None and listens.is_loopback)
+    guarded = settings.allowed_hosts or (loopback and not settings.trusted_proxies)
     if guarded and not _is_served(request.host, (settings.host, *settings.allowed_hosts)):
         raise Malformed("This host name is not served here; ALLOWED_HOSTS lists those that are.", code="unknown_host")
 
 
-def _check_size() -> None:
-    limit = services().settings.max_body if request.path.startswith(_LARGE) else _SMALL_BODY
-    request.max_content_length = limit + 1  # a body that does not say its length is cut there, without a word
-    if (request.content_length or 0) > limit:
-        raise TooLarge("The body is too large.")
-
-
-def _check_caller() -> None:
-    if request.routing_exception is not None:
-        return  # 404 or 405 follows
-    view = current_app.view_functions[request.endpoint or ""]
+def _check_caller(view: Callable[..., Any]) -> None:
     if getattr(view, "public", False):
         return
-    caller = _caller()
-    _enter(caller)
-    metering.count_request(caller.user_id)
+    caller = services().credentials.find(bearer.claims(TokenType.ACCESS, TokenType.KEY), time.time())
+    if caller is None:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    enter_as(caller)
+    count_request(caller.user_id)
     permission = getattr(view, "permission", None)
     if permission is None or not allowed(caller.role, permission, caller.scopes):
         raise Forbidden("Your role or key does not allow this.")
 
 
-def _caller() -> Principal:
-    caller = services().credentials.find(bearer.claims(TokenType.ACCESS, TokenType.KEY), time.time())
-    if caller is None:
-        raise Unauthorized("The token is no longer valid.", code="invalid_token")
-    return caller
-
-
 @lru_cache(256)
 def _is_served(host: str, names: tuple[str, ...]) -> bool:
-    name = host_name(host)
-    return name == "localhost" or name in names or _is_address(name)
-
-
-def host_name(host: str) -> str:
-    """The name or address in a Host header, without its port; empty where there is none."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        name = urlsplit(f"//{host}").hostname or ""
     except ValueError:  # brackets around what is no address
-        return ""
+        return False
+    return name == "localhost" or name in names or ip_address(name) is not None
 
 
 @lru_cache(256)
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def _is_address(name: str) -> bool:
+def ip_address(name: str) -> IPv4Address | IPv6Address | None:
+    """The address that `name` is, if it is one."""
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _harden(response: Response) -> Response:
     headers = response.headers
+    if response.status_code in (429, 503):  # also where nothing below could tell when to come back
+        headers.setdefault("Retry-After", "1")
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "no-referrer"

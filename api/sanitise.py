@@ -6,8 +6,7 @@ Text is read as a browser's tokenizer reads it (HTML Living Standard, 13.2.5). C
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from html import unescape
 from typing import Literal
 
@@ -59,11 +58,6 @@ _CODE = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 _ROUNDS = 5  # removing a piece may join two others to a tag; nothing but an attack needs more
-
-
-def sanitiser(policy: Policy) -> Callable[[str], tuple[str, int]]:
-    """`sanitise` under one policy."""
-    return partial(sanitise, policy=policy)
 
 
 def sanitise(text: str, policy: Policy) -> tuple[str, int]:

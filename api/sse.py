@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from flask import Response
 
 from api.errors import translate
-from errors import ServiceError
+from errors import ClientGone, ServiceError
 from model.types import Done, Event, Stream
 
 _POLL = 0.1  # seconds between two looks at the client's socket: what a gone client costs at most
@@ -25,13 +25,6 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 DOCUMENTED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
 
 Check = Callable[[], object]
-
-
-class ClientGone(ServiceError):
-    """The client has closed its connection; the status (nginx's) is for the log alone."""
-
-    status = 499
-    code = "client_gone"
 
 
 class Dialect(Protocol):

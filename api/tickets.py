@@ -9,7 +9,7 @@ from dataclasses import asdict
 from accounts.credentials import Principal
 from accounts.users import UserLimits
 from api.context import services
-from api.middleware import enter_as, principal
+from api.middleware import enter_as, principal, recheck
 from api.schemas.native import GenerateBody
 
 SECONDS = 60
@@ -28,5 +28,7 @@ def redeem(ticket: str) -> GenerateBody | None:
     if content is None:
         return None
     caller, body = json.loads(content)
-    enter_as(Principal(**{**caller, "limits": UserLimits(**caller["limits"])}))
+    found = Principal(**{**caller, "limits": UserLimits(**caller["limits"])})
+    recheck(found)()
+    enter_as(found)
     return GenerateBody.model_validate(body)

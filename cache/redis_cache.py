@@ -55,7 +55,7 @@ class Breaker:
 
 
 class RedisLink:
-    """The Redis at `url`. Raises ValueError for a malformed URL.
+    """The Redis at `url`. Raises ValueError for a malformed URL; after that a fault is a miss and never raises.
 
     `timeout` (seconds) bounds connecting and each reply. A lost connection is tried once more, since Redis may just
     have been restarted; a timeout is not.
@@ -86,6 +86,15 @@ class RedisLink:
         self._answered(name)
         return reply
 
+    def get(self, key: str) -> bytes | None:
+        value = self.ask(lambda: self.redis.get(key), "get")
+        return value if isinstance(value, bytes) else None
+
+    def put(self, key: str, value: bytes, ttl: int) -> None:
+        """Keep `value` for `ttl` seconds, unless Redis drops it before; not at all when `ttl` is 0."""
+        if ttl > 0:
+            self.ask(lambda: self.redis.set(key, value, ex=ttl), "put")
+
     def problem(self) -> str | None:
         """What is wrong with Redis, as one of _KINDS or certificate; None as far as the last answers tell."""
         return next(iter([*self._problems.values()]), None)
@@ -105,7 +114,9 @@ class RedisLink:
     def _failed(self, name: str, fault: Exception) -> None:
         if not isinstance(fault, redis.ResponseError):  # which is an answer, and comes as fast
             self._breaker.failed()
-        kind, advice = _explain(fault)
+        kind, advice = next((kind, advice) for types, kind, advice in _KINDS if isinstance(fault, types))
+        if isinstance(fault.__context__, ssl.SSLError):
+            kind, advice = "certificate", "its certificate is not trusted: ?ssl_ca_certs=FILE in REDIS_URL names a CA"
         self._problems[name] = kind
         if kind not in self._logged:
             self._logged.add(kind)
@@ -121,32 +132,3 @@ _KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ..
     (redis.ConnectionError, "refused", "nothing answers at the address in REDIS_URL, or it wants TLS (rediss://)"),
     (Exception, "protocol", "what answers at REDIS_URL is no Redis that works"),
 )
-
-
-def _explain(fault: Exception) -> tuple[str, str]:
-    """The kind of what redis-py raised, and what to do."""
-    if isinstance(fault.__context__, ssl.SSLError):
-        return "certificate", "its certificate is not trusted: ?ssl_ca_certs=FILE in REDIS_URL names a CA"
-    return next((kind, advice) for types, kind, advice in _KINDS if isinstance(fault, types))
-
-
-class RedisCache:
-    """Values in Redis, which itself drops what is old. Never raises: a fault is a miss."""
-
-    def __init__(self, link: RedisLink) -> None:
-        self._link = link
-
-    def get(self, key: str) -> bytes | None:
-        value = self._link.ask(lambda: self._link.redis.get(key), "get")
-        return value if isinstance(value, bytes) else None
-
-    def put(self, key: str, value: bytes, ttl: int) -> None:
-        """Keep `value` for `ttl` seconds; not at all when `ttl` is 0."""
-        if ttl > 0:
-            self._link.ask(lambda: self._link.redis.set(key, value, ex=ttl), "put")
-
-    def problem(self) -> str | None:
-        return self._link.problem()
-
-    def close(self) -> None:
-        self._link.close()

@@ -6,54 +6,46 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from cache.redis_cache import RedisCache
+from cache.redis_cache import RedisLink
 from cache.sqlite_cache import SqliteCache
 from crypto import Encryptor
 
 Part = str | int | float | bool | None | list["Part"] | tuple["Part", ...]
 
 
+@dataclass(frozen=True, slots=True)
 class ResponseCache:
     """JSON objects under keyed names. `on_lookup` is told "hit" or "miss"; `ttl` in seconds, 0 keeps nothing."""
 
-    def __init__(
-        self,
-        store: RedisCache | SqliteCache,
-        encryptor: Encryptor,
-        mac_key: bytes,
-        ttl: int,
-        on_lookup: Callable[[str], None] = lambda result: None,
-    ) -> None:
-        self._store, self._encryptor, self._mac_key, self._ttl, self._on_lookup = (
-            store,
-            encryptor,
-            mac_key,
-            ttl,
-            on_lookup,
-        )
+    store: RedisLink | SqliteCache
+    encryptor: Encryptor
+    mac_key: bytes
+    ttl: int
+    on_lookup: Callable[[str], None] = lambda result: None
 
     def problem(self) -> str | None:
         """What is wrong with the store, in a word; it costs hits alone."""
-        return self._store.problem()
+        return self.store.problem()
 
     def key(self, *parts: Part) -> str:
         """HMAC-SHA256 over the parts as a JSON array: neither 1 and "1" nor ("ab", "c") and ("a", "bc") meet."""
-        return hmac.new(self._mac_key, json.dumps(parts, allow_nan=False).encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self.mac_key, json.dumps(parts, allow_nan=False).encode(), hashlib.sha256).hexdigest()
 
     def get(self, key: str) -> dict[str, object] | None:
         """What was put, or None. A value that does not decrypt under this key, or is no JSON object, is a miss."""
         value = self._opened(key)
-        self._on_lookup("miss" if value is None else "hit")
+        self.on_lookup("miss" if value is None else "hit")
         return value
 
     def put(self, key: str, value: dict[str, object]) -> None:
-        self._store.put(key, self._encryptor.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self._ttl)
+        self.store.put(key, self.encryptor.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self.ttl)
 
     def _opened(self, key: str) -> dict[str, object] | None:
-        sealed = self._store.get(key)
+        sealed = self.store.get(key)
         try:
-            value = None if sealed is None else json.loads(self._encryptor.open(sealed, key.encode()))
+            value = None if sealed is None else json.loads(self.encryptor.open(sealed, key.encode()))
         except ValueError:  # the seal, the encoding or the JSON
             return None
         return value if isinstance(value, dict) else None

@@ -48,8 +48,9 @@ class LimitTable:
 
 @dataclass(frozen=True, slots=True)
 class Remaining:
-    """What is left of one limit. `reset`: seconds until there is more."""
+    """What is left of one limit. kind: Requests or Tokens. reset: seconds until there is more."""
 
+    kind: str
     limit: int
     left: int
     reset: float
@@ -95,9 +96,8 @@ class RequestRate:
         """Count one request. Raises LimitExceeded, and then does not count it."""
         shared = self._ask(lambda: self._hit_shared(user_id, limit))
         counted, left, reset = shared or self._hit_here(user_id, limit)
-        remaining = Remaining(
-            limit, min(max(0, left), limit), min(_MINUTE, max(0.001, reset))
-        )  # Redis may send anything
+        left, reset = min(max(0, left), limit), min(_MINUTE, max(0.001, reset))  # Redis may send anything
+        remaining = Remaining("Requests", limit, left, reset)
         if not counted:
             raise LimitExceeded(f"You may send {limit} requests a minute.", remaining.reset, remaining)
         return remaining

@@ -9,20 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from secrets import token_hex
 
 import structlog
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    Double,
-    Index,
-    Integer,
-    String,
-    Table,
-    Text,
-    bindparam,
-    select,
-    text,
-)
+from sqlalchemy import BigInteger, Column, Connection, Double, Index, Integer, String, Table, Text, select, text
 
 from db import Database, metadata
 from errors import StoreUnavailable
@@ -94,8 +81,6 @@ _SUMS = text("""SELECT
 _LOCK = text("SELECT pg_advisory_xact_lock(1, hashtext(:user_id))")
 _EXPIRE = text("DELETE FROM reservations WHERE user_id = :user_id AND expires <= :now")
 _RELEASE = text("DELETE FROM reservations WHERE id = :id")
-_ROWS = select(_usage).where(_usage.c.day.between(bindparam("first"), bindparam("last"))).order_by(*_usage.primary_key)
-_ROWS_OF_USER = _ROWS.where(_usage.c.user_id == bindparam("user_id"))
 
 
 def import_days(connection: Connection, rows: Iterable[tuple[str, int, int]]) -> None:
@@ -138,7 +123,7 @@ class UsageStore:
                 row = {**today, "id": id, "tokens": tokens, "expires": now + self._lifetime}
                 connection.execute(_reservations.insert(), row)
         left = max(limit - used - reserved - tokens * fits, 0)
-        remaining = Remaining(limit, left, _DAY - now % _DAY)
+        remaining = Remaining("Tokens", limit, left, _DAY - now % _DAY)
         if fits:
             return Reservation(id, day, remaining)
         message = f"This request may take {tokens} tokens, and {left} of today's {limit} are left"
@@ -156,9 +141,9 @@ class UsageStore:
         with self._lock:
             self._add(added, [reservation.id] if reservation else [])
         if reservation:
-            self._try_flush()
+            self.close()
         else:
-            self._flush_later()
+            self._close_later()
 
     def flush(self) -> None:
         """Write everything that is recorded; those who wait here are written together. Raises StoreUnavailable."""
@@ -180,14 +165,22 @@ class UsageStore:
     def usage(self, from_day: int, to_day: int, user_id: str | None = None) -> Usage:
         """One user's or everybody's usage of these days, both included, in order."""
         self.flush()
-        statement = _ROWS if user_id is None else _ROWS_OF_USER
+        rows = select(_usage).where(_usage.c.day.between(from_day, to_day)).order_by(*_usage.primary_key)
+        if user_id is not None:
+            rows = rows.where(_usage.c.user_id == user_id)
         with self._db.reading() as connection:
-            found = connection.execute(statement, {"first": from_day, "last": to_day, "user_id": user_id}).all()
+            found = connection.execute(rows).all()
         return {(row.day, row.user_id, row.model): Counts(*row[3:]) for row in found}
 
     def close(self) -> None:
-        """Write what is pending."""
-        self._try_flush()
+        """Write what is pending; while the database does not answer, try again each second."""
+        with self._lock:
+            self._timer = None
+        try:
+            self.flush()
+        except StoreUnavailable as error:
+            log.error("usage is kept in memory until it can be written", reason=str(error))
+            self._close_later()
 
     def _add(self, pending: Usage, ended: list[str]) -> None:
         for key, counts in pending.items():
@@ -202,21 +195,9 @@ class UsageStore:
                 connection.execute(_RELEASE, [{"id": id} for id in ended])
             _insert(connection, pending)
 
-    def _flush_later(self) -> None:
+    def _close_later(self) -> None:
         with self._lock:
             if self._timer is None:
-                self._timer = threading.Timer(_FLUSH_AFTER, self._on_timer)
+                self._timer = threading.Timer(_FLUSH_AFTER, self.close)
                 self._timer.daemon = True
                 self._timer.start()
-
-    def _on_timer(self) -> None:
-        with self._lock:
-            self._timer = None
-        self._try_flush()
-
-    def _try_flush(self) -> None:
-        try:
-            self.flush()
-        except StoreUnavailable as error:
-            log.error("usage is kept in memory until it can be written", reason=str(error))
-            self._flush_later()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from secrets import token_hex
 
@@ -18,13 +19,13 @@ from api import accounts, bearer
 from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
-from api.metering import allow, count_request
-from api.middleware import SECURED, Reply, host_name, is_loopback, needs, principal, public
+from api.middleware import SECURED, Reply, allow, count_request, needs, principal, public
 from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
 from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
 
 _DEVICE_AGE = 180 * 86_400  # seconds
+_LOOPBACK = re.compile(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?")
 
 blueprint = APIBlueprint(
     "auth",
@@ -126,7 +127,7 @@ def _signed_in(user: User) -> Response:
     current().user, current().user_id = user.name, user.id
     response = jsonify(_tokens(user.id, session))
     cookie, path = services().guard.device_cookie(user.name), request.script_root + "/"
-    secure = not is_loopback(host_name(request.host))
+    secure = not _LOOPBACK.fullmatch(request.host)
     response.set_cookie(*cookie, _DEVICE_AGE, path=path, secure=secure, httponly=True, samesite="Strict")
     return response
 

@@ -33,9 +33,9 @@ blueprint = APIBlueprint(
 def generate(body: GenerateBody) -> Reply:
     """The whole answer at once."""
     generation = start(body)
-    whole = read_all(generation)
-    out = {"model": generation.request.model, "response": whole.text, "reasoning": whole.reasoning}
-    return {**out, **_ending(generation, whole.done)}, 200, headers(generation)
+    text, reasoning, done = read_all(generation)
+    out = {"model": generation.request.model, "response": text, "reasoning": reasoning}
+    return {**out, **_ending(generation, done)}, 200, headers(generation)
 
 
 @blueprint.post("/stream", security=SECURED, responses={200: sse.DOCUMENTED})
@@ -64,12 +64,7 @@ def stream_ticket(query: TicketQuery) -> Reply:
 @needs(Permission.MANAGE_USERS)
 def running() -> Reply:
     """The generations under way, oldest first: whose they are and how far, never what they say."""
-    shown = [
-        {"id": each.id, "user": each.user, "model": each.request.model, "started": each.started, "state": each.state,
-         "tokens": each.tokens}
-        for each in list(services().running.values())
-    ]  # fmt: skip
-    return {"requests": shown}
+    return {"requests": [_shown(each) for each in list(services().running.values())]}
 
 
 @blueprint.delete("/requests/<id>", security=SECURED, responses={204: None})
@@ -90,6 +85,11 @@ def cancel(path: IdPath) -> Reply:
     return Response(status=204)
 
 
+def _shown(generation: Generation) -> dict[str, Any]:
+    shown = {name: getattr(generation, name) for name in ("id", "user", "started", "state", "tokens")}
+    return {**shown, "model": generation.request.model}
+
+
 def _stream(body: GenerateBody) -> Response:
     generation = start(body)
     return respond(generation, NativeDialect(generation))
@@ -99,13 +99,7 @@ def _ending(generation: Generation, done: Done) -> dict[str, Any]:
     return {
         "id": generation.id,
         "finish_reason": done.finish_reason,
-        "usage": {
-            "prompt_tokens": done.usage.prompt_tokens,
-            "completion_tokens": done.usage.completion_tokens,
-            "total_tokens": done.usage.total_tokens,
-            "cached_tokens": done.usage.cached_tokens,
-            "reasoning_tokens": done.usage.reasoning_tokens,
-        },
+        "usage": {**asdict(done.usage), "total_tokens": done.usage.total_tokens},
         "cached": generation.cache == "hit",
         "served_by": done.served_by,
         "sanitised": generation.sanitised,

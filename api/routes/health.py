@@ -1,29 +1,23 @@
-"""Liveness, readiness, and the API's documentation."""
+"""Liveness, readiness, the API's description and who may read the metrics."""
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 
-from flask import Response, current_app, request
+from flask import current_app, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from sqlalchemy import text
 
 from api.context import services
 from api.errors import ErrorBody
-from api.middleware import Reply, public
-from api.schemas.native import FilePath, HealthOut, ReadyOut
-from errors import Forbidden, NotFound, StoreUnavailable
+from api.middleware import Reply, ip_address, public
+from api.schemas.native import HealthOut, ReadyOut
+from errors import Forbidden, StoreUnavailable
 from version import VERSION
 
-_STATIC = Path(__file__).parents[1] / "static"
 _PING = text("SELECT count(*) FROM alembic_version")  # SQLite answers SELECT 1 without its file
-_TYPES = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
-_PAGES = {name: (_STATIC / name).read_bytes() for name in _TYPES}
-
 blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
 
 
@@ -71,24 +65,6 @@ def openapi() -> Reply:
     return document
 
 
-@blueprint.get("/docs", doc_ui=False)
-@public
-def docs() -> Reply:
-    return _page("docs.html")
-
-
-@blueprint.get("/docs/<name>", doc_ui=False)
-@public
-def docs_file(path: FilePath) -> Reply:
-    return _page(path.name)
-
-
-def _page(name: str) -> Response:
-    if name not in _PAGES:
-        raise NotFound("There is nothing at this address.")
-    return Response(_PAGES[name], mimetype=_TYPES[name])
-
-
 def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
     """Serve `view` to this machine and METRICS_NETWORKS only; nginx passes it to no one."""
 
@@ -103,9 +79,6 @@ def scrapers(view: Callable[[], Reply]) -> Callable[[], Reply]:
 
 
 def _may_scrape(address: str) -> bool:
-    try:
-        given = ipaddress.ip_address(address)
-    except ValueError:  # none, or what a client wrote into X-Forwarded-For
-        return False
+    given = ip_address(address)  # what a client wrote into X-Forwarded-For may be anything
     ip = getattr(given, "ipv4_mapped", None) or given
-    return ip.is_loopback or any(ip in network for network in services().settings.metrics_networks)
+    return ip is not None and (ip.is_loopback or any(ip in net for net in services().settings.metrics_networks))

@@ -20,6 +20,7 @@ from api.schemas.native import ModelPath
 from errors import ServiceError, UnknownModel
 from model.types import Chunk, Done, Event, Usage
 
+_REASONING = ("reasoning_content", "reasoning")  # clients look for either
 blueprint = APIBlueprint(
     "openai",
     __name__,
@@ -40,13 +41,12 @@ def chat(body: ChatBody) -> Reply:
     generation = start(body.generate())
     if body.stream:
         return respond(generation, ChatDialect(generation, body.include_usage))
-    whole = read_all(generation)
-    reasoning = whole.reasoning or None
-    said = {"role": "assistant", "content": whole.text, "refusal": None}
-    message = {**said, "reasoning_content": reasoning, "reasoning": reasoning}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(whole.done)}
+    text, reasoning, done = read_all(generation)
+    said = {"role": "assistant", "content": text, "refusal": None}
+    message = said | dict.fromkeys(_REASONING, reasoning or None)
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(done)}
     head = _head(generation, "chat.completion", int(time.time()))
-    return {**head, "choices": [choice], "usage": _usage(whole.done.usage)}, 200, headers(generation)
+    return {**head, "choices": [choice], "usage": _usage(done.usage)}, 200, headers(generation)
 
 
 @blueprint.get("/v1/models", responses={200: ModelsOut})
@@ -76,7 +76,7 @@ class ChatDialect:
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Chunk):
-            names = ("content",) if event.channel == "answer" else ("reasoning_content", "reasoning")
+            names = ("content",) if event.channel == "answer" else _REASONING
             return self._role() + self._chunk(dict.fromkeys(names, event.text))
         if isinstance(event, Done):
             frames = self._role() + self._chunk({}, _reason(event))
@@ -107,10 +107,9 @@ def _head(generation: Generation, kind: str, created: int) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
+        **{name: getattr(usage, name) for name in counts},
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }

@@ -1,4 +1,4 @@
-"""The chat page: the files of web/, and the list of them that its service worker keeps for offline use."""
+"""The pages: the chat in web/, with the list of files that its worker keeps for offline use, and the API's docs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from api.middleware import Reply, public
 from api.schemas.native import FilePath
 from errors import NotFound
 
-WEB = Path(__file__).parents[2] / "web"
+WEB, DOCS = Path(__file__).parents[2] / "web", Path(__file__).parents[1] / "static"
 _WORKER = "sw.js"
 _TYPES = {  # the machine's own table may differ, and nosniff is strict
     ".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".png": "image/png",
@@ -27,25 +27,37 @@ blueprint = APIBlueprint("page", __name__)
 @blueprint.get("/", doc_ui=False)
 @public
 def home() -> Reply:
-    return _send("index.html") if "index.html" in _files(WEB) else redirect("docs")
+    return _send(WEB, "index.html") if "index.html" in _files(WEB) else redirect("docs")
 
 
 @blueprint.get("/web/<path:name>", doc_ui=False)
 @public
 def part(path: FilePath) -> Reply:
-    return _send(path.name)
+    return _send(WEB, path.name)
 
 
 @blueprint.get(f"/{_WORKER}", doc_ui=False)
 @public
 def worker() -> Reply:
     """At the root, because a service worker controls only what lies below its own address."""
-    return _send(_WORKER)
+    return _send(WEB, _WORKER)
+
+
+@blueprint.get("/docs", doc_ui=False)
+@public
+def docs() -> Reply:
+    return _send(DOCS, "docs.html")
+
+
+@blueprint.get("/docs/<name>", doc_ui=False)
+@public
+def docs_file(path: FilePath) -> Reply:
+    return _send(DOCS, path.name)
 
 
 @cache
 def _files(folder: Path) -> dict[str, bytes]:
-    """Every file of the page by its path in `folder`. Read once, so a name from a request never reaches the disk."""
+    """Every file of a page by its path in `folder`. Read once, so a name from a request never reaches the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in _TYPES)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     if script := files.pop(_WORKER, None):
@@ -66,9 +78,9 @@ def _digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:16]
 
 
-def _send(name: str) -> Reply:
+def _send(folder: Path, name: str) -> Reply:
     """Asked for anew each time and sent only when it changed, so that a page is never made of two versions."""
-    content = _files(WEB).get(name)
+    content = _files(folder).get(name)
     if content is None:
         raise NotFound("There is nothing at this address.")
     response = Response(content, mimetype=_TYPES[Path(name).suffix])

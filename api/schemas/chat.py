@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from api import sse
-from api.schemas.native import (
-    WHOLE,
-    ChatMessage,
-    GenerateBody,
-    MaxTokens,
-    Penalty,
-    Role,
-    Seed,
-    Stop,
-    Strict,
-    Temperature,
-    TopK,
-    TopP,
-)
+from api.schemas import native
+from api.schemas.native import WHOLE, ChatMessage, GenerateBody, Strict
 
 # Fields that name the caller or the bill and leave the text as it is.
 IGNORED = frozenset(
@@ -56,9 +43,7 @@ _PART = {
     "additionalProperties": False,
 }
 Text = Annotated[
-    str,
-    BeforeValidator(_text),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
+    str, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]})
 ]
 
 
@@ -72,7 +57,7 @@ class ChatTurn(Strict):
         return _without(fields, _IGNORED_IN_MESSAGES)
 
     def message(self) -> ChatMessage:
-        role: Role = "system" if self.role == "developer" else self.role
+        role: native.Role = "system" if self.role == "developer" else self.role
         return ChatMessage.model_construct(role=role, content=self.content)
 
 
@@ -90,14 +75,14 @@ class ChatBody(Strict):
 
     messages: list[ChatTurn] = Field(min_length=1, max_length=256)
     model: str = Field(min_length=1, max_length=256)
-    max_tokens: MaxTokens | None = None
-    max_completion_tokens: MaxTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    repetition_penalty: Penalty | None = None
-    seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    max_tokens: native.MaxTokens | None = None
+    max_completion_tokens: native.MaxTokens | None = None
+    temperature: native.Temperature | None = None
+    top_p: native.TopP | None = None
+    top_k: native.TopK | None = None
+    repetition_penalty: native.Penalty | None = None
+    seed: native.Seed | None = None
+    stop: native.Stop | Annotated[list[native.Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
@@ -114,18 +99,13 @@ class ChatBody(Strict):
 
     def generate(self) -> GenerateBody:
         """The same request in our dialect; what was not sent keeps our default."""
-        wanted: dict[str, Any] = {
-            "messages": [turn.message() for turn in self.messages],
-            "model": self.model,
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
-        }
-        return GenerateBody.model_construct(**{name: value for name, value in wanted.items() if value is not None})
+        same = {"model", "temperature", "top_p", "top_k", "repetition_penalty", "seed"}
+        wanted = self.model_dump(include=same, exclude_none=True)
+        if limit := self.max_completion_tokens or self.max_tokens:
+            wanted["max_new_tokens"] = limit
+        if self.stop is not None:
+            wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        return GenerateBody.model_construct(messages=[turn.message() for turn in self.messages], **wanted)
 
     @property
     def include_usage(self) -> bool:
@@ -161,20 +141,12 @@ class ChoiceOut(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class PromptDetailsOut(BaseModel):
-    cached_tokens: int
-
-
-class CompletionDetailsOut(BaseModel):
-    reasoning_tokens: int
-
-
 class ChatUsageOut(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetailsOut
-    completion_tokens_details: CompletionDetailsOut
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
+    completion_tokens_details: dict[Literal["reasoning_tokens"], int]
 
 
 class ChatOut(BaseModel):
@@ -184,7 +156,7 @@ class ChatOut(BaseModel):
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
+    created: int
     model: str
     choices: list[ChoiceOut]
     usage: ChatUsageOut

@@ -26,9 +26,7 @@ TopP = Annotated[
     Field(gt=0, le=1, allow_inf_nan=False, description="Acts among the 256 most likely tokens; 1 switches it off."),
 ]
 TopK = Annotated[
-    int,
-    Field(ge=0, le=1 << 20, description="0 switches the filter off; more than 256 acts as 256."),
-    WHOLE,
+    int, Field(ge=0, le=1 << 20, description="0 switches the filter off; more than 256 acts as 256."), WHOLE
 ]
 Penalty = Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)]
 

@@ -18,13 +18,13 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def records(rooms: Services, *kinds: str) -> list[dict[str, Any]]:
+def records(services: Services, *kinds: str) -> list[dict[str, Any]]:
     """In order, those of generations unless said otherwise."""
-    return [each for each in find(rooms.audit) if each["kind"] in (kinds or ("start", "end"))]
+    return [each for each in find(services.audit) if each["kind"] in (kinds or ("start", "end"))]
 
 
-def whole(rooms: Services) -> bool:
-    log = rooms.audit
+def whole(services: Services) -> bool:
+    log = services.audit
     return not verify(log.database, log.keys, HeadFile(log.head_path, log.keys)).problems
 
 

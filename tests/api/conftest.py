@@ -88,12 +88,6 @@ def services(app: Flask) -> Services:
 
 
 @pytest.fixture
-def rooms(services: Services) -> Services:
-    """The same, for tests that are not renamed yet."""
-    return services
-
-
-@pytest.fixture
 def nobody(app: Flask) -> Client:
     return Client(app)
 

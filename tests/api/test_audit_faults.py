@@ -14,7 +14,7 @@ from tests.audit.logs import Fault, failing_database
 
 @pytest.mark.promise("P13", injected="a full disk, on every route", counted="503, and the model is not asked")
 @pytest.mark.parametrize("route", list(WAYS))
-def test_without_a_record_there_is_no_answer(admin: Client, rooms: Services, backend: Any, route: str) -> None:
+def test_without_a_record_there_is_no_answer(admin: Client, services: Services, backend: Any, route: str) -> None:
     with failing_database(Fault(1, lasts=10**6)):
         refused = admin.post(route, WAYS[route])
         assert refused.status_code == 503 and refused.json["error"]["code"] == "audit_unavailable"
@@ -24,7 +24,7 @@ def test_without_a_record_there_is_no_answer(admin: Client, rooms: Services, bac
 
 @pytest.mark.promise("P13", injected="a full disk under a cached answer", counted="503, no byte of the answer")
 @pytest.mark.parametrize("route", ["/generate", "/stream"])
-def test_a_cache_hit_without_a_record_is_no_answer(admin: Client, rooms: Services, route: str) -> None:
+def test_a_cache_hit_without_a_record_is_no_answer(admin: Client, services: Services, route: str) -> None:
     assert admin.post(route, WAYS[route]).text
     with failing_database(Fault(1, lasts=10**6)):
         refused = admin.post(route, WAYS[route])
@@ -34,21 +34,23 @@ def test_a_cache_hit_without_a_record_is_no_answer(admin: Client, rooms: Service
 @pytest.mark.promise(
     "P13", injected="a full disk at the Nth statement or commit, for every N", counted="never a silent 200"
 )
-def test_no_answer_is_called_finished_without_its_whole_record(admin: Client, rooms: Services) -> None:
+def test_no_answer_is_called_finished_without_its_whole_record(admin: Client, services: Services) -> None:
     refused = 0
     for at in range(1, 40):
         with failing_database(Fault(at)) as fault:
             answer = admin.post("/generate", {**WAYS["/generate"], "seed": at})
-            said = [record["kind"] for record in records(rooms) if record["request"] == answer.headers["X-Request-Id"]]
+            said = [
+                record["kind"] for record in records(services) if record["request"] == answer.headers["X-Request-Id"]
+            ]
         if not fault.injected:
             break
         refused += answer.status_code == 503
         assert answer.status_code == 503 or said == ["start", "end"]
-    assert fault.injected == 0 and refused >= 6 and whole(rooms)
+    assert fault.injected == 0 and refused >= 6 and whole(services)
 
 
 @pytest.mark.promise("P13", injected="a disk that fills in the middle of a stream", counted="an error event, not done")
-def test_a_stream_whose_end_cannot_be_kept_ends_in_an_error(admin: Client, rooms: Services) -> None:
+def test_a_stream_whose_end_cannot_be_kept_ends_in_an_error(admin: Client, services: Services) -> None:
     answer = admin.post("/stream", {"prompt": "slow one two three four"})
     with failing_database(Fault(1, lasts=10**6)):
         text = answer.text

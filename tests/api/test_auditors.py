@@ -37,12 +37,12 @@ def auditor(add_user: Callable[..., Client]) -> Client:
 
 def test_contents_are_kept_sealed_and_shown_to_auditors(make_app: Callable[..., Flask]) -> None:
     app = make_app(audit_content=True)
-    rooms, admin = app.extensions[NAME], Client(app).login()
+    services, admin = app.extensions[NAME], Client(app).login()
     admin.post("/generate", {"prompt": "think " + PROMPT}).close()
-    written = b"".join(file.read_bytes() for file in rooms.settings.data_dir.glob("service.sqlite3*"))
+    written = b"".join(file.read_bytes() for file in services.settings.data_dir.glob("service.sqlite3*"))
     assert PROMPT.encode() not in written and b"sky" not in written and b"input_sha256" in written
-    rooms.users.add("eve", Role.AUDITOR, rooms.users.get("admin").password_hash)
-    shown = Client(app).login("eve").get(f"/admin/audit/{records(rooms)[0]['id']}").json
+    services.users.add("eve", Role.AUDITOR, services.users.get("admin").password_hash)
+    shown = Client(app).login("eve").get(f"/admin/audit/{records(services)[0]['id']}").json
     assert shown["words"]["input"]["raw"] == [["user", "think " + PROMPT]]
     assert shown["words"]["input"]["sanitised"] == [["user", "think why is the sky blue"]]
     assert shown["words"]["output"] == {"answer": "think why is the sky blue", "reasoning": "hm"}
@@ -75,12 +75,12 @@ def test_the_log_is_found_by_filters_and_pages(admin: Client, auditor: Client, a
     assert_refused(auditor.get("/admin/audit?since=yesterday"), 422)
 
 
-def test_the_whole_log_is_exported_as_it_is_signed(admin: Client, auditor: Client, rooms: Services) -> None:
+def test_the_whole_log_is_exported_as_it_is_signed(admin: Client, auditor: Client, services: Services) -> None:
     admin.post("/generate", {"prompt": "hello"}).close()
     exported = auditor.get("/admin/audit?format=jsonl")
     lines = exported.data.splitlines()
     assert [re.sub(rb',"mac":"[0-9a-f]{64}"}$', b"}", line) for line in lines] == [
-        row.body for row in rooms.audit.find(AuditFilter(), 1000, newest_first=False)
+        row.body for row in services.audit.find(AuditFilter(), 1000, newest_first=False)
     ]
     assert exported.headers["Content-Disposition"] == 'attachment; filename="audit.jsonl"'
     with auditor.get(f"/admin/audit?format=jsonl&after={len(lines) - 1}") as rest:
@@ -98,9 +98,9 @@ def test_no_cell_of_an_export_is_a_formula(admin: Client, auditor: Client, cell:
 
 
 def test_an_export_is_bounded_in_records_and_time(
-    auditor: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    auditor: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rooms.audit.append(*({"kind": "said"} for _ in range(50)))
+    services.audit.append(*({"kind": "said"} for _ in range(50)))
     monkeypatch.setattr("api.routes.audit._PAGE", 7)
     monkeypatch.setattr("api.routes.audit._EXPORTED", 20)
     with auditor.get("/admin/audit?format=jsonl") as part:
@@ -110,8 +110,8 @@ def test_an_export_is_bounded_in_records_and_time(
         late.get_data()
 
 
-def test_two_exports_run_at_once_and_a_third_is_told_when(auditor: Client, rooms: Services) -> None:
-    rooms.audit.append(*({"kind": "said"} for _ in range(2000)))
+def test_two_exports_run_at_once_and_a_third_is_told_when(auditor: Client, services: Services) -> None:
+    services.audit.append(*({"kind": "said"} for _ in range(2000)))
     first, second = (auditor.get("/admin/audit?format=jsonl") for _ in range(2))
     refused = auditor.get("/admin/audit?format=csv")
     assert_refused(refused, 503)
@@ -145,7 +145,7 @@ def test_readers_that_stop_reading_use_up_no_threads(server: Server) -> None:
 
 
 def test_what_people_do_to_accounts_sessions_and_the_log_is_on_record(
-    admin: Client, auditor: Client, nobody: Client, rooms: Services
+    admin: Client, auditor: Client, nobody: Client, services: Services
 ) -> None:
     admin.post("/admin/users", {"username": "new", "password": "long enough"}).close()
     admin.ask("DELETE", "/admin/users/new").close()
@@ -155,7 +155,7 @@ def test_what_people_do_to_accounts_sessions_and_the_log_is_on_record(
     nobody.post("/login", {"username": "who is that", "password": "wrong"}).close()
     auditor.get("/admin/audit?user=admin").close()
     admin.post("/logout").close()
-    events = [(record["user"], record["kind"]) for record in find(rooms.audit) if record["kind"] != "log"]
+    events = [(record["user"], record["kind"]) for record in find(services.audit) if record["kind"] != "log"]
     assert events == [
         ("admin", "login"),
         ("eve", "login"),
@@ -168,14 +168,16 @@ def test_what_people_do_to_accounts_sessions_and_the_log_is_on_record(
         ("eve", "audit read"),
         ("admin", "logout"),
     ]
-    assert whole(rooms)
+    assert whole(services)
 
 
-def test_verifying_from_the_command_line_tells_whole_from_spoiled(app: Flask, admin: Client, rooms: Services) -> None:
+def test_verifying_from_the_command_line_tells_whole_from_spoiled(
+    app: Flask, admin: Client, services: Services
+) -> None:
     admin.post("/generate", {"prompt": "hello"}).close()
     fine = app.test_cli_runner().invoke(args=["audit", "verify"])
     assert fine.exit_code == 0 and "whole" in fine.output
-    with rooms.audit.database.transaction() as connection:
+    with services.audit.database.transaction() as connection:
         connection.exec_driver_sql("UPDATE audit SET user = 'nimda' WHERE kind = 'end'")
     spoiled = app.test_cli_runner().invoke(args=["audit", "verify"])
     assert spoiled.exit_code == 1 and "columns that are not what was signed" in spoiled.output
@@ -183,10 +185,10 @@ def test_verifying_from_the_command_line_tells_whole_from_spoiled(app: Flask, ad
     assert ahead.exit_code == 1 and "another machine remembers record 999" in ahead.output
 
 
-def test_a_backup_verifies_from_the_command_line(app: Flask, admin: Client, rooms: Services, tmp_path: Path) -> None:
+def test_a_backup_verifies_from_the_command_line(app: Flask, admin: Client, services: Services, tmp_path: Path) -> None:
     backup, head = tmp_path / "backup.sqlite3", tmp_path / "backup-head"
-    shutil.copy(rooms.audit.head_path, head)
-    with closing(sqlite3.connect(rooms.settings.data_dir / "service.sqlite3")) as connection:
+    shutil.copy(services.audit.head_path, head)
+    with closing(sqlite3.connect(services.settings.data_dir / "service.sqlite3")) as connection:
         connection.execute("VACUUM INTO ?", (str(backup),))
     admin.post("/generate", {"prompt": "hello"}).close()
     arguments = ["audit", "verify", "--database", str(backup), "--head", str(head)]

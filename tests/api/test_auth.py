@@ -57,9 +57,9 @@ def test_wrong_name_and_wrong_password_are_answered_alike(nobody: Client, name: 
     assert (error["code"], error["message"]) == ("wrong_credentials", "Wrong user name or password.")
 
 
-def test_a_disabled_user_cannot_log_in(nobody: Client, rooms: Services, add_user: Callable[..., Client]) -> None:
+def test_a_disabled_user_cannot_log_in(nobody: Client, services: Services, add_user: Callable[..., Client]) -> None:
     add_user("bob")
-    rooms.users.change("bob", disabled=True)
+    services.users.change("bob", disabled=True)
     assert nobody.post("/login", {"username": "bob", "password": PASSWORD}).status_code == 401
 
 
@@ -99,17 +99,17 @@ def test_elsewhere_the_devices_cookie_travels_encrypted_only(make_app: Callable[
     assert "Secure" in nobody.post("/login", login, headers={"Host": "llm.example.org"}).headers["Set-Cookie"]
 
 
-def test_refused_logins_are_on_record_and_a_flood_of_them_once_a_minute(nobody: Client, rooms: Services) -> None:
+def test_refused_logins_are_on_record_and_a_flood_of_them_once_a_minute(nobody: Client, services: Services) -> None:
     for _ in range(20):
         nobody.post("/login", {"username": "admin", "password": "wrong password"})
-    assert [each["code"] for each in records(rooms, "login refused")] == ["wrong_credentials"] * 5 + ["rate_limited"]
+    assert [each["code"] for each in records(services, "login refused")] == ["wrong_credentials"] * 5 + ["rate_limited"]
 
 
-def test_the_record_tells_which_key_acted(admin: Client, rooms: Services) -> None:
+def test_the_record_tells_which_key_acted(admin: Client, services: Services) -> None:
     made = admin.post("/keys", {"name": "ci"}).json
     Client(admin.app, made["key"]).post("/generate", HI).close()
-    (start,) = records(rooms, "start")
-    assert (start["user"], start["key"], start["user_id"]) == ("admin", made["id"], rooms.users.get("admin").id)
+    (start,) = records(services, "start")
+    assert (start["user"], start["key"], start["user_id"]) == ("admin", made["id"], services.users.get("admin").id)
 
 
 @pytest.mark.promise("P22", injected="a new X-Forwarded-For for each guess", counted="the sixth is 429")
@@ -182,17 +182,17 @@ def test_a_key_makes_no_keys_and_nobody_revokes_anothers(admin: Client, add_user
 @pytest.mark.promise("P18", injected="their owner disabled, demoted or deleted", counted="token, key and ticket 401")
 @pytest.mark.parametrize("change", ["disable", "demote", "delete"])
 def test_tokens_keys_and_tickets_die_with_their_owners_rights(
-    rooms: Services, add_user: Callable[..., Client], change: str
+    services: Services, add_user: Callable[..., Client], change: str
 ) -> None:
     bob = add_user("bob")
     key = Client(bob.app, bob.post("/keys", {"name": "ci"}).json["key"])
     ticket = bob.post("/stream/ticket", HI).json["ticket"]
     if change == "disable":
-        rooms.users.change("bob", disabled=True)
+        services.users.change("bob", disabled=True)
     elif change == "demote":
-        rooms.users.change("bob", role="auditor")
+        services.users.change("bob", role="auditor")
     else:
-        rooms.users.delete("bob")
+        services.users.delete("bob")
     assert bob.post("/generate", HI).status_code == 401
     assert key.post("/generate", HI).status_code == 401
     assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 401
@@ -200,7 +200,7 @@ def test_tokens_keys_and_tickets_die_with_their_owners_rights(
 
 @pytest.mark.promise("P18", injected="a state store that fails", counted="503, never let in")
 def test_when_the_store_does_not_answer_nobody_gets_in(
-    admin: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    admin: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise StoreUnavailable("the database does not answer (SQLITE_IOERR)")
@@ -212,13 +212,13 @@ def test_when_the_store_does_not_answer_nobody_gets_in(
 
 
 def test_a_ticket_opens_its_stream_once(
-    admin: Client, nobody: Client, backend: ScriptedBackend, rooms: Services
+    admin: Client, nobody: Client, backend: ScriptedBackend, services: Services
 ) -> None:
     made = admin.post("/stream/ticket", {**HI, "max_new_tokens": 1})
     assert made.json["expires_in"] == 60
     stream = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
     assert [name for name, _ in events(stream.text)] == ["message", "done"]
-    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == (rooms.users.get("admin").id, 1)
+    assert (backend.submitted[0].owner, backend.submitted[0].max_new_tokens) == (services.users.get("admin").id, 1)
     again = nobody.get("/stream", query_string={"ticket": made.json["ticket"]})
     assert (again.status_code, again.text) == (204, "")
     assert len(backend.submitted) == 1
@@ -242,10 +242,10 @@ def test_a_tickets_body_is_checked_when_it_is_made(admin: Client) -> None:
 
 
 def test_a_ticket_never_outlives_its_callers_token(
-    admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    admin: Client, nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = jwt.decode(admin.token or "", options={"verify_signature": False})
-    short = Client(admin.app, jwt.encode({**claims, "exp": int(time.time()) + 10}, rooms.policy.key, "HS256"))
+    short = Client(admin.app, jwt.encode({**claims, "exp": int(time.time()) + 10}, services.policy.key, "HS256"))
     now = time.time
     for caller, status in ((short, 204), (admin, 200)):
         ticket = caller.post("/stream/ticket", HI).json["ticket"]
@@ -254,11 +254,11 @@ def test_a_ticket_never_outlives_its_callers_token(
             assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == status
 
 
-def test_no_ticket_is_written_to_disk(admin: Client, rooms: Services) -> None:
-    before = sum(file.stat().st_size for file in rooms.settings.data_dir.rglob("*") if file.is_file())
+def test_no_ticket_is_written_to_disk(admin: Client, services: Services) -> None:
+    before = sum(file.stat().st_size for file in services.settings.data_dir.rglob("*") if file.is_file())
     for _ in range(10):
         admin.post("/stream/ticket", {"prompt": "private " * 5000})
-    files = [file.read_bytes() for file in rooms.settings.data_dir.rglob("*") if file.is_file()]
+    files = [file.read_bytes() for file in services.settings.data_dir.rglob("*") if file.is_file()]
     assert sum(map(len, files)) - before < 100_000 and not any(b"private" in content for content in files)
 
 
@@ -272,7 +272,7 @@ def test_tickets_are_bounded_in_size_and_number(admin: Client, nobody: Client) -
 
 
 def test_nobody_collects_keys_or_refreshes_without_end(
-    admin: Client, nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    admin: Client, nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accounts.credentials.MAX_KEYS", 2)
     first = admin.post("/keys", {"name": "a"}).json
@@ -282,7 +282,7 @@ def test_nobody_collects_keys_or_refreshes_without_end(
     assert admin.post("/keys", {"name": "c"}).status_code == 201
 
     token = nobody.post("/login", {"username": "admin", "password": PASSWORD}).json["refresh_token"]
-    for _ in range(rooms.settings.user_rpm):
+    for _ in range(services.settings.user_rpm):
         answer = Client(nobody.app, token).post("/refresh")
         if answer.status_code == 429:
             break

@@ -88,8 +88,8 @@ def test_users_do_not_share_answers(admin: Client, add_user: Callable[..., Clien
 
 def test_users_share_answers_where_the_operator_says_so(make_app: Callable[..., Any]) -> None:
     app = make_app(cache_shared=True)
-    rooms = app.extensions["flask-llm"]
-    rooms.users.add("bob", "user", rooms.passwords.hash("correct horse battery"))
+    services = app.extensions["flask-llm"]
+    services.users.add("bob", "user", services.passwords.hash("correct horse battery"))
     admin, bob = Client(app).login(), Client(app).login("bob")
     assert [caller.post("/generate", BODY).headers["X-Cache"] for caller in (admin, bob)] == ["miss", "hit"]
 

@@ -64,7 +64,7 @@ def test_a_clock_that_jumps_back_breaks_nothing(clock: Clock, nobody: Client) ->
 
 
 def test_an_expired_ticket_is_none_however_the_clock_got_there(
-    clock: Clock, admin: Client, nobody: Client, rooms: Services
+    clock: Clock, admin: Client, nobody: Client, services: Services
 ) -> None:
     ticket = admin.post("/stream/ticket", {"prompt": "hi"}).json["ticket"]
     clock.offset = 61

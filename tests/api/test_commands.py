@@ -47,7 +47,7 @@ def test_a_password_is_read_from_standard_input_and_not_repeated(run: Run, nobod
     nobody.login("ann", "another long password")
 
 
-def test_role_state_and_limits_change_and_the_list_tells(run: Run, rooms: Services) -> None:
+def test_role_state_and_limits_change_and_the_list_tells(run: Run, services: Services) -> None:
     for line in (
         "add ann",
         "role ann auditor",
@@ -63,9 +63,9 @@ def test_role_state_and_limits_change_and_the_list_tells(run: Run, rooms: Servic
         {"username": "ann", "role": "auditor", "disabled": True, "tokens_per_day": 1000},
         {"username": "second", "role": "auditor", "disabled": False},
     ]
-    assert rooms.users.get("ann").limits == UserLimits(tokens_per_day=1000)
-    assert run("enable ann").exit_code == 0 and not rooms.users.get("ann").disabled
-    assert run("delete ann").exit_code == 0 and rooms.users.get("ann") is None
+    assert services.users.get("ann").limits == UserLimits(tokens_per_day=1000)
+    assert run("enable ann").exit_code == 0 and not services.users.get("ann").disabled
+    assert run("delete ann").exit_code == 0 and services.users.get("ann") is None
 
 
 def test_a_command_that_ends_rights_ends_sessions_and_keys(run: Run, add_user: Callable[..., Client]) -> None:
@@ -91,14 +91,14 @@ def test_a_command_that_ends_rights_ends_sessions_and_keys(run: Run, add_user: C
         ("limits admin --rpm many", "'many' is not a valid integer"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(run: Run, rooms: Services, line: str, words: str) -> None:
-    before = rooms.users.page()
+def test_what_cannot_be_done_is_said_in_one_line(run: Run, services: Services, line: str, words: str) -> None:
+    before = services.users.page()
     done = run(line)
     assert done.exit_code != 0 and words in done.output and "Traceback" not in done.output
-    assert rooms.users.page() == before
+    assert services.users.page() == before
 
 
-def test_the_last_auditor_is_kept_like_the_last_admin(run: Run, rooms: Services) -> None:
+def test_the_last_auditor_is_kept_like_the_last_admin(run: Run, services: Services) -> None:
     run("add ann --role auditor")
     for line in ("disable ann", "role ann user", "delete ann"):
         done = run(line)
@@ -107,12 +107,12 @@ def test_the_last_auditor_is_kept_like_the_last_admin(run: Run, rooms: Services)
     assert run("delete ann").exit_code == 0
 
 
-def test_limits_without_options_are_shown_and_not_changed(run: Run, rooms: Services) -> None:
+def test_limits_without_options_are_shown_and_not_changed(run: Run, services: Services) -> None:
     run("limits admin --rpm 7")
-    before = rooms.users.get("admin")
+    before = services.users.get("admin")
     done = run("limits admin")
     assert json.loads(done.stdout) == {"streams": 10, "rpm": 7, "tokens_per_day": 0}
-    assert "Changed" not in done.output and rooms.users.get("admin") == before
+    assert "Changed" not in done.output and services.users.get("admin") == before
 
 
 def test_a_key_made_by_command_works_and_is_its_owners(app: Flask, run: Run, nobody: Client) -> None:

@@ -28,8 +28,8 @@ def test_alive_and_ready(nobody: Client, backend: ScriptedBackend) -> None:
     assert nobody.get("/healthz").status_code == 200
 
 
-def test_not_ready_when_the_database_does_not_answer(nobody: Client, rooms: Services, tmp_path: Path) -> None:
-    rooms.database.close()
+def test_not_ready_when_the_database_does_not_answer(nobody: Client, services: Services, tmp_path: Path) -> None:
+    services.database.close()
     for file in tmp_path.glob("service.sqlite3*"):
         file.write_bytes(b"no database " * 1000)
     answer = nobody.get("/readyz")
@@ -39,29 +39,29 @@ def test_not_ready_when_the_database_does_not_answer(nobody: Client, rooms: Serv
 
 
 def test_not_ready_when_the_audit_cannot_be_written(
-    nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(rooms.audit), "problem", lambda self: "no space left")
+    monkeypatch.setattr(type(services.audit), "problem", lambda self: "no space left")
     answer = nobody.get("/readyz")
     assert (answer.status_code, answer.json["stage"]) == (503, "unavailable")
     assert answer.json["reason"] == "the audit log cannot be written: no space left"
 
 
 def test_not_ready_when_the_model_failed_and_its_reason_comes_first(
-    nobody: Client, rooms: Services, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+    nobody: Client, services: Services, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = BackendStatus(False, "failed", reason="the model has no chat template")
     monkeypatch.setattr(backend, "status", lambda: failed)
-    monkeypatch.setattr(type(rooms.audit), "problem", lambda self: "no space left")
+    monkeypatch.setattr(type(services.audit), "problem", lambda self: "no space left")
     answer = nobody.get("/readyz")
     assert (answer.status_code, answer.json["stage"]) == (503, "failed")
     assert answer.json["reason"] == "the model has no chat template"
 
 
 def test_a_cache_that_fails_is_shown_and_costs_no_readiness(
-    nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms.cache, "problem", lambda: "password")
+    monkeypatch.setattr(type(services.cache), "problem", lambda self: "password")
     answer = nobody.get("/readyz")
     assert (answer.status_code, answer.json["ready"]) == (200, True)
     assert answer.json["details"]["cache_problem"] == "password"
@@ -115,7 +115,7 @@ def document(nobody: Client) -> dict[str, Any]:
     return answer.json
 
 
-def test_the_document_lists_every_route_with_its_token(nobody: Client, rooms: Services) -> None:
+def test_the_document_lists_every_route_with_its_token(nobody: Client, services: Services) -> None:
     found = document(nobody)
     assert found["openapi"].startswith("3.1")
     rules = {re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule) for rule in nobody.app.url_map.iter_rules()}

@@ -25,13 +25,13 @@ def encode(part: object) -> str:
 
 
 @pytest.fixture
-def forge(admin: Client, rooms: Services) -> Callable[..., str]:
+def forge(admin: Client, services: Services) -> Callable[..., str]:
     """Signs, with the real key, the claims of a good token after some changes."""
     good = jwt.decode(admin.token or "", options={"verify_signature": False})
 
     def sign(changes: dict[str, Any] | None = None, headers: dict[str, Any] | None = None, **more: Any) -> str:
         claims = {name: value for name, value in {**good, **(changes or {})}.items() if value is not None}
-        key = more.get("key", rooms.policy.key)
+        key = more.get("key", services.policy.key)
         return jwt.encode(claims, key, more.get("algorithm", "HS256"), headers={**GOOD_HEADER, **(headers or {})})
 
     return sign
@@ -50,10 +50,10 @@ def status(nobody: Client) -> Callable[[str], int]:
 
 @pytest.mark.parametrize("algorithm", ["none", "nOnE", "HS512", "RS256"])
 def test_other_algorithms_are_401(
-    forge: Callable[..., str], status: Callable[[str], int], rooms: Services, algorithm: str
+    forge: Callable[..., str], status: Callable[[str], int], services: Services, algorithm: str
 ) -> None:
     if algorithm == "HS512":
-        token = forge(headers={"alg": "HS512"}, algorithm="HS512", key=rooms.policy.key * 2)
+        token = forge(headers={"alg": "HS512"}, algorithm="HS512", key=services.policy.key * 2)
     elif algorithm == "RS256":
         private = rsa.generate_private_key(65537, 2048)
         pem = private.private_bytes(
@@ -108,9 +108,9 @@ def test_a_body_is_not_even_read_without_a_token(nobody: Client) -> None:
 
 
 def test_a_token_that_was_good_a_moment_ago_expires_all_the_same(
-    admin: Client, status: Callable[[str], int], rooms: Services, monkeypatch: pytest.MonkeyPatch
+    admin: Client, status: Callable[[str], int], services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert admin.token and status(admin.token) == status(admin.token) == 422
-    later = time.time() + rooms.policy.access_ttl + 1
+    later = time.time() + services.policy.access_ttl + 1
     monkeypatch.setattr("api.bearer.time", SimpleNamespace(time=lambda: later))
     assert status(admin.token) == 401

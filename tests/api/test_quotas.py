@@ -36,37 +36,37 @@ def bob(add_user: Callable[..., Client]) -> Client:
     return add_user("bob")
 
 
-def limit(rooms: Services, **limits: int) -> None:
-    rooms.users.change("bob", **limits)  # type: ignore[typeddict-item]
+def limit(services: Services, **limits: int) -> None:
+    services.users.change("bob", **limits)  # type: ignore[typeddict-item]
 
 
 def left(answer: Any, kind: str) -> int:
     return int(answer.headers[f"X-RateLimit-Remaining-{kind}"])
 
 
-def bob_id(rooms: Services) -> str:
-    user = rooms.users.get("bob")
+def bob_id(services: Services) -> str:
+    user = services.users.get("bob")
     assert user is not None
     return user.id
 
 
-def spent(rooms: Services) -> int:
-    return rooms.usage.tokens_today(bob_id(rooms))
+def spent(services: Services) -> int:
+    return services.usage.tokens_today(bob_id(services))
 
 
-def counted(rooms: Services) -> Counts:
+def counted(services: Services) -> Counts:
     """All that was recorded for bob today."""
     today = int(time.time() // 86_400)
-    return sum(rooms.usage.usage(today, today, bob_id(rooms)).values(), Counts())
+    return sum(services.usage.usage(today, today, bob_id(services)).values(), Counts())
 
 
-def free(rooms: Services, limit: int) -> int:
+def free(services: Services, limit: int) -> int:
     """What bob could still reserve."""
-    return rooms.usage.reserve(bob_id(rooms), 0, limit).remaining.left
+    return services.usage.reserve(bob_id(services), 0, limit).remaining.left
 
 
-def test_every_answer_says_how_many_requests_are_left(bob: Client, rooms: Services) -> None:
-    limit(rooms, rpm=3)
+def test_every_answer_says_how_many_requests_are_left(bob: Client, services: Services) -> None:
+    limit(services, rpm=3)
     answers = [bob.get("/v1/models") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert [left(answer, "Requests") for answer in answers] == [2, 1, 0, 0]
@@ -77,8 +77,8 @@ def test_every_answer_says_how_many_requests_are_left(bob: Client, rooms: Servic
     assert 50 < float(answers[-1].headers["X-RateLimit-Reset-Requests"].removesuffix("s")) <= 60
 
 
-def test_a_refused_user_harms_no_other(bob: Client, admin: Client, rooms: Services) -> None:
-    limit(rooms, rpm=1)
+def test_a_refused_user_harms_no_other(bob: Client, admin: Client, services: Services) -> None:
+    limit(services, rpm=1)
     assert [bob.get("/v1/models").status_code for _ in range(2)] == [200, 429]
     assert admin.get("/v1/models").status_code == 200
 
@@ -93,8 +93,8 @@ def test_roles_have_limits_and_a_users_own_win_over_them(make_app: Callable[...,
     assert (shown["limits"]["streams"], shown["limits"]["rpm"], shown["own_limits"]["streams"]) == (3, 9, None)
 
 
-def test_one_stream_too_many_is_429_until_one_ends(bob: Client, rooms: Services) -> None:
-    limit(rooms, streams=2)
+def test_one_stream_too_many_is_429_until_one_ends(bob: Client, services: Services) -> None:
+    limit(services, streams=2)
     silent = {"prompt": "silent", "cache": False}
     with ExitStack() as streams:
         for _ in range(2):
@@ -106,19 +106,21 @@ def test_one_stream_too_many_is_429_until_one_ends(bob: Client, rooms: Services)
     assert bob.post("/generate", WORDS).status_code == 200
 
 
-def test_a_generation_costs_what_it_used_and_not_what_it_might_have(bob: Client, rooms: Services) -> None:
-    limit(rooms, tokens_per_day=100)
+def test_a_generation_costs_what_it_used_and_not_what_it_might_have(bob: Client, services: Services) -> None:
+    limit(services, tokens_per_day=100)
     answer = bob.post("/generate", WORDS)
-    assert answer.json["usage"]["total_tokens"] == COST == spent(rooms)
+    assert answer.json["usage"]["total_tokens"] == COST == spent(services)
     assert (answer.headers["X-RateLimit-Limit-Tokens"], left(answer, "Tokens")) == ("100", 100 - MOST)
     stream = bob.post("/stream", WORDS)
     assert events(stream.text)[-1][1]["usage"]["total_tokens"] == COST
     stream.close()
-    assert spent(rooms) == 2 * COST
+    assert spent(services) == 2 * COST
 
 
-def test_a_quota_that_is_used_up_is_429_until_tomorrow(bob: Client, rooms: Services, backend: ScriptedBackend) -> None:
-    limit(rooms, tokens_per_day=MOST + COST - 1)
+def test_a_quota_that_is_used_up_is_429_until_tomorrow(
+    bob: Client, services: Services, backend: ScriptedBackend
+) -> None:
+    limit(services, tokens_per_day=MOST + COST - 1)
     assert bob.post("/generate", WORDS).status_code == 200
     for path, body in (
         ("/generate", WORDS),
@@ -130,14 +132,14 @@ def test_a_quota_that_is_used_up_is_429_until_tomorrow(bob: Client, rooms: Servi
         assert refused.json["error"]["code"] == "insufficient_quota"
         assert refused.headers["X-Should-Retry"] == "false" and 0 < int(refused.headers["Retry-After"]) <= 86_400
         assert left(refused, "Tokens") == MOST - 1
-    assert len(backend.submitted) == 1 and spent(rooms) == COST
+    assert len(backend.submitted) == 1 and spent(services) == COST
     assert bob.post("/generate", {**WORDS, "max_new_tokens": 9}).status_code == 200, "a shorter one still fits"
 
 
-def test_what_running_generations_may_take_is_set_aside(bob: Client, rooms: Services) -> None:
+def test_what_running_generations_may_take_is_set_aside(bob: Client, services: Services) -> None:
     silent = {"prompt": "silent", "max_new_tokens": 50, "cache": False}
     aside = len("user:silent") + 50
-    limit(rooms, tokens_per_day=aside + 20)
+    limit(services, tokens_per_day=aside + 20)
     with bob.post("/stream", silent) as stream:
         refused = bob.post("/generate", silent)
         assert_refused(refused, 429)
@@ -147,54 +149,54 @@ def test_what_running_generations_may_take_is_set_aside(bob: Client, rooms: Serv
     assert bob.post("/generate", {**silent, "prompt": "sounds"}).status_code == 200
 
 
-def test_a_cached_answer_costs_no_tokens(bob: Client, rooms: Services) -> None:
-    limit(rooms, tokens_per_day=MOST)
+def test_a_cached_answer_costs_no_tokens(bob: Client, services: Services) -> None:
+    limit(services, tokens_per_day=MOST)
     sure = {**WORDS, "temperature": 0, "cache": True}
     answers = [bob.post("/generate", sure) for _ in range(4)]
     assert [answer.headers["X-Cache"] for answer in answers] == ["miss", "hit", "hit", "hit"]
-    assert counted(rooms) == Counts(requests=4, prompt_tokens=PROMPT, generated_tokens=3)
+    assert counted(services) == Counts(requests=4, prompt_tokens=PROMPT, generated_tokens=3)
 
 
-def test_whoever_leaves_early_pays_what_came(bob: Client, rooms: Services) -> None:
-    limit(rooms, tokens_per_day=1000)
+def test_whoever_leaves_early_pays_what_came(bob: Client, services: Services) -> None:
+    limit(services, tokens_per_day=1000)
     with bob.post("/stream", {**WORDS, "prompt": "slow " + "and on " * 20}) as stream:
         for frame in stream.response:
             if b"and" in frame:
                 break
-    assert spent(rooms) == len("user:slow " + "and on " * 20) + 2
+    assert spent(services) == len("user:slow " + "and on " * 20) + 2
 
 
 @pytest.mark.parametrize(("prompt", "status", "cost"), [("refuse", 503, 0), ("fail", 503, 0), ("break a b c", 503, 18)])
 def test_what_fails_costs_only_what_came_of_it(
-    bob: Client, rooms: Services, prompt: str, status: int, cost: int
+    bob: Client, services: Services, prompt: str, status: int, cost: int
 ) -> None:
-    limit(rooms, tokens_per_day=1000)
+    limit(services, tokens_per_day=1000)
     assert bob.post("/generate", {**WORDS, "prompt": prompt}).status_code == status
-    assert spent(rooms) == cost
-    assert free(rooms, 1000) == 1000 - cost, "something is still set aside"
+    assert spent(services) == cost
+    assert free(services, 1000) == 1000 - cost, "something is still set aside"
 
 
-def test_a_request_that_is_refused_before_it_runs_costs_nothing(bob: Client, rooms: Services) -> None:
-    limit(rooms, tokens_per_day=1000)
+def test_a_request_that_is_refused_before_it_runs_costs_nothing(bob: Client, services: Services) -> None:
+    limit(services, tokens_per_day=1000)
     for body in ({"prompt": ""}, {"prompt": "hi", "max_new_tokens": 5000}, {"prompt": "hi", "model": "no"}):
         assert bob.post("/generate", body).status_code in (404, 422)
-    assert free(rooms, 1000) == 1000 and counted(rooms) == Counts()
+    assert free(services, 1000) == 1000 and counted(services) == Counts()
 
 
-def test_a_ticket_is_paid_when_it_is_used(bob: Client, nobody: Client, rooms: Services) -> None:
-    limit(rooms, tokens_per_day=MOST)
+def test_a_ticket_is_paid_when_it_is_used(bob: Client, nobody: Client, services: Services) -> None:
+    limit(services, tokens_per_day=MOST)
     tickets = [bob.post("/stream/ticket", WORDS).json["ticket"] for _ in range(2)]
-    assert spent(rooms) == 0
+    assert spent(services) == 0
     statuses = []
     for ticket in tickets:
         with nobody.get("/stream", query_string={"ticket": ticket}) as stream:
             statuses.append((stream.status_code, stream.text != ""))
-    assert statuses == [(200, True), (429, True)] and spent(rooms) == COST
+    assert statuses == [(200, True), (429, True)] and spent(services) == COST
 
 
-def test_quotas_are_exact_for_32_requests_at_once(bob: Client, rooms: Services) -> None:
+def test_quotas_are_exact_for_32_requests_at_once(bob: Client, services: Services) -> None:
     """All that are let in together fit, even if each takes all it may."""
-    limit(rooms, tokens_per_day=10 * MOST + 5, streams=100)
+    limit(services, tokens_per_day=10 * MOST + 5, streams=100)
     silent = {"prompt": "silent one two", "max_new_tokens": MOST - len("user:silent one two"), "cache": False}
     with ExitStack() as held:
 
@@ -206,9 +208,9 @@ def test_quotas_are_exact_for_32_requests_at_once(bob: Client, rooms: Services) 
 
 
 def test_tokens_that_cannot_be_recorded_end_no_answer_and_count_later(
-    bob: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bob: Client, services: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limit(rooms, tokens_per_day=MOST)
+    limit(services, tokens_per_day=MOST)
 
     def full(*_: object) -> None:
         raise StoreUnavailable("the database does not answer (SQLITE_FULL)")
@@ -218,13 +220,13 @@ def test_tokens_that_cannot_be_recorded_end_no_answer_and_count_later(
         assert bob.post("/generate", WORDS).json["response"] == "one two three"
         assert "usage is kept in memory" in caplog.text
         assert_refused(bob.post("/generate", WORDS), 429)
-    assert spent(rooms) == COST and free(rooms, MOST) == MOST - COST
+    assert spent(services) == COST and free(services, MOST) == MOST - COST
 
 
 def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
-    bob: Client, rooms: Services, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+    bob: Client, services: Services, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit(rooms, tokens_per_day=1000)
+    limit(services, tokens_per_day=1000)
 
     def full(*_: object) -> None:
         raise StoreUnavailable("the database does not answer (SQLITE_FULL)")
@@ -234,7 +236,7 @@ def test_a_quota_that_cannot_be_looked_up_lets_nobody_in(
     assert backend.submitted == []
 
 
-def test_tokens_of_today_are_shown_without_a_quota_too(bob: Client, admin: Client, rooms: Services) -> None:
+def test_tokens_of_today_are_shown_without_a_quota_too(bob: Client, admin: Client, services: Services) -> None:
     bob.post("/generate", WORDS)
     stream = bob.post("/stream", WORDS)
     assert events(stream.text)[-1][0] == "done"
@@ -243,7 +245,7 @@ def test_tokens_of_today_are_shown_without_a_quota_too(bob: Client, admin: Clien
     assert admin.get("/admin/users/bob").json["tokens_today"] == 2 * COST
     listed = {user["username"]: user["tokens_today"] for user in admin.get("/admin/users").json["users"]}
     assert listed == {"admin": 0, "bob": 2 * COST}
-    assert counted(rooms) == Counts(3, 2 * PROMPT, 0, 6, errors=1)
+    assert counted(services) == Counts(3, 2 * PROMPT, 0, 6, errors=1)
 
 
 @pytest.mark.parametrize(("sent", "wait"), [(signal.SIGTERM, 0.0), (signal.SIGKILL, 2.0)])

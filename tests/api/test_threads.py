@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -15,7 +14,7 @@ import pytest
 from flask import Flask
 
 from accounts.passwords import Passwords
-from api.context import LOGINS, NAME, PREPARING, Capacity
+from api.context import LOGINS, PREPARING, Capacity
 from errors import Overloaded
 from model.types import GenerateRequest
 from tests.api.conftest import PASSWORD, Client
@@ -58,7 +57,7 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_length_alone(
 ) -> None:
     worked: list[object] = []
     monkeypatch.setattr(ScriptedBackend, "prepare", lambda _, request: worked.append(request))
-    app.extensions[NAME] = replace(app.extensions[NAME], sanitise=worked.append)
+    monkeypatch.setattr("api.generation._clean", worked.append)
     for path, param in (("/generate", "prompt"), ("/stream", "prompt")):
         refused = admin.post(path, ENORMOUS)
         error = refused.json["error"]

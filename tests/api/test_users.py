@@ -52,15 +52,15 @@ def test_a_password_is_made_up_where_none_is_sent_and_shown_once(admin: Client, 
     assert added["password"] not in admin.get("/admin/users/bob").text + admin.get("/admin/users").text
 
 
-def test_no_answer_holds_a_hash(admin: Client, rooms: Services) -> None:
+def test_no_answer_holds_a_hash(admin: Client, services: Services) -> None:
     admin.post("/admin/users", {"username": "bob", "password": PASSWORD})
     answers = admin.get("/admin/users").text + admin.get("/admin/users/bob").text
-    assert "argon2" not in answers and "hash" not in answers and rooms.users.get("bob") is not None
+    assert "argon2" not in answers and "hash" not in answers and services.users.get("bob") is not None
 
 
-def test_accounts_come_by_the_page(admin: Client, rooms: Services) -> None:
+def test_accounts_come_by_the_page(admin: Client, services: Services) -> None:
     for number in range(5):
-        rooms.users.add(f"u{number}", "user", "hash")
+        services.users.add(f"u{number}", "user", "hash")
     seen, after = [], ""
     while page := admin.get("/admin/users", query_string={"after": after, "limit": 2}).json["users"]:
         assert len(page) <= 2
@@ -89,24 +89,24 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("body", WRONG.values(), ids=WRONG)
-def test_a_wrong_account_is_422_and_not_made(admin: Client, rooms: Services, body: dict[str, Any]) -> None:
+def test_a_wrong_account_is_422_and_not_made(admin: Client, services: Services, body: dict[str, Any]) -> None:
     assert_refused(admin.post("/admin/users", body), 422)
-    assert rooms.users.count() == 1
+    assert services.users.count() == 1
 
 
 @pytest.mark.parametrize("body", [{"role": "root"}, {"disabled": "yes"}, {"password": "short"}, {"username": "new"}])
-def test_a_wrong_change_is_422_and_not_made(admin: Client, rooms: Services, body: dict[str, Any]) -> None:
-    before = rooms.users.get("admin")
+def test_a_wrong_change_is_422_and_not_made(admin: Client, services: Services, body: dict[str, Any]) -> None:
+    before = services.users.get("admin")
     assert_refused(patch(admin, "admin", body), 422)
-    assert rooms.users.get("admin") == before
+    assert services.users.get("admin") == before
 
 
-def test_a_taken_name_and_the_last_admin_are_409(admin: Client, rooms: Services) -> None:
+def test_a_taken_name_and_the_last_admin_are_409(admin: Client, services: Services) -> None:
     assert_refused(admin.post("/admin/users", {"username": "admin", "role": "user"}), 409)
     assert_refused(patch(admin, "admin", {"disabled": True}), 409)
     assert_refused(patch(admin, "admin", {"role": "user", "password": NEW}), 409)
     assert_refused(admin.ask("DELETE", "/admin/users/admin"), 409)
-    assert rooms.users.get("admin") is not None and admin.get("/admin/users").status_code == 200
+    assert services.users.get("admin") is not None and admin.get("/admin/users").status_code == 200
 
 
 def test_of_one_name_added_32_times_at_once_one_account_comes(admin: Client) -> None:
@@ -117,7 +117,7 @@ def test_of_one_name_added_32_times_at_once_one_account_comes(admin: Client) -> 
         assert sorted(pool.map(add, range(32))) == [201] + [409] * 31
 
 
-def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Client, rooms: Services) -> None:
+def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Client, services: Services) -> None:
     admin.post("/admin/users", {"username": "bob", "limits": {"rpm": 7, "tokens_per_day": 99}})
     assert patch(admin, "bob", {"limits": {"streams": 2, "rpm": None}}).json["own_limits"] == {
         "streams": 2,
@@ -129,7 +129,7 @@ def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Clie
         "rpm": 120,
         "tokens_per_day": 99,
     }
-    assert rooms.users.get("bob").limits == UserLimits(2, None, 99)
+    assert services.users.get("bob").limits == UserLimits(2, None, 99)
 
 
 @pytest.mark.promise(
@@ -137,18 +137,18 @@ def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Clie
 )
 @pytest.mark.parametrize("role", [Role.USER, Role.AUDITOR])
 def test_only_admins_manage_accounts_and_no_key_does(
-    admin: Client, add_user: Callable[..., Client], rooms: Services, role: Role
+    admin: Client, add_user: Callable[..., Client], services: Services, role: Role
 ) -> None:
     other = add_user("ann", role)
     key = Client(admin.app, admin.post("/keys", {"name": "ci"}).json["key"])
-    before = [rooms.users.get(name) for name in ("admin", "ann")]
+    before = [services.users.get(name) for name in ("admin", "ann")]
     for caller in (other, key):
         assert_refused(caller.get("/admin/users"), 403)
         assert_refused(caller.get("/admin/users/ann"), 403)
         assert_refused(caller.post("/admin/users", {"username": "eve", "role": "admin"}), 403)
         assert_refused(patch(caller, "ann", {"role": "admin"}), 403)
         assert_refused(caller.ask("DELETE", "/admin/users/admin"), 403)
-    assert [rooms.users.get(name) for name in ("admin", "ann")] == before and rooms.users.count() == 2
+    assert [services.users.get(name) for name in ("admin", "ann")] == before and services.users.count() == 2
 
 
 def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user: Callable[..., Client]) -> None:
@@ -221,13 +221,13 @@ def test_a_found_token_does_not_change_the_password_nor_guess_it(admin: Client, 
 
 @pytest.mark.promise("P18", injected="a password changed while the old one is being checked", counted="401")
 def test_a_login_that_races_a_password_change_gets_no_session(
-    nobody: Client, rooms: Services, monkeypatch: pytest.MonkeyPatch
+    nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The change comes after the old password was found right, before the session is there."""
     start, injected = Credentials.start_session, []
 
     def start_late(self: Credentials, *args: Any) -> Any:
-        injected.append(rooms.users.change("admin", password_hash=rooms.passwords.hash(NEW)))
+        injected.append(services.users.change("admin", password_hash=services.passwords.hash(NEW)))
         return start(self, *args)
 
     monkeypatch.setattr(Credentials, "start_session", start_late)
@@ -236,10 +236,10 @@ def test_a_login_that_races_a_password_change_gets_no_session(
 
 
 def test_no_admin_makes_changes_or_removes_an_auditor(
-    admin: Client, add_user: Callable[..., Client], rooms: Services
+    admin: Client, add_user: Callable[..., Client], services: Services
 ) -> None:
     add_user("eve", Role.AUDITOR), add_user("bob")
-    before = [rooms.users.get(name) for name in ("eve", "bob")]
+    before = [services.users.get(name) for name in ("eve", "bob")]
     assert_refused(admin.post("/admin/users", {"username": "spy", "role": "auditor"}), 403)
     add_user("second", Role.ADMIN)
     for name in ("bob", "admin"):
@@ -247,13 +247,13 @@ def test_no_admin_makes_changes_or_removes_an_auditor(
     for body in ({"password": NEW}, {"role": "user"}, {"disabled": True}, {"limits": {"rpm": 1}}):
         assert_refused(patch(admin, "eve", body), 403)
     assert_refused(admin.ask("DELETE", "/admin/users/eve"), 403)
-    assert [rooms.users.get(name) for name in ("eve", "bob")] == before and rooms.users.count() == 4
+    assert [services.users.get(name) for name in ("eve", "bob")] == before and services.users.count() == 4
 
 
 @pytest.mark.parametrize(
     "password", ["password", "12345678", " " * 8, "Passw0rd", "aaaaaaaa", "Long-Name", "\t \t \t \t "]
 )
-def test_a_weak_password_is_refused_wherever_one_is_set(admin: Client, rooms: Services, password: str) -> None:
+def test_a_weak_password_is_refused_wherever_one_is_set(admin: Client, services: Services, password: str) -> None:
     refused = admin.post("/admin/users", {"username": "long-name", "password": password})
     assert_refused(refused, 422)
     assert (refused.json["error"]["code"], refused.json["error"]["param"]) == ("weak_password", "password")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cache.redis_cache import Breaker, RedisCache, RedisLink
+from cache.redis_cache import Breaker, RedisLink
 from quotas.limits import RequestRate
 from tests.faults import FaultProxy, Mode
 
@@ -50,8 +50,8 @@ def link(proxy: FaultProxy, breaker: Breaker) -> Iterator[RedisLink]:
 
 
 @pytest.fixture
-def cache(link: RedisLink, proxy: FaultProxy) -> Iterator[RedisCache]:
-    cache = RedisCache(link)
+def cache(link: RedisLink, proxy: FaultProxy) -> Iterator[RedisLink]:
+    cache = link
     cache.put("k", b"value", 60)
     assert cache.get("k") == b"value" and proxy.injected == 0
     yield cache
@@ -60,7 +60,7 @@ def cache(link: RedisLink, proxy: FaultProxy) -> Iterator[RedisCache]:
 
 def cost(link: RedisLink) -> float:
     """Seconds that Redis takes from one request."""
-    cache, rate = RedisCache(link), RequestRate((link.redis.connection_pool, link.ask))
+    cache, rate = link, RequestRate((link.redis.connection_pool, link.ask))
     started = time.perf_counter()
     rate.hit("ann", 1000)
     assert cache.get("k") is None
@@ -75,7 +75,7 @@ def cost(link: RedisLink) -> float:
 )
 @pytest.mark.parametrize("mode", ["refuse", "black hole", "slow", "garbage"])
 def test_a_fault_is_a_short_miss_and_then_a_free_one(
-    cache: RedisCache, link: RedisLink, proxy: FaultProxy, breaker: Breaker, clock: Clock, mode: Mode
+    cache: RedisLink, link: RedisLink, proxy: FaultProxy, breaker: Breaker, clock: Clock, mode: Mode
 ) -> None:
     proxy.mode = mode
     costs = [cost(link) for _ in range(3)]
@@ -115,7 +115,7 @@ def test_a_server_that_never_accepts_is_a_short_miss(breaker: Breaker) -> None:
             link.close()
 
 
-def test_a_request_lost_with_its_connection_is_tried_once_more(cache: RedisCache, proxy: FaultProxy) -> None:
+def test_a_request_lost_with_its_connection_is_tried_once_more(cache: RedisLink, proxy: FaultProxy) -> None:
     proxy.mode = "flap"
     for i in range(20):
         cache.put("k", b"%d" % i, 60)
@@ -124,7 +124,7 @@ def test_a_request_lost_with_its_connection_is_tried_once_more(cache: RedisCache
 
 
 @pytest.mark.promise("P17", injected="a server that comes and goes at 1 Hz", counted="no error")
-def test_a_flapping_server_costs_no_error(cache: RedisCache, proxy: FaultProxy, clock: Clock) -> None:
+def test_a_flapping_server_costs_no_error(cache: RedisLink, proxy: FaultProxy, clock: Clock) -> None:
     modes: tuple[Mode, ...] = ("refuse", "pass", "garbage", "pass")
     for second in range(20):
         proxy.mode = modes[second % 4]
@@ -141,7 +141,7 @@ REPLIES = [reply.replace(b"\n", b"\r\n") + b"\r\n" for reply in LINES.split(b"|"
 
 @pytest.mark.promise("P17", injected="22 replies that are none", counted="no error, and no reply taken for another's")
 @pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: ascii(reply[:12]))
-def test_no_reply_makes_it_raise(cache: RedisCache, proxy: FaultProxy, reply: bytes) -> None:
+def test_no_reply_makes_it_raise(cache: RedisLink, proxy: FaultProxy, reply: bytes) -> None:
     proxy.mode, proxy.garbage = "garbage", reply
     assert cache.get("k") is None or reply.startswith(b"+")
     cache.put("k", b"value", 60)

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from accounts.guard import LoginGuard
 from accounts.tickets import Tickets
-from cache.redis_cache import Breaker, RedisCache, RedisLink
+from cache.redis_cache import Breaker, RedisLink
 from crypto import Encryptor
 from errors import Unauthorized
 from ops.stack import free_port
@@ -81,7 +81,7 @@ def certificate(folder: Path) -> list[str]:
 def problems(url: str) -> tuple[str | None, list[str]]:
     """What a link says after three requests, and the problems in the log."""
     link = RedisLink(url)
-    cache, rate = RedisCache(link), RequestRate((link.redis.connection_pool, link.ask))
+    cache, rate = link, RequestRate((link.redis.connection_pool, link.ask))
     with capture_logs() as lines:
         for number in range(3):
             rate.hit("ann", 100)
@@ -113,8 +113,8 @@ def test_a_certificate_that_nobody_trusts_and_the_wrong_side_of_tls(
     assert problems(f"redis://127.0.0.1:{tls}/0") == ("refused", ["refused"])
     assert problems(f"rediss://127.0.0.1:{plain}/0") == ("timeout", ["timeout"]), "it waits for the rest of a line"
     link = connect(f"rediss://localhost:{tls}/0?ssl_ca_certs={tmp_path}/tls.crt&ssl_check_hostname=false")
-    RedisCache(link).put("k", b"value", 60)
-    assert RedisCache(link).get("k") == b"value" and link.problem() is None
+    link.put("k", b"value", 60)
+    assert link.get("k") == b"value" and link.problem() is None
 
 
 def test_a_full_server_that_may_not_evict(serve: Serve) -> None:
@@ -141,7 +141,7 @@ def with_acl(serve: Serve, folder: Path, commands: str) -> str:
 
 def test_a_user_who_may_not_count(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     link = connect(with_acl(serve, tmp_path, "+get +set +ping"))
-    rate, cache = RequestRate((link.redis.connection_pool, link.ask)), RedisCache(link)
+    rate, cache = RequestRate((link.redis.connection_pool, link.ask)), link
     for left in range(9, 0, -1):
         assert rate.hit("ann", 10).left == left
     cache.put("k", b"value", 60)
@@ -153,7 +153,7 @@ def test_the_acl_of_make_secrets_allows_all_that_is_asked(serve: Serve, connect:
     script = (Path(__file__).parents[2] / "ops/make-secrets").read_text()
     user = next(line for line in script.splitlines() if line.startswith("user app on "))
     link = connect(with_acl(serve, tmp_path, user.partition("-@all")[2]))
-    rate, cache = RequestRate((link.redis.connection_pool, link.ask)), RedisCache(link)
+    rate, cache = RequestRate((link.redis.connection_pool, link.ask)), link
     assert link.ask(link.redis.ping)
     cache.put("k", b"value", 60)
     assert rate.hit("ann", 2).left == 1 and cache.get("k") == b"value" and link.problem() is None
@@ -170,7 +170,7 @@ def test_a_problem_that_is_mended_is_gone_and_a_new_one_is_told_again(serve: Ser
     port = serve()
     clock = [0.0]
     link = connect(f"redis://127.0.0.1:{port}/0", Breaker(faults=2, clock=lambda: clock[0]))
-    cache = RedisCache(link)
+    cache = link
     with redis.Redis(port=port) as admin, capture_logs() as lines:
         for _ in range(2):
             admin.config_set("requirepass", "secret")

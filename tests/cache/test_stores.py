@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from cache.redis_cache import RedisCache, RedisLink
+from cache.redis_cache import RedisLink
 from cache.sqlite_cache import SqliteCache
 
-Cache = RedisCache | SqliteCache
+Cache = RedisLink | SqliteCache
 
 
 class Clock:
@@ -64,7 +64,7 @@ def cache(backend: str, request: pytest.FixtureRequest) -> Iterator[Cache]:
         yield request.getfixturevalue("sqlite")
         return
     request.getfixturevalue("server")
-    cache = RedisCache(RedisLink(request.getfixturevalue("redis_url")))
+    cache = RedisLink(request.getfixturevalue("redis_url"))
     yield cache
     cache.close()
 
@@ -268,13 +268,13 @@ def test_a_store_that_takes_no_values_is_told_once(
 
 def test_a_key_of_another_kind_is_a_miss(server: redis.Redis, redis_url: str) -> None:
     server.lpush("k", "not a string")
-    cache = RedisCache(RedisLink(redis_url))
+    cache = RedisLink(redis_url)
     assert cache.get("k") is None
     cache.close()
 
 
 def test_a_restarted_redis_costs_no_miss(server: redis.Redis, redis_url: str) -> None:
-    cache = RedisCache(RedisLink(redis_url))
+    cache = RedisLink(redis_url)
     cache.put("k", b"value", 60)
     assert server.client_kill_filter(_type="normal", skipme=True) >= 1, "no connection was cut"
     assert cache.get("k") == b"value"

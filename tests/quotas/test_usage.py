@@ -59,7 +59,7 @@ def left(store: UsageStore, limit: int) -> int:
 
 def test_what_is_reserved_and_not_used_can_be_used_by_the_next(store: UsageStore) -> None:
     reservation = store.reserve("ann", 80, 100)
-    assert reservation.remaining == Remaining(100, 20, 43_200)
+    assert reservation.remaining == Remaining("Tokens", 100, 20, 43_200)
     with pytest.raises(LimitExceeded) as refused:
         store.reserve("ann", 30, 100)
     assert not isinstance(refused.value, QuotaExceeded)
@@ -76,11 +76,11 @@ def test_a_quota_that_is_used_up_is_there_again_at_midnight(store: UsageStore, c
     with pytest.raises(QuotaExceeded) as refused:
         store.reserve("ann", 6, 100)
     assert (refused.value.status, refused.value.code) == (429, "insufficient_quota")
-    assert refused.value.retry_after == 43_200 and refused.value.remaining == Remaining(100, 5, 43_200)
+    assert refused.value.retry_after == 43_200 and refused.value.remaining == Remaining("Tokens", 100, 5, 43_200)
     clock.now += 43_199.99
     assert not passes(lambda: store.reserve("ann", 6, 100))
     clock.now += 0.01
-    assert store.reserve("ann", 100, 100).remaining == Remaining(100, 0, 86_400)
+    assert store.reserve("ann", 100, 100).remaining == Remaining("Tokens", 100, 0, 86_400)
 
 
 def test_a_generation_over_midnight_is_paid_by_the_day_it_began(store: UsageStore, clock: Clock) -> None:
