@@ -15,7 +15,7 @@ from errors import ModelUnavailable, UnknownModel
 from model.engine.engine import Engine, Progress
 from model.engine.protocol import Runner
 from model.engine.scheduler import too_long
-from model.engine.sequence import Finished, Sequence
+from model.engine.sequence import Sequence
 from model.runtime import gpu
 from model.text.detokenizer import TextAssembler
 from model.text.prompt import Prompt, TemplateUnusable
@@ -175,12 +175,12 @@ class TextStream:
     def close(self) -> None:
         self._sequence.close()
 
-    def _read(self, item: Status | int | Finished) -> None:
+    def _read(self, item: Status | int | FinishReason) -> None:
         if isinstance(item, Status):
             self._pending.append(item)
-        elif isinstance(item, Finished):
+        elif isinstance(item, FinishReason):
             self._pending += self._assembler.finish()
-            self._done(item.reason)
+            self._done(item)
         else:
             self._tokens += 1
             self._pending += self._assembler.push(item)

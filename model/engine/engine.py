@@ -1,4 +1,4 @@
-"""The model thread: load, admit, prefill, step, time out, recover, stop."""
+"""The model thread: load, admit, prefill, step, time out, recover, stop; and the watchdog beside it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from errors import ModelUnavailable, Overloaded, ServiceError
 from model.engine.protocol import Runner
-from model.engine.queue import RequestQueue
 from model.engine.scheduler import Scheduler, bounded_seconds
-from model.engine.sequence import Sequence
-from model.engine.watchdog import Watchdog
+from model.engine.sequence import RequestQueue, Sequence
 from model.types import BackendStatus, GenerateRequest
 from model.weights.catalogue import ModelError
 from telemetry import Metrics
@@ -25,6 +24,12 @@ _log = logging.getLogger(__name__)
 RETRY_LOAD_AFTER = 30.0  # seconds between a failed load and the next try, so that a broken model is no busy loop
 STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a step, or a load, cannot be cut short
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
+SILENT_AFTER = 60.0  # seconds without a turn of the loop, of which a chunk takes one at most; a load is not watched
+LOOK_EVERY = 0.5  # seconds between two looks of the watchdog
+
+_stopping = partial(ModelUnavailable, "the service is stopping", code="stopping", retry_after=5)
+_stalled = partial(ModelUnavailable, "the model hangs and has to start again", code="engine_stalled", retry_after=30)
+_crashed = partial(ModelUnavailable, "the engine failed, ask again", code="engine_failed", retry_after=5)
 
 
 class Engine:
@@ -40,15 +45,18 @@ class Engine:
         self._load, self._max_queue, self._slots = load, max_queue, slots
         self._metrics, self._clock = metrics, clock
         self._changed = threading.Condition()
-        self._queue = RequestQueue(metrics)
+        self._queue = RequestQueue()
         self._thread: threading.Thread | None = None
         self._scheduler: Scheduler | None = None  # while a model is loaded
         self._stage, self._percent, self._reason = "cold", 0, ""
         self._failed_at = clock() - RETRY_LOAD_AFTER
         self._stop_at: float | None = None
+        self._beaten = clock()  # when the loop last turned
+        self._hung = False  # until the next load: a hang that ended by itself stays one, its readers were sent away
         self._on_failure: Callable[[str], None] | None = None
         self.on_hang: Callable[[str], None] | None = None  # called with one line when only a new process surely heals
-        self._watchdog = Watchdog(self._busy, self._hangs, clock)
+        metrics.waiting.set_function(lambda: len(self._queue))
+        metrics.running.set_function(lambda: len(self._running()))
 
     def start(self, on_failure: Callable[[str], None] | None = None) -> None:
         """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago.
@@ -61,7 +69,7 @@ class Engine:
                 self._stage, self._percent, self._reason = "loading", 0, ""
                 self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
                 thread.start()
-                self._watchdog.guard(thread, lambda: self._ended(thread))
+                threading.Thread(target=self._watch, args=(thread,), name="watchdog", daemon=True).start()
 
     def submit(self, request: GenerateRequest) -> Sequence:
         """Queue a request whose `prompt_ids` are set. Raises Overloaded or ModelUnavailable at once."""
@@ -72,7 +80,7 @@ class Engine:
                 raise _stopping()
             if self._thread is None:
                 raise self._unavailable()
-            if self._watchdog.hung:
+            if self._hung:
                 raise _stalled()
             if len(self._queue) - (scheduler.free if scheduler else self._slots) >= self._max_queue:
                 seconds = scheduler.seconds_until_free if scheduler else bounded_seconds  # loading: one token a second
@@ -88,10 +96,10 @@ class Engine:
         """Admit nothing more; running sequences may end within `grace` seconds, then they fail. Returns when done."""
         with self._changed:
             self._stop_at = self._clock() + grace
-            if self._scheduler is None:
-                self._queue.fail_all(_stopping(), self._clock())  # no use waiting for a load that will serve nothing
-            self._changed.notify_all()
             thread, serving = self._thread, self._scheduler is not None
+            if not serving:
+                self._queue.sweep(self._clock(), _stopping())  # no use waiting for a load that will serve nothing
+            self._changed.notify_all()
         if thread:
             thread.join(grace * serving + STOP_PATIENCE)
             if thread.is_alive():
@@ -109,12 +117,15 @@ class Engine:
         stage, reason, scheduler = self._stage, self._reason, self._scheduler
         if self._stop_at is not None and stage != "stopped":
             stage = "stopping"
-        elif stage == "ready" and (trouble := self._watchdog.trouble):
+        elif stage == "ready" and (trouble := self._trouble()):
             stage, reason = "stalled", trouble
         details = dict(scheduler.runner.details()) | {"running": len(scheduler.running)} if scheduler else {}
         details["waiting"] = len(self._queue)
-        percent = 100 if stage == "ready" else self._percent
-        return BackendStatus(stage == "ready", stage, percent, reason or None, details)
+        return BackendStatus(stage == "ready", stage, self._percent, reason or None, details)
+
+    def _running(self) -> list[Sequence]:
+        scheduler = self._scheduler
+        return scheduler.running if scheduler else []
 
     def _wake(self) -> None:
         """A reader left. While a model loads, the model thread makes no room in the queue."""
@@ -122,11 +133,6 @@ class Engine:
             if self._scheduler is None:
                 self._queue.sweep(self._clock())
             self._changed.notify_all()
-
-    def _busy(self) -> bool:
-        """Whether requests wait for a model that is loaded."""
-        scheduler = self._scheduler
-        return scheduler is not None and bool(scheduler.running or self._queue)
 
     def _main(self) -> None:
         """The thread's boundary: whatever happens below, every reader is told and the status says so."""
@@ -149,7 +155,7 @@ class Engine:
         scheduler = Scheduler(self._load(self._report), self._metrics, self._clock)
         with self._changed:
             self._scheduler, self._stage, self._percent, self._reason = scheduler, "ready", 100, ""
-            self._watchdog.beat(fresh=True)
+            self._beaten, self._hung = self._clock(), False
         try:
             while self._wait_for_work(scheduler):
                 self._turn(scheduler)
@@ -158,7 +164,7 @@ class Engine:
             self._metrics.engine_failures.inc()
             with self._changed:
                 self._scheduler, self._stage, self._reason = None, "loading", "recovering from a crash"
-            scheduler.fail_all(ModelUnavailable("the engine failed, ask again", code="engine_failed", retry_after=5))
+            scheduler.fail_all(_crashed())
         finally:
             scheduler.runner.close()
         return scheduler.steps > 0
@@ -172,29 +178,30 @@ class Engine:
             self._queue.announce_positions(scheduler.seconds_until_free)
         scheduler.prefill()
         scheduler.step()
-        if self._watchdog.hung:
+        if self._hung:
             raise _stalled()
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
         """Sleep until there is something to do; False once the engine is stopped and has nothing left to end."""
-        self._watchdog.beat()
+        self._beaten = self._clock()
         while self._idle():
             if not scheduler.load_compiled(idle=True):
                 with self._changed:
                     if self._idle():
                         self._metrics.tokens_per_second.set(0)
                         self._changed.wait(timeout=1.0)  # a step may have been compiled meanwhile
-            self._watchdog.beat()
+            self._beaten = self._clock()
         if self._stop_at is None:
             return True
+        now, due = self._clock(), self._stop_at
         with self._changed:
-            self._queue.fail_all(_stopping(), self._clock())
-        if self._clock() >= self._stop_at:
+            self._queue.sweep(now, _stopping())
+        if now >= due:
             scheduler.fail_all(_stopping())
-        return bool(scheduler.running)
+        return bool(scheduler.running) and now < due
 
     def _idle(self) -> bool:
-        return self._stop_at is None and not self._busy()
+        return self._stop_at is None and not self._running() and not self._queue
 
     def _report(self, stage: str, percent: int) -> None:
         with self._changed:
@@ -218,33 +225,36 @@ class Engine:
         if error is not None and self._on_failure is not None:
             self._on_failure(str(error))
 
-    def _ended(self, thread: threading.Thread) -> None:
-        """Say that the model thread is gone, if it was killed and could not."""
+    def _watch(self, thread: threading.Thread) -> None:
+        """The watchdog beside the model thread: does its loop still turn, and did it end without a word."""
+        before = None
+        while thread.is_alive():
+            trouble = self._trouble()
+            if trouble and before and not self._hung:  # seen twice: a machine that was asleep may turn first
+                self._hung = True
+                _log.error("the model hangs (%s): all its requests fail", trouble)
+                self._metrics.engine_failures.inc()
+                self._abandon(_stalled())
+                if self.on_hang is not None:
+                    self.on_hang(trouble)
+            before = trouble
+            thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
         if self._thread is thread:
             self._down(RuntimeError("the model thread was killed"))
 
-    def _hangs(self, trouble: str) -> None:
-        _log.error("the model hangs (%s): all its requests fail", trouble)
-        self._metrics.engine_failures.inc()
-        self._abandon(_stalled())
-        if self.on_hang is not None:
-            self.on_hang(trouble)
+    def _trouble(self) -> str | None:
+        """What is wrong with the thread: requests wait for a loaded model, and nothing moves."""
+        busy = self._scheduler is not None and (self._running() or self._queue)
+        late = busy and self._clock() - self._beaten > SILENT_AFTER
+        return f"no step for {SILENT_AFTER:.0f} seconds" if self._hung or late else None
 
     def _abandon(self, error: ModelUnavailable) -> None:
         """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""
         with self._changed:
-            self._queue.fail_all(error, self._clock())
+            self._queue.sweep(self._clock(), error)
             scheduler = self._scheduler
-        for sequence in list(scheduler.running) if scheduler else ():
-            sequence.finish(error, self._clock())
+        if scheduler:
+            scheduler.fail_all(error)
 
     def _unavailable(self) -> ModelUnavailable:
         return ModelUnavailable(self._reason, retry_after=RETRY_LOAD_AFTER)
-
-
-def _stopping() -> ModelUnavailable:
-    return ModelUnavailable("the service is stopping", code="stopping", retry_after=5)
-
-
-def _stalled() -> ModelUnavailable:
-    return ModelUnavailable("the model hangs and has to start again", code="engine_stalled", retry_after=30)

@@ -1,11 +1,10 @@
-"""One request inside the engine: what the model thread writes and its reader gets."""
+"""A request inside the engine, and the queue in which requests wait for a slot."""
 
 from __future__ import annotations
 
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from errors import DeadlineExceeded, ServiceError
 from model.engine.slots import Slot
@@ -14,13 +13,6 @@ from telemetry import Metrics
 
 # Seconds past its deadline that a reader waits for the engine to say so: only a model thread that hangs is later.
 _PATIENCE = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last item of a sequence that ended well."""
-
-    reason: FinishReason
 
 
 class Sequence:
@@ -38,7 +30,7 @@ class Sequence:
         self.chunk: list[int] = []  # the prompt tokens that are computed next
         self.next = self.prompt[-1]  # the token that the next step reads
         self.generated = 0
-        self._items: queue.SimpleQueue[Status | int | Finished | ServiceError] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Status | int | FinishReason | ServiceError] = queue.SimpleQueue()
         self._ended = False
         self._announced: tuple[str, int | None, int | None] | None = None
         self._wake, self._metrics = wake, metrics
@@ -63,24 +55,23 @@ class Sequence:
     def emit(self, token: int) -> None:
         self._items.put(token)
 
-    def ending(self, now: float) -> Finished | ServiceError | None:
+    def ending(self, now: float) -> FinishReason | ServiceError | None:
         """How it ends because its reader left or its time is over; None while it goes on."""
-        if self.closed:
-            return Finished(self.closed)
-        return DeadlineExceeded("the request took longer than its timeout") if now >= self.deadline else None
+        late = DeadlineExceeded("the request took longer than its timeout") if now >= self.deadline else None
+        return self.closed or late
 
-    def finish(self, ending: Finished | ServiceError, now: float) -> None:
+    def finish(self, ending: FinishReason | ServiceError, now: float) -> None:
         """Tell the reader that nothing follows, and count it. Only the first call has an effect."""
         if self._ended:
             return
         self._ended = True
         self._items.put(ending)
-        self._metrics.finished.labels(ending.reason.value if isinstance(ending, Finished) else ending.code).inc()
+        self._metrics.finished.labels(ending.value if isinstance(ending, FinishReason) else ending.code).inc()
         self._metrics.e2e.observe(now - self.submitted)
         if self.generated:
             self._metrics.decode.observe(now - self.first)
 
-    def get(self, timeout: float) -> Status | int | Finished | None:
+    def get(self, timeout: float) -> Status | int | FinishReason | None:
         """The next item, or None when `timeout` seconds brought none. Raises the ServiceError that ended it."""
         late = self.deadline + _PATIENCE - time.monotonic()
         try:
@@ -98,3 +89,62 @@ class Sequence:
         """Want no more: the engine frees the slot before its next step. The first reason counts."""
         self.closed = self.closed or reason
         self._wake()
+
+
+class RequestQueue:
+    """Users take turns, and a user's own requests keep their order: the k-th is admitted in the k-th round from now.
+
+    64 requests of one user delay another user's first by one at most. The engine's lock and limit guard it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Sequence] = []  # in order of arrival
+        self._round = 0  # of the latest admission
+        self._admitted: dict[str, int] = {}  # owner -> round of its latest admission, where that is `_round` or later
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that may still be computed for all that wait."""
+        return sum(sequence.left for sequence in self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def pop(self) -> Sequence:
+        """Take out the one whose turn it is. Raises IndexError when none waits."""
+        self._round, sequence = self._in_turn()[0]
+        self._admitted[sequence.request.owner] = self._round
+        self._admitted = {owner: turn for owner, turn in self._admitted.items() if turn >= self._round}
+        self._waiting.remove(sequence)
+        return sequence
+
+    def sweep(self, now: float, error: ServiceError | None = None) -> None:
+        """End those whose reader left, or whose time is over; all of them with `error`."""
+        for sequence in tuple(self._waiting):
+            if ending := error or sequence.ending(now):
+                self._waiting.remove(sequence)
+                sequence.finish(ending, now)
+
+    def announce_loading(self, percent: int) -> None:
+        for sequence in self._waiting:
+            sequence.announce(Status("loading", percent=percent))
+
+    def announce_positions(self, seconds_until_free: Callable[[int], float]) -> None:
+        """Tell each its position. seconds_until_free: the time until so many tokens are computed and a slot is free."""
+        ahead = 0
+        for position, (_, sequence) in enumerate(self._in_turn(), 1):
+            sequence.announce(Status("queued", position=position, eta_seconds=seconds_until_free(ahead)))
+            ahead += sequence.left
+
+    def _in_turn(self) -> list[tuple[int, Sequence]]:
+        """All that wait with their rounds, in the order of admission."""
+        rounds = dict(self._admitted)
+        turns: list[tuple[int, Sequence]] = []
+        for sequence in self._waiting:
+            owner = sequence.request.owner
+            rounds[owner] = max(self._round, rounds.get(owner, -1) + 1)
+            turns.append((rounds[owner], sequence))
+        return sorted(turns, key=lambda turn: turn[0])

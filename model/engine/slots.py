@@ -4,47 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One row of the KV tensors.
-
-    tokens: those whose KV is written, by position; they outlive the request, for the same owner's next prompt.
-    used: when it was last handed out, by the table's own count.
-    """
+    """One row of the KV tensors. tokens: those whose KV is written, also after the request, for the owner's next."""
 
     index: int
     owner: str = ""
     busy: bool = False
-    used: int = 0
+    used: int = 0  # the larger, the later it was last handed out
     tokens: list[int] = field(default_factory=list)
 
     def shared(self, owner: str, prompt: Sequence[int]) -> int:
         """Leading tokens of `prompt`, without its last, whose KV this slot holds for `owner`."""
-        if self.owner != owner:
-            return 0
-        limit = min(len(self.tokens), len(prompt) - 1)
+        limit = min(len(self.tokens), len(prompt) - 1) if self.owner == owner else 0
         return next((i for i in range(limit) if self.tokens[i] != prompt[i]), limit)
 
 
 class SlotTable:
     """All slots of a runner, for the model thread alone."""
 
-    def __init__(self, count: int) -> None:
-        self.slots = [Slot(index) for index in range(count)]
-        self._clock = 0
+    def __init__(self, slots: int) -> None:
+        self.slots = [Slot(index) for index in range(slots)]
+        self._uses = count(1)
 
     def allocate(self, owner: str, prompt: Sequence[int]) -> Slot:
         """A free slot, its `tokens` cut to the prefix that `prompt` shares with this owner's last use.
 
         At least one prompt token is left: computing it makes the first new token. Raises ValueError when none is free.
         """
-        free = [slot for slot in self.slots if not slot.busy]
+        free = (slot for slot in self.slots if not slot.busy)
         slot = max(free, key=lambda s: (s.shared(owner, prompt), -s.used, -s.index))
         del slot.tokens[slot.shared(owner, prompt) :]
-        self._clock += 1
-        slot.owner, slot.busy, slot.used = owner, True, self._clock
+        slot.owner, slot.busy, slot.used = owner, True, next(self._uses)
         return slot
 
     def free(self, slot: Slot, *, keep: bool) -> None:
@@ -53,11 +47,11 @@ class SlotTable:
         if not keep:
             slot.tokens.clear()
 
-    def hole(self) -> tuple[Slot, Slot] | None:
-        """The last busy slot and a free one before it: swapping them lets a step compute fewer rows."""
-        last = next((slot for slot in reversed(self.slots) if slot.busy), None)
-        first = next((slot for slot in self.slots if not slot.busy), None)
-        return (last, first) if last and first and first.index < last.index else None
+    def holes(self) -> list[tuple[Slot, Slot]]:
+        """Busy slots at the end with free ones before them: swapping these lets a step compute fewer rows."""
+        busy = [slot.busy for slot in self.slots]
+        front, back = self.slots[: sum(busy)], self.slots[sum(busy) :]
+        return list(zip((s for s in back if s.busy), (s for s in front if not s.busy), strict=True))
 
     def swap(self, a: Slot, b: Slot) -> None:
         """Exchange two slots' places, after their tensors were exchanged."""

@@ -9,9 +9,8 @@ import pytest
 
 from errors import Overloaded
 from model.engine.engine import Engine
-from model.engine.queue import RequestQueue
 from model.engine.scheduler import CHUNK_MAX, CHUNK_MIN
-from model.engine.sequence import Sequence
+from model.engine.sequence import RequestQueue, Sequence
 from model.types import FinishReason, Status
 from telemetry import Metrics
 from tests.model.driving import WAIT, Gate, eventually, read, request, serving
@@ -20,7 +19,7 @@ from tests.model.scripted import ScriptedRunner, continuation
 
 @pytest.fixture
 def queue() -> RequestQueue:
-    return RequestQueue(Metrics())
+    return RequestQueue()
 
 
 def join(queue: RequestQueue, owner: str, count: int = 1, timeout: float = 60) -> list[Sequence]:
