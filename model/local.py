@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 from errors import ModelUnavailable, UnknownModel
@@ -33,22 +32,6 @@ _POLL = 0.2  # seconds between two looks whether a fetch has failed
 _MAX_TOKEN_CHARACTERS = 32
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector out until the end, and from then on away from what stays.
-
-    Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and later
-    0.3 s at a time in which every stream pauses. What loading leaves behind is collected once: it is 160 MB.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()
-        gc.freeze()
-        gc.enable()
-
-
 class LocalBackend:
     """Serves the one model that settings name. Its weights load when the first request is submitted."""
 
@@ -60,7 +43,7 @@ class LocalBackend:
         self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
         self._tokenizer_ready = threading.Event()
-        self._engine = Engine(self._load_and_tell, settings.max_queue, metrics, slots=settings.slots)
+        self._engine = Engine(self._load, settings.max_queue, metrics, slots=settings.slots)
 
     def max_characters(self) -> int:
         longest = self._prompt.longest if self._prompt else _MAX_TOKEN_CHARACTERS
@@ -134,13 +117,22 @@ class LocalBackend:
         allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
         return self._engine.context or allowed
 
-    def _load_and_tell(self, progress: Progress) -> Runner:
-        with progress_log(self._spec.name, progress) as told:
-            return self._load(told)
-
-    @_uncollected()
     def _load(self, progress: Progress) -> Runner:
-        """On the model thread, which alone imports torch."""
+        """On the model thread. No garbage is collected meanwhile, and later none of what stays is looked at.
+
+        Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and
+        later 0.3 s at a time in which every stream pauses. What loading leaves is collected once: it is 160 MB.
+        """
+        gc.disable()
+        try:
+            with progress_log(self._spec.name, progress) as told:
+                return self._load_runner(told)
+        finally:
+            gc.collect()
+            gc.freeze()
+            gc.enable()
+
+    def _load_runner(self, progress: Progress) -> Runner:
         prepare_tokenizer(self._spec, self._settings, progress)
         self._load_prompt()
         self._tokenizer_ready.set()

@@ -52,23 +52,20 @@ class TextAssembler:
 
     def _feed(self, text: str, last: bool = False) -> list[Chunk]:
         self._held += text
-        if self._undecided:
-            self._decide(last)
-        chunks: list[Chunk] = []
-        if self._channel == "reasoning" and not self._undecided:
-            chunks += self._reason(last)
-        if self._channel == "answer" and not self._undecided:
-            chunks += self._answer(last)
-        return chunks
+        if self._undecided and not self._decide(last):
+            return []
+        chunks = self._reason(last) if self._channel == "reasoning" else []
+        return chunks + self._answer(last) if self._channel == "answer" else chunks
 
-    def _decide(self, last: bool) -> None:
+    def _decide(self, last: bool) -> bool:
         """Only a tag at the very start opens the reasoning; later it is a word like any other."""
         start = self._held.lstrip()
         if start.startswith(self._open):
             self._held, self._channel, self._trim = start[len(self._open) :], "reasoning", True
-            self._undecided = False
-        elif last or not self._open.startswith(start):
-            self._undecided = False
+        elif not last and self._open.startswith(start):
+            return False
+        self._undecided = False
+        return True
 
     def _reason(self, last: bool) -> list[Chunk]:
         self._strip()
