@@ -12,8 +12,7 @@ from dataclasses import replace
 
 from errors import ModelUnavailable, UnknownModel
 from model.engine.engine import Engine, Progress
-from model.engine.protocol import Runner
-from model.engine.scheduler import too_long
+from model.engine.scheduler import Runner, too_long
 from model.engine.sequence import Sequence
 from model.runtime import gpu
 from model.text.detokenizer import TextAssembler
@@ -42,7 +41,6 @@ class LocalBackend:
         self._prompt: Prompt | None = None
         self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
-        self._tokenizer_ready = threading.Event()
         self._engine = Engine(self._load, settings.max_queue, metrics, slots=settings.slots)
 
     def max_characters(self) -> int:
@@ -72,7 +70,8 @@ class LocalBackend:
         return self._engine.status()
 
     def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
-        self._engine.start(on_failure)
+        self._engine.on_failure = on_failure or self._engine.on_failure
+        self._engine.start()
 
     def watch(self, on_hang: Callable[[str], None]) -> None:
         self._engine.on_hang = on_hang
@@ -96,7 +95,7 @@ class LocalBackend:
             if ready:
                 self._load_prompt()
             else:
-                self._tokenizer_ready.wait(_POLL)
+                time.sleep(_POLL)
         return self._prompt
 
     def _load_prompt(self) -> None:
@@ -135,7 +134,6 @@ class LocalBackend:
     def _load_runner(self, progress: Progress) -> Runner:
         prepare_tokenizer(self._spec, self._settings, progress)
         self._load_prompt()
-        self._tokenizer_ready.set()
         folder = prepare(self._spec, self._settings, progress)
         from model.runtime.build import build
         from model.runtime.compile import compiler_for

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from functools import partial
 
 from errors import ModelUnavailable, Overloaded, ServiceError
-from model.engine.protocol import Runner
-from model.engine.scheduler import Scheduler, bounded_seconds
+from model.engine.scheduler import Runner, Scheduler, bounded_seconds
 from model.engine.sequence import RequestQueue, Sequence
-from model.types import BackendStatus, GenerateRequest
+from model.types import BackendStatus, GenerateRequest, Status
 from model.weights.catalogue import ModelError
 from telemetry import Metrics
 
@@ -53,20 +52,17 @@ class Engine:
         self._stop_at: float | None = None
         self._beaten = clock()  # when the loop last turned
         self._hung = False  # until the next load: a hang that ended by itself stays one, its readers were sent away
-        self._on_failure: Callable[[str], None] | None = None
-        self.on_hang: Callable[[str], None] | None = None  # called with one line when only a new process surely heals
+        # Called from other threads with one line: the model cannot be served; only a new process surely heals.
+        self.on_failure: Callable[[str], None] = lambda reason: None
+        self.on_hang: Callable[[str], None] = lambda reason: None
         metrics.waiting.set_function(lambda: len(self._queue))
         metrics.running.set_function(lambda: len(self._running()))
 
-    def start(self, on_failure: Callable[[str], None] | None = None) -> None:
-        """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago.
-
-        on_failure: called on that thread, with one line, when the model cannot be served.
-        """
+    def start(self) -> None:
+        """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago."""
         with self._changed:
-            self._on_failure = on_failure or self._on_failure
             if self._thread is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
-                self._stage, self._percent, self._reason = "loading", 0, ""
+                self._stage, self._reason = "loading", ""
                 self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
                 thread.start()
                 threading.Thread(target=self._watch, args=(thread,), name="watchdog", daemon=True).start()
@@ -86,9 +82,9 @@ class Engine:
                 seconds = scheduler.seconds_until_free if scheduler else bounded_seconds  # loading: one token a second
                 raise Overloaded("the queue is full", retry_after=seconds(self._queue.tokens))
             sequence = Sequence(request, self._wake, self._clock(), self._metrics)
-            self._queue.add(sequence)
+            self._queue.append(sequence)
             if scheduler is None:
-                self._queue.announce_loading(self._percent)
+                sequence.announce(Status("loading", percent=self._percent))
             self._changed.notify_all()
         return sequence
 
@@ -158,7 +154,12 @@ class Engine:
             self._beaten, self._hung = self._clock(), False
         try:
             while self._wait_for_work(scheduler):
-                self._turn(scheduler)
+                scheduler.reap()
+                self._admit(scheduler)
+                scheduler.prefill()
+                scheduler.step()
+                if self._hung:
+                    raise _stalled()
         except BaseException as error:
             _log.error("engine crashed, loading again", exc_info=error)
             self._metrics.engine_failures.inc()
@@ -169,17 +170,12 @@ class Engine:
             scheduler.runner.close()
         return scheduler.steps > 0
 
-    def _turn(self, scheduler: Scheduler) -> None:
-        scheduler.reap()
+    def _admit(self, scheduler: Scheduler) -> None:
         with self._changed:
             self._queue.sweep(self._clock())
             while self._queue and scheduler.free:
-                scheduler.admit(self._queue.pop())
+                scheduler.admit(self._queue.take())
             self._queue.announce_positions(scheduler.seconds_until_free)
-        scheduler.prefill()
-        scheduler.step()
-        if self._hung:
-            raise _stalled()
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
         """Sleep until there is something to do; False once the engine is stopped and has nothing left to end."""
@@ -207,7 +203,8 @@ class Engine:
         with self._changed:
             self._stage, self._percent = stage, percent
             self._queue.sweep(self._clock())
-            self._queue.announce_loading(percent)
+            for sequence in self._queue:
+                sequence.announce(Status("loading", percent=percent))
 
     def _down(self, error: BaseException | None) -> None:
         """The thread ends here; a later request may start another one (see `start`)."""
@@ -222,8 +219,8 @@ class Engine:
                 self._reason = error.message
             self._abandon(_stopping() if error is None else self._unavailable())
             self._thread = self._scheduler = None
-        if error is not None and self._on_failure is not None:
-            self._on_failure(str(error))
+        if error is not None:
+            self.on_failure(str(error))
 
     def _watch(self, thread: threading.Thread) -> None:
         """The watchdog beside the model thread: does its loop still turn, and did it end without a word."""
@@ -235,8 +232,7 @@ class Engine:
                 _log.error("the model hangs (%s): all its requests fail", trouble)
                 self._metrics.engine_failures.inc()
                 self._abandon(_stalled())
-                if self.on_hang is not None:
-                    self.on_hang(trouble)
+                self.on_hang(trouble)
             before = trouble
             thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
         if self._thread is thread:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from errors import GenerationFailed, InvalidRequest, ServiceError
-from model.engine.protocol import Runner
-from model.engine.sequence import Sequence
-from model.engine.slots import SlotTable
-from model.types import FinishReason
+from model.engine.sequence import Sequence, SlotTable
+from model.types import FinishReason, Sampling
 from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+Chunk = tuple[int, List[int], int]  # a slot, some of its prompt's tokens, and the position of the first
 
 # Seconds that a chunk of prompts may take, at the speed measured so far: it pauses running streams and delays the next
 # prompt. Chunks of 128 tokens cost 3 % of the speed of 512, of 64 tokens 8 % (SmolLM2, one thread).
@@ -25,6 +24,26 @@ CHUNK_MIN, CHUNK_MAX = 32, 512  # tokens
 _POLL_COMPILED = 1.0  # seconds between two looks for a step that was compiled meanwhile
 _MAX_FAILURES = 8  # failures in a row, of one sequence after another: then the engine is broken, not the sequences
 _SMOOTHING, _CHUNK_SMOOTHING = 0.1, 0.3  # of the tokens/s estimates, per step and per chunk
+
+
+class Runner(Protocol):
+    """What computes: runtime/runner.py, or a test's script. A call that raises has changed nothing; it may be repeated."""
+
+    slots: int
+    context: int
+    eos: frozenset[int]
+
+    def init_row(self, slot: int, sampling: Sampling, seed: int, prompt: List[int]) -> None: ...
+    def prefill(self, chunks: List[Chunk]) -> list[bool]: ...
+    def activate(self, slot: int, token: int, position: int) -> None: ...
+    def deactivate(self, slot: int, position: int) -> None: ...
+    def step(self, active: List[int]) -> List[int | None]: ...
+    def swap(self, a: int, b: int, tokens: int) -> None: ...
+    def clear(self, slot: int) -> None: ...
+    def load_compiled(self, idle: bool) -> bool: ...
+    def compile_state(self) -> tuple[int, int]: ...
+    def details(self) -> Mapping[str, str | int]: ...
+    def close(self) -> None: ...
 
 
 class Scheduler:
@@ -61,14 +80,14 @@ class Scheduler:
             return sequence.finish(refusal, self._clock())
         sequence.slot = slot = self._table.allocate(request.owner, sequence.prompt)
         sequence.admitted = self._clock()
-        sequence.computed = sequence.cached = len(slot.tokens)
+        sequence.cached = len(slot.tokens)
         self.running.append(sequence)
         self._metrics.queue_wait.observe(sequence.admitted - sequence.submitted)
         self._metrics.cached_tokens.inc(sequence.cached)
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         try:
             self.runner.init_row(slot.index, request.sampling, seed, sequence.prompt)
-            self.runner.deactivate(slot.index, sequence.computed)
+            self.runner.deactivate(slot.index, sequence.cached)
             self._activate_if_computed(sequence)
         except Exception as error:
             self._fail(sequence, error)
@@ -101,7 +120,7 @@ class Scheduler:
         for owner in sorted(self._turns, key=lambda owner: self._turns[owner]):
             left = min(share, room)
             for sequence in (s for s in prompts if s.request.owner == owner):
-                sequence.chunk = sequence.prompt[sequence.computed :][: min(left, sequence.rest)]
+                sequence.chunk = sequence.prompt[-1 - sequence.rest : -1][:left]
                 if sequence.chunk:
                     chunk.append(sequence)
                     self._turns[owner] = self._chunks
@@ -116,14 +135,13 @@ class Scheduler:
         return min(room, users * max(prompts[0].rest, CHUNK_MIN)) if users > 1 else room
 
     def _run_chunk(self, chunk: List[Sequence]) -> list[bool]:
-        return self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in chunk])
+        return self.runner.prefill([(s.slot.index, s.chunk, len(s.slot.tokens)) for s in chunk])
 
     def _keep(self, sequence: Sequence, finite: bool) -> int:
         """Note that a prompt's chunk is computed; how many tokens it had."""
         if not finite:
             return self._spoiled(sequence)
         sequence.slot.tokens += sequence.chunk
-        sequence.computed += len(sequence.chunk)
         self._activate_if_computed(sequence)
         return len(sequence.chunk)
 

@@ -1,18 +1,35 @@
-"""A request inside the engine, and the queue in which requests wait for a slot."""
+"""A request inside the engine, the queue in which it waits, and the KV slot that it gets."""
 
 from __future__ import annotations
 
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
 
 from errors import DeadlineExceeded, ServiceError
-from model.engine.slots import Slot
 from model.types import FinishReason, GenerateRequest, Status
 from telemetry import Metrics
 
 # Seconds past its deadline that a reader waits for the engine to say so: only a model thread that hangs is later.
 _PATIENCE = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One row of the KV tensors. tokens: those whose KV is written, also after the request, for the owner's next."""
+
+    index: int
+    owner: str = ""
+    busy: bool = False
+    used: int = 0  # the larger, the later it was last handed out
+    tokens: list[int] = field(default_factory=list)
+
+    def shared(self, owner: str, prompt: list[int]) -> int:
+        """Leading tokens of `prompt`, without its last, whose KV this slot holds for `owner`."""
+        limit = min(len(self.tokens), len(prompt) - 1) if self.owner == owner else 0
+        return next((i for i in range(limit) if self.tokens[i] != prompt[i]), limit)
 
 
 class Sequence:
@@ -24,9 +41,8 @@ class Sequence:
         self.submitted = self.admitted = self.first = self.latest = now
         self.deadline = now + request.timeout
         self.closed: FinishReason | None = None  # set by the reader: how it left
-        self.slot: Slot  # from its admission on
-        self.computed = 0  # prompt tokens whose KV is written
-        self.cached = 0  # of these, how many were reused
+        self.slot = Slot(-1)  # a real one from its admission on
+        self.cached = 0  # prompt tokens whose KV was reused
         self.chunk: list[int] = []  # the prompt tokens that are computed next
         self.next = self.prompt[-1]  # the token that the next step reads
         self.generated = 0
@@ -38,7 +54,7 @@ class Sequence:
     @property
     def rest(self) -> int:
         """Prompt tokens still to be computed before a step may include this sequence: all but the last one."""
-        return len(self.prompt) - 1 - self.computed
+        return max(0, len(self.prompt) - 1 - len(self.slot.tokens))
 
     @property
     def left(self) -> int:
@@ -91,46 +107,36 @@ class Sequence:
         self._wake()
 
 
-class RequestQueue:
-    """Users take turns, and a user's own requests keep their order: the k-th is admitted in the k-th round from now.
+class RequestQueue(list[Sequence]):
+    """Those that wait, by arrival. Users take turns: a user's k-th request is admitted in the k-th round from now.
 
     64 requests of one user delay another user's first by one at most. The engine's lock and limit guard it.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[Sequence] = []  # in order of arrival
+        super().__init__()
         self._round = 0  # of the latest admission
         self._admitted: dict[str, int] = {}  # owner -> round of its latest admission, where that is `_round` or later
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     @property
     def tokens(self) -> int:
         """Tokens that may still be computed for all that wait."""
-        return sum(sequence.left for sequence in self._waiting)
+        return sum(sequence.left for sequence in self)
 
-    def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
-
-    def pop(self) -> Sequence:
+    def take(self) -> Sequence:
         """Take out the one whose turn it is. Raises IndexError when none waits."""
         self._round, sequence = self._in_turn()[0]
         self._admitted[sequence.request.owner] = self._round
         self._admitted = {owner: turn for owner, turn in self._admitted.items() if turn >= self._round}
-        self._waiting.remove(sequence)
+        self.remove(sequence)
         return sequence
 
     def sweep(self, now: float, error: ServiceError | None = None) -> None:
         """End those whose reader left, or whose time is over; all of them with `error`."""
-        for sequence in tuple(self._waiting):
+        for sequence in tuple(self):
             if ending := error or sequence.ending(now):
-                self._waiting.remove(sequence)
+                self.remove(sequence)
                 sequence.finish(ending, now)
-
-    def announce_loading(self, percent: int) -> None:
-        for sequence in self._waiting:
-            sequence.announce(Status("loading", percent=percent))
 
     def announce_positions(self, seconds_until_free: Callable[[int], float]) -> None:
         """Tell each its position. seconds_until_free: the time until so many tokens are computed and a slot is free."""
@@ -143,8 +149,44 @@ class RequestQueue:
         """All that wait with their rounds, in the order of admission."""
         rounds = dict(self._admitted)
         turns: list[tuple[int, Sequence]] = []
-        for sequence in self._waiting:
+        for sequence in self:
             owner = sequence.request.owner
             rounds[owner] = max(self._round, rounds.get(owner, -1) + 1)
             turns.append((rounds[owner], sequence))
         return sorted(turns, key=lambda turn: turn[0])
+
+
+class SlotTable:
+    """All slots of a runner, for the model thread alone."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = [Slot(index) for index in range(slots)]
+        self._uses = count(1)
+
+    def allocate(self, owner: str, prompt: list[int]) -> Slot:
+        """A free slot, its `tokens` cut to the prefix that `prompt` shares with this owner's last use.
+
+        At least one prompt token is left: computing it makes the first new token. Raises ValueError when none is free.
+        """
+        free = (slot for slot in self.slots if not slot.busy)
+        slot = max(free, key=lambda s: (s.shared(owner, prompt), -s.used, -s.index))
+        del slot.tokens[slot.shared(owner, prompt) :]
+        slot.owner, slot.busy, slot.used = owner, True, next(self._uses)
+        return slot
+
+    def free(self, slot: Slot, *, keep: bool) -> None:
+        """Give a slot back; `keep`: its KV is sound and may serve the owner's next prompt."""
+        slot.busy = False
+        if not keep:
+            slot.tokens.clear()
+
+    def holes(self) -> list[tuple[Slot, Slot]]:
+        """Busy slots at the end with free ones before them: swapping these lets a step compute fewer rows."""
+        busy = [slot.busy for slot in self.slots]
+        front, back = self.slots[: sum(busy)], self.slots[sum(busy) :]
+        return list(zip((s for s in back if s.busy), (s for s in front if not s.busy), strict=True))
+
+    def swap(self, a: Slot, b: Slot) -> None:
+        """Exchange two slots' places, after their tensors were exchanged."""
+        self.slots[a.index], self.slots[b.index] = b, a
+        a.index, b.index = b.index, a.index

@@ -121,7 +121,7 @@ class _Detokenizer:
         return self._advance(text[: len(text) - self._unfinished(self._window)])
 
     def _advance(self, certain: str) -> str:
-        if len(certain) <= len(self._done) or not certain.startswith(self._done):
+        if not certain.startswith(self._done):
             return ""
         piece, self._done = certain[len(self._done) :], certain
         return piece
@@ -130,7 +130,5 @@ class _Detokenizer:
 def _overlap(text: str, markers: tuple[str, ...]) -> int:
     """How many characters at the end of `text` may be the start of a marker."""
     longest = max(map(len, markers), default=0)
-    for count in range(min(len(text), longest - 1), 0, -1):
-        if any(marker.startswith(text[-count:]) for marker in markers):
-            return count
-    return 0
+    counts = range(min(len(text), longest - 1), 0, -1)
+    return next((n for n in counts if any(marker.startswith(text[-n:]) for marker in markers)), 0)

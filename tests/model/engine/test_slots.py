@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.engine.slots import SlotTable
+from model.engine.sequence import SlotTable
 
 
 def test_slots_run_out_and_come_back() -> None:
