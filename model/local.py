@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import threading
 import time
 from collections import deque
@@ -22,8 +21,6 @@ from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, find, with_conf
 from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, progress_log, tokenizer_is_ready
 from settings import Settings
 from telemetry import Metrics
-
-_log = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between two looks whether a fetch has failed
 # Characters a token, over a whole prompt. Vocabularies hold longer ones, of blanks and rules, but no text is made of
@@ -50,11 +47,9 @@ class LocalBackend:
     def prepare(self, request: GenerateRequest) -> GenerateRequest:
         if request.model != self._spec.name:
             raise UnknownModel("there is no such model here", param="model")
-        ids = self._rendered(request.timeout).render(request.messages)
-        if len(ids) >= self._context():
-            raise too_long(self._context(), len(ids))
-        if len(ids) + request.max_new_tokens > self._context():
-            raise too_long(self._context(), len(ids), request.max_new_tokens)
+        ids, context = self._rendered(request.timeout).render(request.messages), self._context()
+        if len(ids) + request.max_new_tokens > context:
+            raise too_long(context, len(ids), request.max_new_tokens)
         return replace(request, prompt_ids=ids)
 
     def submit(self, request: GenerateRequest) -> TextStream:
@@ -168,16 +163,15 @@ class TextStream:
     def _read(self, item: Status | int | FinishReason) -> None:
         if isinstance(item, Status):
             self._pending.append(item)
-        elif isinstance(item, FinishReason):
+            return
+        if isinstance(item, FinishReason):
             self._pending += self._assembler.finish()
-            self._done(item)
         else:
             self._tokens += 1
             self._pending += self._assembler.push(item)
-            if self._assembler.stopped:
-                self._sequence.close(FinishReason.STOP)
-                self._done(FinishReason.STOP)
-
-    def _done(self, reason: FinishReason) -> None:
-        prompt, cached, reasoning = len(self._sequence.prompt), self._sequence.cached, self._assembler.reasoning_tokens
-        self._pending.append(Done(reason, Usage(prompt, self._tokens, cached, reasoning)))
+            if not self._assembler.stopped:
+                return
+            item = FinishReason.STOP
+            self._sequence.close(item)
+        usage = Usage(len(self._sequence.prompt), self._tokens, self._sequence.cached, self._assembler.reasoning_tokens)
+        self._pending.append(Done(item, usage))

@@ -28,7 +28,6 @@ LOOK_EVERY = 0.5  # seconds between two looks of the watchdog
 
 _stopping = partial(ModelUnavailable, "the service is stopping", code="stopping", retry_after=5)
 _stalled = partial(ModelUnavailable, "the model hangs and has to start again", code="engine_stalled", retry_after=30)
-_crashed = partial(ModelUnavailable, "the engine failed, ask again", code="engine_failed", retry_after=5)
 
 
 class Engine:
@@ -133,14 +132,15 @@ class Engine:
     def _main(self) -> None:
         """The thread's boundary: whatever happens below, every reader is told and the status says so."""
         crashes = 0
-        while self._stop_at is None:
-            try:
+        try:
+            while self._stop_at is None:
                 crashes = 0 if self._load_and_serve() else crashes + 1
-            except BaseException as error:
-                return self._down(error)
-            if crashes > MAX_RECOVERIES:
-                return self._down(RuntimeError("the engine kept failing"))
-        self._down(None)
+                if crashes > MAX_RECOVERIES:
+                    raise RuntimeError("the engine kept failing")
+        except BaseException as error:
+            self._down(error)
+        else:
+            self._down(None)
 
     def _load_and_serve(self) -> bool:
         """Until stopped or crashed; whether anything was served. Raises what loading raises.
@@ -165,7 +165,7 @@ class Engine:
             self._metrics.engine_failures.inc()
             with self._changed:
                 self._scheduler, self._stage, self._reason = None, "loading", "recovering from a crash"
-            scheduler.fail_all(_crashed())
+            scheduler.fail_all(ModelUnavailable("the engine failed, ask again", code="engine_failed", retry_after=5))
         finally:
             scheduler.runner.close()
         return scheduler.steps > 0
@@ -189,12 +189,12 @@ class Engine:
             self._beaten = self._clock()
         if self._stop_at is None:
             return True
-        now, due = self._clock(), self._stop_at
         with self._changed:
-            self._queue.sweep(now, _stopping())
-        if now >= due:
-            scheduler.fail_all(_stopping())
-        return bool(scheduler.running) and now < due
+            self._queue.sweep(self._clock(), _stopping())
+        if self._clock() < self._stop_at:
+            return bool(scheduler.running)
+        scheduler.fail_all(_stopping())
+        return False
 
     def _idle(self) -> bool:
         return self._stop_at is None and not self._running() and not self._queue

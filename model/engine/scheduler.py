@@ -27,7 +27,7 @@ _SMOOTHING, _CHUNK_SMOOTHING = 0.1, 0.3  # of the tokens/s estimates, per step a
 
 
 class Runner(Protocol):
-    """What computes: runtime/runner.py, or a test's script. A call that raises has changed nothing; it may be repeated."""
+    """What computes: runner.py, or a test's script. A call that raises has changed nothing and may be repeated."""
 
     slots: int
     context: int
@@ -160,9 +160,8 @@ class Scheduler:
         decoding = [s for s in self.running if not s.rest]
         if not decoding:
             return
-        for last, hole in self._table.holes():  # running slots to the front: fewer rows to compute
-            self.runner.swap(last.index, hole.index, max(len(last.tokens), len(hole.tokens)) + 1)
-            self._table.swap(last, hole)
+        for last, free in self._table.compact():
+            self.runner.swap(last.index, free.index, max(len(last.tokens), len(free.tokens)) + 1)
         before = self._clock()
         if before - self._polled >= _POLL_COMPILED:
             self.load_compiled(idle=False)
@@ -216,7 +215,7 @@ class Scheduler:
             self._leave(sequence, FinishReason.STOP)
             return 0
         sequence.generated += 1
-        sequence.emit(token)
+        sequence.items.put(token)
         if sequence.generated >= sequence.request.max_new_tokens:
             self._leave(sequence, FinishReason.LENGTH)
         return 1
@@ -258,11 +257,12 @@ def bounded_seconds(seconds: float) -> float:
     return round(min(600.0, max(1.0, seconds)), 1)
 
 
-def too_long(context: int, prompt: int, wanted: int | None = None) -> InvalidRequest:
+def too_long(context: int, prompt: int, wanted: int) -> InvalidRequest:
     """The refusal of a prompt that does not fit, or not with `wanted` new tokens; OpenAI's clients know its words."""
-    more = "" if wanted is None else f" and max_new_tokens is {wanted}, but may be {context - prompt} at most"
+    fits = prompt < context
+    more = f" and max_new_tokens is {wanted}, but may be {context - prompt} at most" if fits else ""
     return InvalidRequest(
         f"This model's maximum context length is {context} tokens; the prompt has {prompt} tokens{more}.",
-        param="prompt" if wanted is None else "max_new_tokens",
+        param="max_new_tokens" if fits else "prompt",
         code="context_length_exceeded",
     )

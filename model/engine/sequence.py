@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 
 from errors import DeadlineExceeded, ServiceError
 from model.types import FinishReason, GenerateRequest, Status
@@ -46,7 +45,7 @@ class Sequence:
         self.chunk: list[int] = []  # the prompt tokens that are computed next
         self.next = self.prompt[-1]  # the token that the next step reads
         self.generated = 0
-        self._items: queue.SimpleQueue[Status | int | FinishReason | ServiceError] = queue.SimpleQueue()
+        self.items: queue.SimpleQueue[Status | int | FinishReason | ServiceError] = queue.SimpleQueue()
         self._ended = False
         self._announced: tuple[str, int | None, int | None] | None = None
         self._wake, self._metrics = wake, metrics
@@ -66,10 +65,7 @@ class Sequence:
         news = (status.stage, status.percent, status.position)
         if news != self._announced:
             self._announced = news
-            self._items.put(status)
-
-    def emit(self, token: int) -> None:
-        self._items.put(token)
+            self.items.put(status)
 
     def ending(self, now: float) -> FinishReason | ServiceError | None:
         """How it ends because its reader left or its time is over; None while it goes on."""
@@ -81,7 +77,7 @@ class Sequence:
         if self._ended:
             return
         self._ended = True
-        self._items.put(ending)
+        self.items.put(ending)
         self._metrics.finished.labels(ending.value if isinstance(ending, FinishReason) else ending.code).inc()
         self._metrics.e2e.observe(now - self.submitted)
         if self.generated:
@@ -91,7 +87,7 @@ class Sequence:
         """The next item, or None when `timeout` seconds brought none. Raises the ServiceError that ended it."""
         late = self.deadline + _PATIENCE - time.monotonic()
         try:
-            item = self._items.get(timeout=max(0.0, min(timeout, late)))
+            item = self.items.get(timeout=max(0.0, min(timeout, late)))
         except queue.Empty:
             if late > timeout:
                 return None
@@ -161,7 +157,6 @@ class SlotTable:
 
     def __init__(self, slots: int) -> None:
         self.slots = [Slot(index) for index in range(slots)]
-        self._uses = count(1)
 
     def allocate(self, owner: str, prompt: list[int]) -> Slot:
         """A free slot, its `tokens` cut to the prefix that `prompt` shares with this owner's last use.
@@ -171,7 +166,7 @@ class SlotTable:
         free = (slot for slot in self.slots if not slot.busy)
         slot = max(free, key=lambda s: (s.shared(owner, prompt), -s.used, -s.index))
         del slot.tokens[slot.shared(owner, prompt) :]
-        slot.owner, slot.busy, slot.used = owner, True, next(self._uses)
+        slot.owner, slot.busy, slot.used = owner, True, 1 + max(s.used for s in self.slots)
         return slot
 
     def free(self, slot: Slot, *, keep: bool) -> None:
@@ -180,13 +175,11 @@ class SlotTable:
         if not keep:
             slot.tokens.clear()
 
-    def holes(self) -> list[tuple[Slot, Slot]]:
-        """Busy slots at the end with free ones before them: swapping these lets a step compute fewer rows."""
+    def compact(self) -> Iterator[tuple[Slot, Slot]]:
+        """Move busy slots before the free ones, so that a step computes fewer rows; their tensors move meanwhile."""
         busy = [slot.busy for slot in self.slots]
         front, back = self.slots[: sum(busy)], self.slots[sum(busy) :]
-        return list(zip((s for s in back if s.busy), (s for s in front if not s.busy), strict=True))
-
-    def swap(self, a: Slot, b: Slot) -> None:
-        """Exchange two slots' places, after their tensors were exchanged."""
-        self.slots[a.index], self.slots[b.index] = b, a
-        a.index, b.index = b.index, a.index
+        for last, free in zip((s for s in back if s.busy), (s for s in front if not s.busy), strict=True):
+            yield last, free
+            self.slots[last.index], self.slots[free.index] = free, last
+            last.index, free.index = free.index, last.index
