@@ -93,12 +93,12 @@ class LocalBackend:
                 time.sleep(_POLL)
         return self._prompt
 
-    def _load_prompt(self) -> None:
+    def _load_prompt(self, progress: Progress = lambda stage, percent: None) -> None:
         """Raises ModelUnavailable, and has the model thread fail for the same reason, so that the status tells it."""
         with self._lock:
             try:
                 if self._prompt is None:
-                    folder = prepare_tokenizer(self._spec, self._settings)
+                    folder = prepare_tokenizer(self._spec, self._settings, progress)
                     self._files, self._spec = folder.name, with_config(self._spec, folder)
                     self._prompt = Prompt(load_tokenizer(folder), self._spec)
             except ModelError as error:
@@ -120,21 +120,17 @@ class LocalBackend:
         gc.disable()
         try:
             with progress_log(self._spec.name, progress) as told:
-                return self._load_runner(told)
+                self._load_prompt(told)
+                folder = prepare(self._spec, self._settings, told)
+                from model.runtime.build import build  # on this thread alone: they import torch
+                from model.runtime.compile import compiler_for
+
+                runner = build(folder, self._settings, told)
+                runner.compiler = compiler_for(runner, self._settings)
         finally:
             gc.collect()
             gc.freeze()
             gc.enable()
-
-    def _load_runner(self, progress: Progress) -> Runner:
-        prepare_tokenizer(self._spec, self._settings, progress)
-        self._load_prompt()
-        folder = prepare(self._spec, self._settings, progress)
-        from model.runtime.build import build
-        from model.runtime.compile import compiler_for
-
-        runner = build(folder, self._settings, progress)
-        runner.compiler = compiler_for(runner, self._settings)
         if runner.device != "cpu":
             gpu.watch(self._metrics)
         return runner

@@ -38,8 +38,7 @@ class Sampling:
     seed: int | None = None
 
     @property
-    def deterministic(self) -> bool:
-        """Whether the same request gives the same text again, so that it may be cached."""
+    def deterministic(self) -> bool:  # the same request gives the same text again, which may be cached
         return self.temperature == 0 or self.seed is not None
 
 
@@ -84,7 +83,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of text. Joined, the chunks of one channel are exactly that channel's whole text."""
+    """A piece of text. Joined, the chunks of one channel are that channel's whole text."""
 
     text: str
     channel: Channel = "answer"

@@ -47,6 +47,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._scheduler: Scheduler | None = None  # while a model is loaded
         self._stage, self._percent, self._reason = "cold", 0, ""
+        self.context = 0  # tokens a slot holds, once that is known
         self._failed_at = clock() - RETRY_LOAD_AFTER
         self._stop_at: float | None = None
         self._beaten = clock()  # when the loop last turned
@@ -79,7 +80,7 @@ class Engine:
                 raise _stalled()
             if len(self._queue) - (scheduler.free if scheduler else self._slots) >= self._max_queue:
                 seconds = scheduler.seconds_until_free if scheduler else bounded_seconds  # loading: one token a second
-                raise Overloaded("the queue is full", retry_after=seconds(self._queue.tokens))
+                raise Overloaded("the queue is full", retry_after=seconds(sum(s.left for s in self._queue)))
             sequence = Sequence(request, self._wake, self._clock(), self._metrics)
             self._queue.append(sequence)
             if scheduler is None:
@@ -100,12 +101,6 @@ class Engine:
             if thread.is_alive():
                 self._abandon(_stopping())
         self._stage = "stopped"
-
-    @property
-    def context(self) -> int | None:
-        """Tokens a slot holds, once that is known."""
-        scheduler = self._scheduler
-        return scheduler.runner.context if scheduler else None
 
     def status(self) -> BackendStatus:
         """What /readyz tells, from any thread."""
@@ -150,7 +145,8 @@ class Engine:
         self._report("loading", 0)
         scheduler = Scheduler(self._load(self._report), self._metrics, self._clock)
         with self._changed:
-            self._scheduler, self._stage, self._percent, self._reason = scheduler, "ready", 100, ""
+            self._scheduler, self.context = scheduler, scheduler.runner.context
+            self._stage, self._percent, self._reason = "ready", 100, ""
             self._beaten, self._hung = self._clock(), False
         try:
             while self._wait_for_work(scheduler):
@@ -212,9 +208,9 @@ class Engine:
             expected = isinstance(error, ModelError | ServiceError)
             _log.error("the model is down: %s", error, exc_info=None if expected else error)
         with self._changed:
-            self._failed_at = self._clock()
-            self._stage = "failed" if error is not None else "stopped"
-            self._reason = "" if error is None else "the model could not be loaded, see the log"
+            self._failed_at, self._stage, self._reason = self._clock(), "stopped", ""
+            if error is not None:
+                self._stage, self._reason = "failed", "the model could not be loaded, see the log"
             if isinstance(error, ServiceError):  # its message is meant for clients, and holds no path
                 self._reason = error.message
             self._abandon(_stopping() if error is None else self._unavailable())
@@ -248,8 +244,7 @@ class Engine:
         """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""
         with self._changed:
             self._queue.sweep(self._clock(), error)
-            scheduler = self._scheduler
-        if scheduler:
+        if scheduler := self._scheduler:
             scheduler.fail_all(error)
 
     def _unavailable(self) -> ModelUnavailable:

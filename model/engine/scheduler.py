@@ -209,8 +209,14 @@ class Scheduler:
         if token is None:
             return self._spoiled(sequence)
         sequence.slot.tokens.append(sequence.next)
-        sequence.next = token
-        self._observe(sequence)
+        sequence.next, now = token, self._clock()
+        if sequence.generated:
+            self._metrics.itl.observe(now - sequence.latest)
+        else:
+            sequence.first = now
+            self._metrics.ttft.observe(now - sequence.submitted)
+            self._metrics.prefill.observe(now - sequence.admitted)
+        sequence.latest = now
         if token in self.runner.eos:
             self._leave(sequence, FinishReason.STOP)
             return 0
@@ -219,16 +225,6 @@ class Scheduler:
         if sequence.generated >= sequence.request.max_new_tokens:
             self._leave(sequence, FinishReason.LENGTH)
         return 1
-
-    def _observe(self, sequence: Sequence) -> None:
-        now = self._clock()
-        if sequence.generated == 0:
-            sequence.first = now
-            self._metrics.ttft.observe(now - sequence.submitted)
-            self._metrics.prefill.observe(now - sequence.admitted)
-        else:
-            self._metrics.itl.observe(now - sequence.latest)
-        sequence.latest = now
 
     def _activate_if_computed(self, sequence: Sequence) -> None:
         if not sequence.rest:

@@ -114,11 +114,6 @@ class RequestQueue(list[Sequence]):
         self._round = 0  # of the latest admission
         self._admitted: dict[str, int] = {}  # owner -> round of its latest admission, where that is `_round` or later
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that may still be computed for all that wait."""
-        return sum(sequence.left for sequence in self)
-
     def take(self) -> Sequence:
         """Take out the one whose turn it is. Raises IndexError when none waits."""
         self._round, sequence = self._in_turn()[0]
