@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import gc
-import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 from errors import ModelUnavailable, UnknownModel
 from model.engine.engine import Engine, Progress
-from model.engine.protocol import Runner
-from model.engine.scheduler import too_long
-from model.engine.sequence import Finished, Sequence
+from model.engine.scheduler import Runner, too_long
+from model.engine.sequence import Sequence
 from model.runtime import gpu
 from model.text.detokenizer import TextAssembler
 from model.text.prompt import Prompt, TemplateUnusable
@@ -25,28 +22,10 @@ from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, pro
 from settings import Settings
 from telemetry import Metrics
 
-_log = logging.getLogger(__name__)
-
 _POLL = 0.2  # seconds between two looks whether a fetch has failed
 # Characters a token, over a whole prompt. Vocabularies hold longer ones, of blanks and rules, but no text is made of
 # these alone; English has 4 to 5.
 _MAX_TOKEN_CHARACTERS = 32
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector out until the end, and from then on away from what stays.
-
-    Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and later
-    0.3 s at a time in which every stream pauses. What loading leaves behind is collected once: it is 160 MB.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()
-        gc.freeze()
-        gc.enable()
 
 
 class LocalBackend:
@@ -59,8 +38,7 @@ class LocalBackend:
         self._prompt: Prompt | None = None
         self._files = ""  # the prepared folder's name, which changes with the model's files
         self._lock = threading.Lock()
-        self._tokenizer_ready = threading.Event()
-        self._engine = Engine(self._load_and_tell, settings.max_queue, metrics, slots=settings.slots)
+        self._engine = Engine(self._load, settings.max_queue, metrics, slots=settings.slots)
 
     def max_characters(self) -> int:
         longest = self._prompt.longest if self._prompt else _MAX_TOKEN_CHARACTERS
@@ -69,11 +47,9 @@ class LocalBackend:
     def prepare(self, request: GenerateRequest) -> GenerateRequest:
         if request.model != self._spec.name:
             raise UnknownModel("there is no such model here", param="model")
-        ids = self._rendered(request.timeout).render(request.messages)
-        if len(ids) >= self._context():
-            raise too_long(self._context(), len(ids))
-        if len(ids) + request.max_new_tokens > self._context():
-            raise too_long(self._context(), len(ids), request.max_new_tokens)
+        ids, context = self._rendered(request.timeout).render(request.messages), self._context()
+        if len(ids) + request.max_new_tokens > context:
+            raise too_long(context, len(ids), request.max_new_tokens)
         return replace(request, prompt_ids=ids)
 
     def submit(self, request: GenerateRequest) -> TextStream:
@@ -89,7 +65,8 @@ class LocalBackend:
         return self._engine.status()
 
     def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
-        self._engine.start(on_failure)
+        self._engine.on_failure = on_failure or self._engine.on_failure
+        self._engine.start()
 
     def watch(self, on_hang: Callable[[str], None]) -> None:
         self._engine.on_hang = on_hang
@@ -113,15 +90,15 @@ class LocalBackend:
             if ready:
                 self._load_prompt()
             else:
-                self._tokenizer_ready.wait(_POLL)
+                time.sleep(_POLL)
         return self._prompt
 
-    def _load_prompt(self) -> None:
+    def _load_prompt(self, progress: Progress = lambda stage, percent: None) -> None:
         """Raises ModelUnavailable, and has the model thread fail for the same reason, so that the status tells it."""
         with self._lock:
             try:
                 if self._prompt is None:
-                    folder = prepare_tokenizer(self._spec, self._settings)
+                    folder = prepare_tokenizer(self._spec, self._settings, progress)
                     self._files, self._spec = folder.name, with_config(self._spec, folder)
                     self._prompt = Prompt(load_tokenizer(folder), self._spec)
             except ModelError as error:
@@ -134,22 +111,26 @@ class LocalBackend:
         allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
         return self._engine.context or allowed
 
-    def _load_and_tell(self, progress: Progress) -> Runner:
-        with progress_log(self._spec.name, progress) as told:
-            return self._load(told)
-
-    @_uncollected()
     def _load(self, progress: Progress) -> Runner:
-        """On the model thread, which alone imports torch."""
-        prepare_tokenizer(self._spec, self._settings, progress)
-        self._load_prompt()
-        self._tokenizer_ready.set()
-        folder = prepare(self._spec, self._settings, progress)
-        from model.runtime.build import build
-        from model.runtime.compile import compiler_for
+        """On the model thread. No garbage is collected meanwhile, and later none of what stays is looked at.
 
-        runner = build(folder, self._settings, progress)
-        runner.compiler = compiler_for(runner, self._settings)
+        Half a million objects come with the libraries: walking over them again and again takes 1.5 s of a start, and
+        later 0.3 s at a time in which every stream pauses. What loading leaves is collected once: it is 160 MB.
+        """
+        gc.disable()
+        try:
+            with progress_log(self._spec.name, progress) as told:
+                self._load_prompt(told)
+                folder = prepare(self._spec, self._settings, told)
+                from model.runtime.build import build  # on this thread alone: they import torch
+                from model.runtime.compile import compiler_for
+
+                runner = build(folder, self._settings, told)
+                runner.compiler = compiler_for(runner, self._settings)
+        finally:
+            gc.collect()
+            gc.freeze()
+            gc.enable()
         if runner.device != "cpu":
             gpu.watch(self._metrics)
         return runner
@@ -175,19 +156,18 @@ class TextStream:
     def close(self) -> None:
         self._sequence.close()
 
-    def _read(self, item: Status | int | Finished) -> None:
+    def _read(self, item: Status | int | FinishReason) -> None:
         if isinstance(item, Status):
             self._pending.append(item)
-        elif isinstance(item, Finished):
+            return
+        if isinstance(item, FinishReason):
             self._pending += self._assembler.finish()
-            self._done(item.reason)
         else:
             self._tokens += 1
             self._pending += self._assembler.push(item)
-            if self._assembler.stopped:
-                self._sequence.close(FinishReason.STOP)
-                self._done(FinishReason.STOP)
-
-    def _done(self, reason: FinishReason) -> None:
-        prompt, cached, reasoning = len(self._sequence.prompt), self._sequence.cached, self._assembler.reasoning_tokens
-        self._pending.append(Done(reason, Usage(prompt, self._tokens, cached, reasoning)))
+            if not self._assembler.stopped:
+                return
+            item = FinishReason.STOP
+            self._sequence.close(item)
+        usage = Usage(len(self._sequence.prompt), self._tokens, self._sequence.cached, self._assembler.reasoning_tokens)
+        self._pending.append(Done(item, usage))

@@ -38,37 +38,32 @@ class Sampling:
     seed: int | None = None
 
     @property
-    def deterministic(self) -> bool:
-        """Whether the same request gives the same text again, so that it may be cached."""
+    def deterministic(self) -> bool:  # the same request gives the same text again, which may be cached
         return self.temperature == 0 or self.seed is not None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One generation. `Backend.prepare` fills in `prompt_ids`.
-
-    owner: the user it is for; nothing derived from a prompt is ever shared between owners.
-    timeout: seconds from submission until the request fails, wherever it is by then.
-    """
+    """One generation. `Backend.prepare` fills in `prompt_ids`."""
 
     id: str
-    owner: str
+    owner: str  # the user it is for: nothing derived from a prompt is ever shared between owners
     model: str
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    timeout: float = 300.0
+    timeout: float = 300.0  # seconds from submission until it fails
     prompt_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request. `cached_tokens`: prompt tokens whose KV was reused."""
+    """Tokens of one request."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose KV was reused
     reasoning_tokens: int = 0
 
     @property
@@ -88,7 +83,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of text. Joined, the chunks of one channel are exactly that channel's whole text."""
+    """A piece of text. Joined, the chunks of one channel are that channel's whole text."""
 
     text: str
     channel: Channel = "answer"
@@ -107,29 +102,23 @@ Event = Status | Chunk | Done
 
 
 class Stream(Protocol):
-    """The events of one submitted request. One reader; `close` may come from any thread, any number of times."""
+    """The events of one submitted request, for one reader; the last is Done or an error."""
 
     def get(self, timeout: float) -> Event | None:
-        """The next event, or None after `timeout` seconds without one. Raises the ServiceError that ended it.
-
-        Not to be called again after Done or an error.
-        """
+        """The next event, or None after `timeout` seconds without one. Raises the ServiceError that ended it."""
 
     def close(self) -> None:
-        """Give up: the slot is freed before the next step, and `get` ends with Done(cancelled)."""
+        """Give up, from any thread: the slot is freed before the next step, and `get` ends with Done(cancelled)."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
-    """What /readyz tells. stage: cold, fetching, loading, ready, stalled, failed, stopping or stopped.
-
-    reason: one line that holds no path. details: figures for operators (slots, KV bytes, compiled steps).
-    """
+    """What /readyz tells. `details`: figures for operators (slots, KV bytes, compiled steps)."""
 
     ready: bool
-    stage: str
+    stage: str  # cold, fetching, loading, ready, stalled, failed, stopping or stopped
     percent: int = 0
-    reason: str | None = None
+    reason: str | None = None  # one line that holds no path
     details: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
@@ -140,10 +129,7 @@ class Backend(Protocol):
         """The most characters that the messages of a prompt which fits the context can have."""
 
     def prepare(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with `prompt_ids` set, without loading weights.
-
-        Raises InvalidRequest when prompt and limit do not fit the context, UnknownModel for another model's name.
-        """
+        """The request with `prompt_ids`, without loading weights. Raises InvalidRequest (too long), UnknownModel."""
 
     def submit(self, request: GenerateRequest) -> Stream:
         """Queue a prepared request. Raises Overloaded at once when the queue is full, ModelUnavailable when down."""

@@ -1,4 +1,4 @@
-"""The model thread: load, admit, prefill, step, time out, recover, stop."""
+"""The model thread: load, admit, prefill, step, time out, recover, stop; and the watchdog beside it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from errors import ModelUnavailable, Overloaded, ServiceError
-from model.engine.protocol import Runner
-from model.engine.queue import RequestQueue
-from model.engine.scheduler import Scheduler, bounded_seconds
-from model.engine.sequence import Sequence
-from model.engine.watchdog import Watchdog
-from model.types import BackendStatus, GenerateRequest
+from model.engine.scheduler import Runner, Scheduler, bounded_seconds
+from model.engine.sequence import RequestQueue, Sequence
+from model.types import BackendStatus, GenerateRequest, Status
 from model.weights.catalogue import ModelError
 from telemetry import Metrics
 
@@ -25,6 +23,11 @@ _log = logging.getLogger(__name__)
 RETRY_LOAD_AFTER = 30.0  # seconds between a failed load and the next try, so that a broken model is no busy loop
 STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a step, or a load, cannot be cut short
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
+SILENT_AFTER = 60.0  # seconds without a turn of the loop, of which a chunk takes one at most; a load is not watched
+LOOK_EVERY = 0.5  # seconds between two looks of the watchdog
+
+_stopping = partial(ModelUnavailable, "the service is stopping", code="stopping", retry_after=5)
+_stalled = partial(ModelUnavailable, "the model hangs and has to start again", code="engine_stalled", retry_after=30)
 
 
 class Engine:
@@ -40,28 +43,29 @@ class Engine:
         self._load, self._max_queue, self._slots = load, max_queue, slots
         self._metrics, self._clock = metrics, clock
         self._changed = threading.Condition()
-        self._queue = RequestQueue(metrics)
+        self._queue = RequestQueue()
         self._thread: threading.Thread | None = None
         self._scheduler: Scheduler | None = None  # while a model is loaded
         self._stage, self._percent, self._reason = "cold", 0, ""
+        self.context = 0  # tokens a slot holds, once that is known
         self._failed_at = clock() - RETRY_LOAD_AFTER
         self._stop_at: float | None = None
-        self._on_failure: Callable[[str], None] | None = None
-        self.on_hang: Callable[[str], None] | None = None  # called with one line when only a new process surely heals
-        self._watchdog = Watchdog(self._busy, self._hangs, clock)
+        self._beaten = clock()  # when the loop last turned
+        self._hung = False  # until the next load: a hang that ended by itself stays one, its readers were sent away
+        # Called from other threads with one line: the model cannot be served; only a new process surely heals.
+        self.on_failure: Callable[[str], None] = lambda reason: None
+        self.on_hang: Callable[[str], None] = lambda reason: None
+        metrics.waiting.set_function(lambda: len(self._queue))
+        metrics.running.set_function(lambda: len(self._running()))
 
-    def start(self, on_failure: Callable[[str], None] | None = None) -> None:
-        """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago.
-
-        on_failure: called on that thread, with one line, when the model cannot be served.
-        """
+    def start(self) -> None:
+        """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago."""
         with self._changed:
-            self._on_failure = on_failure or self._on_failure
             if self._thread is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
-                self._stage, self._percent, self._reason = "loading", 0, ""
+                self._stage, self._reason = "loading", ""
                 self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
                 thread.start()
-                self._watchdog.guard(thread, lambda: self._ended(thread))
+                threading.Thread(target=self._watch, args=(thread,), name="watchdog", daemon=True).start()
 
     def submit(self, request: GenerateRequest) -> Sequence:
         """Queue a request whose `prompt_ids` are set. Raises Overloaded or ModelUnavailable at once."""
@@ -72,15 +76,15 @@ class Engine:
                 raise _stopping()
             if self._thread is None:
                 raise self._unavailable()
-            if self._watchdog.hung:
+            if self._hung:
                 raise _stalled()
             if len(self._queue) - (scheduler.free if scheduler else self._slots) >= self._max_queue:
                 seconds = scheduler.seconds_until_free if scheduler else bounded_seconds  # loading: one token a second
-                raise Overloaded("the queue is full", retry_after=seconds(self._queue.tokens))
+                raise Overloaded("the queue is full", retry_after=seconds(sum(s.left for s in self._queue)))
             sequence = Sequence(request, self._wake, self._clock(), self._metrics)
-            self._queue.add(sequence)
+            self._queue.append(sequence)
             if scheduler is None:
-                self._queue.announce_loading(self._percent)
+                sequence.announce(Status("loading", percent=self._percent))
             self._changed.notify_all()
         return sequence
 
@@ -88,33 +92,30 @@ class Engine:
         """Admit nothing more; running sequences may end within `grace` seconds, then they fail. Returns when done."""
         with self._changed:
             self._stop_at = self._clock() + grace
-            if self._scheduler is None:
-                self._queue.fail_all(_stopping(), self._clock())  # no use waiting for a load that will serve nothing
-            self._changed.notify_all()
             thread, serving = self._thread, self._scheduler is not None
+            if not serving:
+                self._queue.sweep(self._clock(), _stopping())  # no use waiting for a load that will serve nothing
+            self._changed.notify_all()
         if thread:
             thread.join(grace * serving + STOP_PATIENCE)
             if thread.is_alive():
                 self._abandon(_stopping())
         self._stage = "stopped"
 
-    @property
-    def context(self) -> int | None:
-        """Tokens a slot holds, once that is known."""
-        scheduler = self._scheduler
-        return scheduler.runner.context if scheduler else None
-
     def status(self) -> BackendStatus:
         """What /readyz tells, from any thread."""
         stage, reason, scheduler = self._stage, self._reason, self._scheduler
         if self._stop_at is not None and stage != "stopped":
             stage = "stopping"
-        elif stage == "ready" and (trouble := self._watchdog.trouble):
+        elif stage == "ready" and (trouble := self._trouble()):
             stage, reason = "stalled", trouble
         details = dict(scheduler.runner.details()) | {"running": len(scheduler.running)} if scheduler else {}
         details["waiting"] = len(self._queue)
-        percent = 100 if stage == "ready" else self._percent
-        return BackendStatus(stage == "ready", stage, percent, reason or None, details)
+        return BackendStatus(stage == "ready", stage, self._percent, reason or None, details)
+
+    def _running(self) -> list[Sequence]:
+        scheduler = self._scheduler
+        return scheduler.running if scheduler else []
 
     def _wake(self) -> None:
         """A reader left. While a model loads, the model thread makes no room in the queue."""
@@ -123,22 +124,18 @@ class Engine:
                 self._queue.sweep(self._clock())
             self._changed.notify_all()
 
-    def _busy(self) -> bool:
-        """Whether requests wait for a model that is loaded."""
-        scheduler = self._scheduler
-        return scheduler is not None and bool(scheduler.running or self._queue)
-
     def _main(self) -> None:
         """The thread's boundary: whatever happens below, every reader is told and the status says so."""
         crashes = 0
-        while self._stop_at is None:
-            try:
+        try:
+            while self._stop_at is None:
                 crashes = 0 if self._load_and_serve() else crashes + 1
-            except BaseException as error:
-                return self._down(error)
-            if crashes > MAX_RECOVERIES:
-                return self._down(RuntimeError("the engine kept failing"))
-        self._down(None)
+                if crashes > MAX_RECOVERIES:
+                    raise RuntimeError("the engine kept failing")
+        except BaseException as error:
+            self._down(error)
+        else:
+            self._down(None)
 
     def _load_and_serve(self) -> bool:
         """Until stopped or crashed; whether anything was served. Raises what loading raises.
@@ -148,11 +145,17 @@ class Engine:
         self._report("loading", 0)
         scheduler = Scheduler(self._load(self._report), self._metrics, self._clock)
         with self._changed:
-            self._scheduler, self._stage, self._percent, self._reason = scheduler, "ready", 100, ""
-            self._watchdog.beat(fresh=True)
+            self._scheduler, self.context = scheduler, scheduler.runner.context
+            self._stage, self._percent, self._reason = "ready", 100, ""
+            self._beaten, self._hung = self._clock(), False
         try:
             while self._wait_for_work(scheduler):
-                self._turn(scheduler)
+                scheduler.reap()
+                self._admit(scheduler)
+                scheduler.prefill()
+                scheduler.step()
+                if self._hung:
+                    raise _stalled()
         except BaseException as error:
             _log.error("engine crashed, loading again", exc_info=error)
             self._metrics.engine_failures.inc()
@@ -163,44 +166,41 @@ class Engine:
             scheduler.runner.close()
         return scheduler.steps > 0
 
-    def _turn(self, scheduler: Scheduler) -> None:
-        scheduler.reap()
+    def _admit(self, scheduler: Scheduler) -> None:
         with self._changed:
             self._queue.sweep(self._clock())
             while self._queue and scheduler.free:
-                scheduler.admit(self._queue.pop())
+                scheduler.admit(self._queue.take())
             self._queue.announce_positions(scheduler.seconds_until_free)
-        scheduler.prefill()
-        scheduler.step()
-        if self._watchdog.hung:
-            raise _stalled()
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
         """Sleep until there is something to do; False once the engine is stopped and has nothing left to end."""
-        self._watchdog.beat()
+        self._beaten = self._clock()
         while self._idle():
             if not scheduler.load_compiled(idle=True):
                 with self._changed:
                     if self._idle():
                         self._metrics.tokens_per_second.set(0)
                         self._changed.wait(timeout=1.0)  # a step may have been compiled meanwhile
-            self._watchdog.beat()
+            self._beaten = self._clock()
         if self._stop_at is None:
             return True
         with self._changed:
-            self._queue.fail_all(_stopping(), self._clock())
-        if self._clock() >= self._stop_at:
-            scheduler.fail_all(_stopping())
-        return bool(scheduler.running)
+            self._queue.sweep(self._clock(), _stopping())
+        if self._clock() < self._stop_at:
+            return bool(scheduler.running)
+        scheduler.fail_all(_stopping())
+        return False
 
     def _idle(self) -> bool:
-        return self._stop_at is None and not self._busy()
+        return self._stop_at is None and not self._running() and not self._queue
 
     def _report(self, stage: str, percent: int) -> None:
         with self._changed:
             self._stage, self._percent = stage, percent
             self._queue.sweep(self._clock())
-            self._queue.announce_loading(percent)
+            for sequence in self._queue:
+                sequence.announce(Status("loading", percent=percent))
 
     def _down(self, error: BaseException | None) -> None:
         """The thread ends here; a later request may start another one (see `start`)."""
@@ -208,43 +208,44 @@ class Engine:
             expected = isinstance(error, ModelError | ServiceError)
             _log.error("the model is down: %s", error, exc_info=None if expected else error)
         with self._changed:
-            self._failed_at = self._clock()
-            self._stage = "failed" if error is not None else "stopped"
-            self._reason = "" if error is None else "the model could not be loaded, see the log"
+            self._failed_at, self._stage, self._reason = self._clock(), "stopped", ""
+            if error is not None:
+                self._stage, self._reason = "failed", "the model could not be loaded, see the log"
             if isinstance(error, ServiceError):  # its message is meant for clients, and holds no path
                 self._reason = error.message
             self._abandon(_stopping() if error is None else self._unavailable())
             self._thread = self._scheduler = None
-        if error is not None and self._on_failure is not None:
-            self._on_failure(str(error))
+        if error is not None:
+            self.on_failure(str(error))
 
-    def _ended(self, thread: threading.Thread) -> None:
-        """Say that the model thread is gone, if it was killed and could not."""
+    def _watch(self, thread: threading.Thread) -> None:
+        """The watchdog beside the model thread: does its loop still turn, and did it end without a word."""
+        before = None
+        while thread.is_alive():
+            trouble = self._trouble()
+            if trouble and before and not self._hung:  # seen twice: a machine that was asleep may turn first
+                self._hung = True
+                _log.error("the model hangs (%s): all its requests fail", trouble)
+                self._metrics.engine_failures.inc()
+                self._abandon(_stalled())
+                self.on_hang(trouble)
+            before = trouble
+            thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
         if self._thread is thread:
             self._down(RuntimeError("the model thread was killed"))
 
-    def _hangs(self, trouble: str) -> None:
-        _log.error("the model hangs (%s): all its requests fail", trouble)
-        self._metrics.engine_failures.inc()
-        self._abandon(_stalled())
-        if self.on_hang is not None:
-            self.on_hang(trouble)
+    def _trouble(self) -> str | None:
+        """What is wrong with the thread: requests wait for a loaded model, and nothing moves."""
+        busy = self._scheduler is not None and (self._running() or self._queue)
+        late = busy and self._clock() - self._beaten > SILENT_AFTER
+        return f"no step for {SILENT_AFTER:.0f} seconds" if self._hung or late else None
 
     def _abandon(self, error: ModelUnavailable) -> None:
         """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""
         with self._changed:
-            self._queue.fail_all(error, self._clock())
-            scheduler = self._scheduler
-        for sequence in list(scheduler.running) if scheduler else ():
-            sequence.finish(error, self._clock())
+            self._queue.sweep(self._clock(), error)
+        if scheduler := self._scheduler:
+            scheduler.fail_all(error)
 
     def _unavailable(self) -> ModelUnavailable:
         return ModelUnavailable(self._reason, retry_after=RETRY_LOAD_AFTER)
-
-
-def _stopping() -> ModelUnavailable:
-    return ModelUnavailable("the service is stopping", code="stopping", retry_after=5)
-
-
-def _stalled() -> ModelUnavailable:
-    return ModelUnavailable("the model hangs and has to start again", code="engine_stalled", retry_after=30)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from errors import GenerationFailed, InvalidRequest, ServiceError
-from model.engine.protocol import Runner
-from model.engine.sequence import Finished, Sequence
-from model.engine.slots import SlotTable
-from model.types import FinishReason
+from model.engine.sequence import Sequence, SlotTable
+from model.types import FinishReason, Sampling
 from telemetry import Metrics
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+Chunk = tuple[int, List[int], int]  # a slot, some of its prompt's tokens, and the position of the first
 
 # Seconds that a chunk of prompts may take, at the speed measured so far: it pauses running streams and delays the next
 # prompt. Chunks of 128 tokens cost 3 % of the speed of 512, of 64 tokens 8 % (SmolLM2, one thread).
@@ -27,20 +26,39 @@ _MAX_FAILURES = 8  # failures in a row, of one sequence after another: then the 
 _SMOOTHING, _CHUNK_SMOOTHING = 0.1, 0.3  # of the tokens/s estimates, per step and per chunk
 
 
+class Runner(Protocol):
+    """What computes: runner.py, or a test's script. A call that raises has changed nothing and may be repeated."""
+
+    slots: int
+    context: int
+    eos: frozenset[int]
+
+    def init_row(self, slot: int, sampling: Sampling, seed: int, prompt: List[int]) -> None: ...
+    def prefill(self, chunks: List[Chunk]) -> list[bool]: ...
+    def activate(self, slot: int, token: int, position: int) -> None: ...
+    def deactivate(self, slot: int, position: int) -> None: ...
+    def step(self, active: List[int]) -> List[int | None]: ...
+    def swap(self, a: int, b: int, tokens: int) -> None: ...
+    def clear(self, slot: int) -> None: ...
+    def load_compiled(self, idle: bool) -> bool: ...
+    def compile_state(self) -> tuple[int, int]: ...
+    def details(self) -> Mapping[str, str | int]: ...
+    def close(self) -> None: ...
+
+
 class Scheduler:
-    """The sequences that hold a slot. `speed` is tokens a second over all of them; `steps` counts the good ones."""
+    """The sequences that hold a slot. `steps` counts the good ones."""
 
     def __init__(self, runner: Runner, metrics: Metrics, clock: Callable[[], float]) -> None:
         self.runner, self._metrics, self._clock = runner, metrics, clock
         self.running: list[Sequence] = []
-        self.speed = 50.0  # a first guess; the first steps correct it
         self.steps = 0
-        self._prefill_speed = 800.0  # tokens a second, likewise
+        # Tokens a second over all sequences: first guesses, which the first steps and chunks correct.
+        self._speed, self._prefill_speed = 50.0, 800.0
         self._table = SlotTable(runner.slots)
         self._turns: dict[str, int] = {}  # owner -> chunk in which its prompts were last computed, or first seen
-        self._chunks = 0
+        self._chunks = self._compile_failures = self._failures = 0
         self._polled = clock()
-        self._compile_failures = self._failures = 0
         metrics.slots.set(runner.slots)
         metrics.kv_bytes.set(float(runner.details().get("kv_bytes", 0)))
 
@@ -52,25 +70,24 @@ class Scheduler:
     def seconds_until_free(self, tokens: int) -> float:
         """Time until `tokens` more are computed and a slot is free, at the speed measured so far."""
         left = [sequence.left for sequence in list(self.running)]
-        return bounded_seconds((tokens + min(left, default=0) * max(1, len(left))) / self.speed)
+        return bounded_seconds((tokens + min(left, default=0) * max(1, len(left))) / self._speed)
 
     def admit(self, sequence: Sequence) -> None:
         """Give a sequence a free slot and the KV it can reuse; end it where it does not fit, or cannot begin."""
-        if len(sequence.prompt) + sequence.request.max_new_tokens > self.runner.context:
-            refusal = too_long(self.runner.context, len(sequence.prompt), sequence.request.max_new_tokens)
+        request = sequence.request
+        if len(sequence.prompt) + request.max_new_tokens > self.runner.context:
+            refusal = too_long(self.runner.context, len(sequence.prompt), request.max_new_tokens)
             return sequence.finish(refusal, self._clock())
-        sequence.slot = slot = self._table.allocate(sequence.request.owner, sequence.prompt)
+        sequence.slot = slot = self._table.allocate(request.owner, sequence.prompt)
         sequence.admitted = self._clock()
-        sequence.computed = sequence.cached = len(slot.tokens)
+        sequence.cached = len(slot.tokens)
         self.running.append(sequence)
         self._metrics.queue_wait.observe(sequence.admitted - sequence.submitted)
         self._metrics.cached_tokens.inc(sequence.cached)
-        self._metrics.running.set(len(self.running))
-        sampling = sequence.request.sampling
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         try:
-            self.runner.init_row(slot.index, sampling, seed, sequence.prompt)
-            self.runner.deactivate(slot.index, sequence.computed)
+            self.runner.init_row(slot.index, request.sampling, seed, sequence.prompt)
+            self.runner.deactivate(slot.index, sequence.cached)
             self._activate_if_computed(sequence)
         except Exception as error:
             self._fail(sequence, error)
@@ -86,9 +103,7 @@ class Scheduler:
         """Compute one chunk: the next tokens of the prompts that are not complete."""
         if chunk := self._next_chunk():
             before = self._clock()
-            done = self._compute(
-                chunk, lambda part: self.runner.prefill([(s.slot.index, s.chunk, s.computed) for s in part]), self._keep
-            )
+            done = self._compute(chunk, self._run_chunk, self._keep)
             if done >= CHUNK_MIN:  # a few tokens take as long as many
                 speed = done / max(self._clock() - before, 1e-6)
                 self._prefill_speed += _CHUNK_SMOOTHING * (speed - self._prefill_speed)
@@ -105,7 +120,7 @@ class Scheduler:
         for owner in sorted(self._turns, key=lambda owner: self._turns[owner]):
             left = min(share, room)
             for sequence in (s for s in prompts if s.request.owner == owner):
-                sequence.chunk = sequence.prompt[sequence.computed :][: min(left, sequence.rest)]
+                sequence.chunk = sequence.prompt[-1 - sequence.rest : -1][:left]
                 if sequence.chunk:
                     chunk.append(sequence)
                     self._turns[owner] = self._chunks
@@ -116,17 +131,17 @@ class Scheduler:
         """Tokens of the next chunk: beside each other, every user's part is at most what the shortest rest needs."""
         pause = PAUSE if len(prompts) < len(self.running) else PAUSE_ALONE
         room = int(min(max(self._prefill_speed * pause, CHUNK_MIN), CHUNK_MAX))
-        if len(self._turns) > 1:
-            room = min(room, len(self._turns) * max(prompts[0].rest, CHUNK_MIN))
-        return room
+        users = len(self._turns)
+        return min(room, users * max(prompts[0].rest, CHUNK_MIN)) if users > 1 else room
+
+    def _run_chunk(self, chunk: List[Sequence]) -> list[bool]:
+        return self.runner.prefill([(s.slot.index, s.chunk, len(s.slot.tokens)) for s in chunk])
 
     def _keep(self, sequence: Sequence, finite: bool) -> int:
         """Note that a prompt's chunk is computed; how many tokens it had."""
         if not finite:
-            self._spoiled(sequence)
-            return 0
+            return self._spoiled(sequence)
         sequence.slot.tokens += sequence.chunk
-        sequence.computed += len(sequence.chunk)
         self._activate_if_computed(sequence)
         return len(sequence.chunk)
 
@@ -145,29 +160,22 @@ class Scheduler:
         decoding = [s for s in self.running if not s.rest]
         if not decoding:
             return
-        self._compact()
+        for last, free in self._table.compact():
+            self.runner.swap(last.index, free.index, max(len(last.tokens), len(free.tokens)) + 1)
         before = self._clock()
         if before - self._polled >= _POLL_COMPILED:
             self.load_compiled(idle=False)
         done = self._compute(decoding, self._run_step, self._take)
         if done:
             self.steps += 1
-            self.speed += _SMOOTHING * (done / max(self._clock() - before, 1e-6) - self.speed)
-            self._metrics.tokens_per_second.set(self.speed)
+            self._speed += _SMOOTHING * (done / max(self._clock() - before, 1e-6) - self._speed)
+            self._metrics.tokens_per_second.set(self._speed)
             self._metrics.generated_tokens.inc(done)
 
-    def _compact(self) -> None:
-        """Move running slots to the front, so that the step computes no more rows than it must."""
-        while hole := self._table.hole():
-            last, free = hole
-            self.runner.swap(last.index, free.index, max(len(last.tokens), len(free.tokens)) + 1)
-            self._table.swap(last, free)
-
     def fail_all(self, error: ServiceError) -> None:
-        """End every sequence without calling the runner, which may be what failed."""
-        while self.running:
-            self.running.pop().finish(error, self._clock())
-        self._metrics.running.set(0)
+        """Tell every reader that nothing follows; from any thread, and without the runner, which may be what failed."""
+        for sequence in list(self.running):
+            sequence.finish(error, self._clock())
 
     def _compute(
         self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]], take: Callable[[Sequence, T], int]
@@ -191,7 +199,7 @@ class Scheduler:
         self._failures = 0
         return sum(take(sequence, result) for sequence, result in zip(sequences, results, strict=True))
 
-    def _run_step(self, decoding: List[Sequence]) -> List[int | None]:
+    def _run_step(self, decoding: List[Sequence]) -> list[int | None]:
         slots = [s.slot.index for s in decoding]
         tokens = self.runner.step(slots)
         return [tokens[slot] for slot in slots]
@@ -199,49 +207,43 @@ class Scheduler:
     def _take(self, sequence: Sequence, token: int | None) -> int:
         """Hand a step's token to its sequence; how many tokens that were (the end token is none)."""
         if token is None:
-            self._spoiled(sequence)
-            return 0
+            return self._spoiled(sequence)
         sequence.slot.tokens.append(sequence.next)
-        sequence.next = token
-        self._observe(sequence)
-        if token in self.runner.eos:
-            self._leave(sequence, Finished(FinishReason.STOP))
-            return 0
-        sequence.generated += 1
-        sequence.emit(token)
-        if sequence.generated >= sequence.request.max_new_tokens:
-            self._leave(sequence, Finished(FinishReason.LENGTH))
-        return 1
-
-    def _observe(self, sequence: Sequence) -> None:
-        now = self._clock()
-        if sequence.generated == 0:
+        sequence.next, now = token, self._clock()
+        if sequence.generated:
+            self._metrics.itl.observe(now - sequence.latest)
+        else:
             sequence.first = now
             self._metrics.ttft.observe(now - sequence.submitted)
             self._metrics.prefill.observe(now - sequence.admitted)
-        else:
-            self._metrics.itl.observe(now - sequence.latest)
         sequence.latest = now
+        if token in self.runner.eos:
+            self._leave(sequence, FinishReason.STOP)
+            return 0
+        sequence.generated += 1
+        sequence.items.put(token)
+        if sequence.generated >= sequence.request.max_new_tokens:
+            self._leave(sequence, FinishReason.LENGTH)
+        return 1
 
     def _activate_if_computed(self, sequence: Sequence) -> None:
         if not sequence.rest:
             self.runner.activate(sequence.slot.index, sequence.next, len(sequence.prompt) - 1)
 
-    def _spoiled(self, sequence: Sequence) -> None:
-        """Its numbers are not finite: wipe its KV, or the slot's next owner would read them too."""
+    def _spoiled(self, sequence: Sequence) -> int:
+        """Its numbers are not finite: wipe its KV, or the slot's next owner would read them too. No token is made."""
         self._metrics.engine_failures.inc()
         self.runner.clear(sequence.slot.index)
         self._fail(sequence, ArithmeticError("numbers were not finite"))
+        return 0
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         _log.error("request %s failed in the model", sequence.request.id, exc_info=error)
-        failed = GenerationFailed("the model could not compute this request", retry_after=1)
-        self._leave(sequence, failed, keep=False)
+        self._leave(sequence, GenerationFailed("the model could not compute this request", retry_after=1), keep=False)
 
-    def _leave(self, sequence: Sequence, ending: Finished | ServiceError, keep: bool = True) -> None:
+    def _leave(self, sequence: Sequence, ending: FinishReason | ServiceError, keep: bool = True) -> None:
         sequence.finish(ending, self._clock())
         self.running.remove(sequence)
-        self._metrics.running.set(len(self.running))
         self._table.free(sequence.slot, keep=keep)
         self.runner.deactivate(sequence.slot.index, len(sequence.slot.tokens))
 
@@ -251,11 +253,12 @@ def bounded_seconds(seconds: float) -> float:
     return round(min(600.0, max(1.0, seconds)), 1)
 
 
-def too_long(context: int, prompt: int, wanted: int | None = None) -> InvalidRequest:
+def too_long(context: int, prompt: int, wanted: int) -> InvalidRequest:
     """The refusal of a prompt that does not fit, or not with `wanted` new tokens; OpenAI's clients know its words."""
-    more = "" if wanted is None else f" and max_new_tokens is {wanted}, but may be {context - prompt} at most"
+    fits = prompt < context
+    more = f" and max_new_tokens is {wanted}, but may be {context - prompt} at most" if fits else ""
     return InvalidRequest(
         f"This model's maximum context length is {context} tokens; the prompt has {prompt} tokens{more}.",
-        param="prompt" if wanted is None else "max_new_tokens",
+        param="max_new_tokens" if fits else "prompt",
         code="context_length_exceeded",
     )

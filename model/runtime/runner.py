@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from model.engine.protocol import Chunk
+from model.engine.scheduler import Chunk
 from model.runtime.attention import NAME as ATTENTION
 from model.runtime.attention import look_up_positions, use_kernels
 from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for

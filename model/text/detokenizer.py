@@ -52,23 +52,20 @@ class TextAssembler:
 
     def _feed(self, text: str, last: bool = False) -> list[Chunk]:
         self._held += text
-        if self._undecided:
-            self._decide(last)
-        chunks: list[Chunk] = []
-        if self._channel == "reasoning" and not self._undecided:
-            chunks += self._reason(last)
-        if self._channel == "answer" and not self._undecided:
-            chunks += self._answer(last)
-        return chunks
+        if self._undecided and not self._decide(last):
+            return []
+        chunks = self._reason(last) if self._channel == "reasoning" else []
+        return chunks + self._answer(last) if self._channel == "answer" else chunks
 
-    def _decide(self, last: bool) -> None:
+    def _decide(self, last: bool) -> bool:
         """Only a tag at the very start opens the reasoning; later it is a word like any other."""
         start = self._held.lstrip()
         if start.startswith(self._open):
             self._held, self._channel, self._trim = start[len(self._open) :], "reasoning", True
-            self._undecided = False
-        elif last or not self._open.startswith(start):
-            self._undecided = False
+        elif not last and self._open.startswith(start):
+            return False
+        self._undecided = False
+        return True
 
     def _reason(self, last: bool) -> list[Chunk]:
         self._strip()
@@ -124,7 +121,7 @@ class _Detokenizer:
         return self._advance(text[: len(text) - self._unfinished(self._window)])
 
     def _advance(self, certain: str) -> str:
-        if len(certain) <= len(self._done) or not certain.startswith(self._done):
+        if not certain.startswith(self._done):
             return ""
         piece, self._done = certain[len(self._done) :], certain
         return piece
@@ -133,7 +130,5 @@ class _Detokenizer:
 def _overlap(text: str, markers: tuple[str, ...]) -> int:
     """How many characters at the end of `text` may be the start of a marker."""
     longest = max(map(len, markers), default=0)
-    for count in range(min(len(text), longest - 1), 0, -1):
-        if any(marker.startswith(text[-count:]) for marker in markers):
-            return count
-    return 0
+    counts = range(min(len(text), longest - 1), 0, -1)
+    return next((n for n in counts if any(marker.startswith(text[-n:]) for marker in markers)), 0)

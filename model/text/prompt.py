@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from errors import InvalidRequest
-from model.text.template import ERRORS, compile_template, is_harmless
+from model.text.template import ERRORS, compile_template, is_harmless, render
 from model.types import Message
 from model.weights.catalogue import CATALOGUE, THINK, ModelError, ModelSpec
 
@@ -50,31 +50,32 @@ class Prompt:
         self._scanner = _scanner(tokenizer)
         self._plain = _without_added_tokens(self._decoder, self._controls)
         self.longest = max(map(len, self._plain.get_vocab()))
-        letters = {letter for token in self._controls for letter in token if not letter.isspace()}
-        self._letters, self._reserved = sorted(map(ord, letters)), set(_PRIVATE.findall(source))
-        self._known: dict[str, list[int]] = {}  # the template's own texts, encoded
+        self._letters = sorted({ord(letter) for token in self._controls for letter in token if not letter.isspace()})
+        self._reserved = set(_PRIVATE.findall(source))
         try:
             self._template = compile_template(source)
-            sample = self._apply([Message("user", "\U000f0000")])
-        except (*ERRORS, InvalidRequest) as error:
+            sample = render(self._template, [("user", "x")], self._constants)
+        except ERRORS as error:
             raise TemplateUnusable(f"the chat template of {spec.name} cannot render a question") from error
-        self._known = {
-            text: self._encode(text, {}) for text in self._scanner.split(sample) if not _PRIVATE.search(text)
-        }
         self.think = spec.think or (THINK if all(tag in self._controls for tag in THINK) else None)
         self.think_open = spec.think_open or (self.think is not None and sample.rstrip().endswith(self.think[0]))
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The prompt's ids, up to where the assistant's answer starts. Raises InvalidRequest."""
-        text, unmask = self._rendered(messages)
-        ids: list[int] = []
-        position = 0
+        if not any(message.content.strip() for message in messages):
+            raise InvalidRequest("there is no text to answer", param="messages")
+        if any(message.role not in _ROLES for message in messages):  # a template writes roles out as they come
+            raise InvalidRequest("a role is system, user or assistant", param="messages")
+        mask = self._mask(messages)
         try:
-            for control in self._scanner.finditer(text):
-                ids += self._encode(text[position : control.start()], unmask)
-                ids.append(self._controls[control.group().strip()])
-                position = control.end()
-            ids += self._encode(text[position:], unmask)
+            text = self._masked_text([(m.role, _translated(m.content, mask)) for m in messages], mask)
+        except ERRORS:
+            raise InvalidRequest("the model's chat template refuses these roles", param="messages") from None
+        unmask = {private: letter for letter, private in mask.items()}
+        ids: list[int] = []
+        try:
+            for place, part in enumerate(self._scanner.split(text)):
+                ids += [self._controls[part.strip()]] if place % 2 else self._encode(_translated(part, unmask))
         except (UnicodeError, TypeError):
             raise InvalidRequest("the text is not valid Unicode", param="messages") from None
         if not ids:
@@ -83,55 +84,34 @@ class Prompt:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
-        text: str = self._decoder.decode(list(ids), skip_special_tokens=True)
-        return text
+        return str(self._decoder.decode(list(ids), skip_special_tokens=True))
 
     def unfinished(self, ids: Sequence[int]) -> int:
         """How many replacement marks at the end of `decode(ids)` stand for a character whose last bytes are missing."""
         tokens = [self._decoder.id_to_token(id) or "" for id in ids[-4:]]  # a character is 4 bytes at most
-        spelled = "".join(
-            chr(int(byte[1], 16)) if (byte := _BYTE.fullmatch(t)) else t.translate(_BYTES) for t in tokens
-        )
+        spelled = "".join(chr(int(b[1], 16)) if (b := _BYTE.fullmatch(t)) else t.translate(_BYTES) for t in tokens)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(spelled.encode("latin-1", "replace"))
         missing = len(decoder.getstate()[0])
         return missing if any(map(_BYTE.fullmatch, tokens)) else min(missing, 1)
 
-    def _encode(self, text: str, unmask: Mapping[int, int]) -> list[int]:
-        if text in self._known or not text:
-            return self._known.get(text, [])
-        plain = _translated(text, unmask)
-        if len(plain) < _SLICE:
-            ids: list[int] = self._plain.encode(plain, add_special_tokens=False).ids
-        else:  # a batch, for which the library gives the interpreter's lock up: 1 MB takes 0.5 to 1 s
-            ids = self._plain.encode_batch_fast([plain], add_special_tokens=False)[0].ids
-        return ids
+    def _encode(self, text: str) -> list[int]:
+        """By a batch, for which the library gives the interpreter's lock up: 1 MB takes 0.5 to 1 s."""
+        return list(self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
-    def _rendered(self, messages: Sequence[Message]) -> tuple[str, dict[int, int]]:
-        """The template's text with masked contents, and the table that unmasks them."""
-        if not any(message.content.strip() for message in messages):
-            raise InvalidRequest("there is no text to answer", param="messages")
-        if any(message.role not in _ROLES for message in messages):  # a template writes roles out as they come
-            raise InvalidRequest("a role is system, user or assistant", param="messages")
-        mask = self._mask(messages)
-        masked = [Message(message.role, _translated(message.content, mask)) for message in messages]
-        text = self._apply(masked)
-        text = self._without_reasoning(masked, text, mask) or text
-        return text, {private: letter for letter, private in mask.items()}
+    def _masked_text(self, masked: list[tuple[str, str]], mask: Mapping[int, int]) -> str:
+        """The template's text. R1's and Qwen3's cut the reasoning out of earlier answers, and must see its tags for it.
 
-    def _without_reasoning(self, masked: Sequence[Message], text: str, mask: dict[int, int]) -> str | None:
-        """R1's and Qwen3's templates cut the reasoning out of earlier answers; for that they must see its tags.
-
-        None when the template leaves a tag in: then it would be a control token that a user typed.
+        Where the template leaves a tag in, it would be a control token that a user typed: there the tags stay masked.
         """
-        shown = list(masked)
+        text, shown = render(self._template, masked, self._constants), masked
         for tag in self.think or ():
             hidden = tag.translate(mask)
-            shown = [Message(m.role, m.content.replace(hidden, tag)) if m.role == "assistant" else m for m in shown]
+            shown = [(role, c.replace(hidden, tag) if role == "assistant" else c) for role, c in shown]
         if shown == masked:
-            return None
-        cut = self._apply(shown)
-        return cut if self._scanner.findall(cut) == self._scanner.findall(text) else None
+            return text
+        cut = render(self._template, shown, self._constants)
+        return cut if self._scanner.findall(cut) == self._scanner.findall(text) else text
 
     def _mask(self, messages: Iterable[Message]) -> dict[int, int]:
         """Control letters -> private characters that no message uses, or a user could type them ready-made."""
@@ -143,24 +123,14 @@ class Prompt:
             raise InvalidRequest("the text uses too many private characters", param="messages")
         return mask
 
-    def _apply(self, messages: Iterable[Message]) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._template.render(
-                messages=turns, tools=None, documents=None, add_generation_prompt=True, **self._constants
-            )
-        except ERRORS:
-            raise InvalidRequest("the model's chat template refuses these roles", param="messages") from None
-
 
 def _translated(text: str, table: Mapping[int, int]) -> str:
     """`text.translate(table)`; the interpreter's lock is given up between slices of a long text."""
-    if len(text) <= _SLICE:
-        return text.translate(table)
     parts = []
     for start in range(0, len(text), _SLICE):
+        if start:
+            time.sleep(0)
         parts.append(text[start : start + _SLICE].translate(table))
-        time.sleep(0)
     return "".join(parts)
 
 
@@ -169,7 +139,7 @@ def _scanner(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     tokens.sort(key=lambda token: len(token.content), reverse=True)
     patterns = (r"(?<!\s)\s*+" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens)
-    return re.compile("|".join(patterns) or r"(?!)")
+    return re.compile(f"({'|'.join(patterns) or '(?!)'})")
 
 
 def _without_added_tokens(tokenizer: Tokenizer, controls: dict[str, int]) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Tries a chat template in a child process with bounds, before the service renders it: it is a stranger's program.
+"""Chat templates: compiled, rendered, and tried in a child process with bounds first, for one is a stranger's program.
 
     python -m model.text.template
 
@@ -11,13 +11,14 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
 from jinja2 import Template, TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+compile_template = _compile_jinja_template  # sandboxed, with transformers' filters and functions
 # What a template may raise: its own refusal of some roles, and what its expressions run into.
 ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -25,16 +26,15 @@ _CPU_SECONDS, _MEMORY = 3, 1 << 30  # beside what importing takes; a plain templ
 _MAX_CHARACTERS = 100_000  # of output beside the messages' own text; system prompts for tools take 10,000
 
 
-def compile_template(source: str) -> Template:
-    """As transformers compiles it: sandboxed, with its filters and functions. Raises TemplateError."""
-    template: Template = _compile_jinja_template(source)
-    return template
+def render(template: Template, turns: Iterable[tuple[str, str]], constants: Mapping[str, str]) -> str:
+    """The prompt of these roles and contents, up to where the answer starts. Raises ERRORS."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **constants)
 
 
 def is_harmless(source: str, constants: Mapping[str, str]) -> bool:
     """Whether the template ends soon and in a text of sensible length for a few ordinary conversations."""
-    job = json.dumps([source, dict(constants)])
-    command = [sys.executable, "-m", "model.text.template"]
+    command, job = [sys.executable, "-m", "model.text.template"], json.dumps([source, dict(constants)])
     try:
         child = subprocess.run(
             command, input=job, text=True, capture_output=True, timeout=60, cwd=Path(__file__).parents[2], check=False
@@ -48,9 +48,8 @@ def _try_out(source: str, constants: Mapping[str, str]) -> None:
     template = compile_template(source)
     for contents in (["x"], ["x", "y", "z"], ["word " * 4000], ["word " * 20] * 101):
         roles = ["system"] * (len(contents) == 3) + ["user", "assistant"] * len(contents)
-        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
         try:
-            text = template.render(messages=turns, tools=None, documents=None, add_generation_prompt=True, **constants)
+            text = render(template, zip(roles, contents, strict=False), constants)
         except ERRORS:
             continue  # it refuses such a conversation, and the request will be told
         if len(text) > _MAX_CHARACTERS + 2 * len("".join(contents)):

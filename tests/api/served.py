@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Flask
 
 import app
-from model.engine import watchdog
+from model.engine import engine
 from tests.api.scripted import ScriptedBackend
 
 
@@ -17,6 +17,6 @@ def poisoned() -> Flask:
     """The real engine, which prompts can make fail. Its patience is seconds, where that of the service is a minute."""
     from tests.model.poisoned import PoisonedBackend
 
-    watchdog.SILENT_AFTER = 1.0
+    engine.SILENT_AFTER = 1.0
     app._local = PoisonedBackend
     return app.create_app()

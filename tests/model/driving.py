@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from model.engine.engine import Engine
-from model.engine.sequence import Finished, Sequence
+from model.engine.sequence import Sequence
 from model.types import FinishReason, GenerateRequest, Message, Status
 from telemetry import Metrics
 from tests.model.scripted import ScriptedRunner
@@ -30,8 +30,8 @@ def read(sequence: Sequence) -> tuple[list[int], FinishReason]:
     while True:
         item = sequence.get(WAIT)
         assert item is not None, "the engine went silent"
-        if isinstance(item, Finished):
-            return tokens, item.reason
+        if isinstance(item, FinishReason):
+            return tokens, item
         if not isinstance(item, Status):
             tokens.append(item)
 

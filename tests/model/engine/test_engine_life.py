@@ -90,7 +90,8 @@ def test_a_model_that_does_not_load_says_so_and_is_not_tried_in_a_loop() -> None
 
     engine = Engine(load, 64, Metrics())
     told: list[str] = []
-    engine.start(told.append)
+    engine.on_failure = told.append
+    engine.start()
     with pytest.raises(ModelUnavailable) as refused:
         read(engine.submit(request([1])))
     assert "/secret" not in refused.value.message

@@ -9,9 +9,8 @@ import pytest
 
 from errors import Overloaded
 from model.engine.engine import Engine
-from model.engine.queue import RequestQueue
 from model.engine.scheduler import CHUNK_MAX, CHUNK_MIN
-from model.engine.sequence import Sequence
+from model.engine.sequence import RequestQueue, Sequence
 from model.types import FinishReason, Status
 from telemetry import Metrics
 from tests.model.driving import WAIT, Gate, eventually, read, request, serving
@@ -20,28 +19,28 @@ from tests.model.scripted import ScriptedRunner, continuation
 
 @pytest.fixture
 def queue() -> RequestQueue:
-    return RequestQueue(Metrics())
+    return RequestQueue()
 
 
 def join(queue: RequestQueue, owner: str, count: int = 1, timeout: float = 60) -> list[Sequence]:
     new = [Sequence(request([1], owner=owner, timeout=timeout), lambda: None, 0.0, Metrics()) for _ in range(count)]
     for sequence in new:
-        queue.add(sequence)
+        queue.append(sequence)
     return new
 
 
 def owners(queue: RequestQueue) -> Iterator[str]:
     while queue:
-        yield queue.pop().request.owner
+        yield queue.take().request.owner
 
 
 @pytest.mark.promise("P30", injected="64 requests of one user in the queue", counted="another user's one is the next")
 def test_a_single_request_is_next_whatever_another_user_has_queued(queue: RequestQueue) -> None:
     ann = join(queue, "ann", 65)
-    assert queue.pop() is ann[0]  # it runs
+    assert queue.take() is ann[0]  # it runs
     (bob,) = join(queue, "bob")
-    assert queue.pop() is bob
-    assert [queue.pop() for _ in range(64)] == ann[1:]
+    assert queue.take() is bob
+    assert [queue.take() for _ in range(64)] == ann[1:]
 
 
 def test_users_alternate_and_each_users_order_stands(queue: RequestQueue) -> None:
@@ -54,7 +53,7 @@ def test_who_comes_again_and_again_does_not_overtake_who_waits(queue: RequestQue
     order = []
     for _ in range(6):
         join(queue, "bob")
-        order.append(queue.pop().request.owner)
+        order.append(queue.take().request.owner)
     assert order == ["ann", "bob"] * 3
 
 
@@ -63,7 +62,7 @@ def test_requests_that_were_given_up_cost_their_user_no_turn(queue: RequestQueue
         sequence.close()
     queue.sweep(1.0)
     (ann,), (bob,) = join(queue, "ann"), join(queue, "bob", 1)
-    assert [queue.pop(), queue.pop()] == [ann, bob] and not len(queue)
+    assert [queue.take(), queue.take()] == [ann, bob] and not len(queue)
 
 
 def test_each_is_told_its_own_place_and_time(queue: RequestQueue) -> None:
