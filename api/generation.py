@@ -14,9 +14,9 @@ from typing import Any, Literal
 from flask import Response, request
 
 from accounts.credentials import Principal
-from api import generation_audit, sse
+from api import audit_events, sse
+from api.audit_events import GenerationAudit
 from api.context import RequestLog, current, services
-from api.generation_audit import GenerationAudit
 from api.metering import Meter, limits
 from api.middleware import principal, recheck
 from api.schemas.native import GenerateBody
@@ -72,17 +72,17 @@ def start(body: GenerateBody) -> Generation:
             if remembered is None:
                 meter.reserve(prepared)
         except ServiceError:
-            with generation_audit.start(wanted, sent, caller, log, None):
+            with audit_events.start(wanted, sent, caller, log, None):
                 raise
         log.cache = cache
         generation = Generation(log.id, caller.name, prepared, sanitised, cache)
         if remembered is not None:
             events = [*_replay(remembered)]
-            generation_audit.record_hit(prepared, sent, caller, log, events)
+            audit_events.record_hit(prepared, sent, caller, log, events)
             log.done = next(event for event in events if isinstance(event, Done))
             generation.events = iter(events)
         else:
-            audit = held.push(generation_audit.start(prepared, sent, caller, log, cache))
+            audit = held.push(audit_events.start(prepared, sent, caller, log, cache))
             stream = services().backend.submit(prepared)
             held.callback(stream.close)
             generation.cancel = stream.close
