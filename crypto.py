@@ -5,7 +5,6 @@ python -m crypto    put a new key before those in the key file; the service uses
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import re
@@ -47,10 +46,7 @@ def derive(master: bytes, purpose: str, size: int = 32) -> bytes:
 
 def mac(key: bytes, *parts: bytes) -> str:
     """HMAC-SHA256 in hex; each part goes in behind its length, so ("ab", "c") is not ("a", "bc")."""
-    code = hmac.new(key, digestmod=hashlib.sha256)
-    for part in parts:
-        code.update(len(part).to_bytes(8, "big") + part)
-    return code.hexdigest()
+    return hmac.digest(key, b"".join(len(part).to_bytes(8, "big") + part for part in parts), "sha256").hex()
 
 
 class Encryptor:

@@ -50,7 +50,7 @@ class GenerationAudit:
         self._common = {"id": wanted.id, **_origin(log), "user": log.user, "model": wanted.model}
         chosen = {"max_new_tokens": wanted.max_new_tokens, **asdict(wanted.sampling)}
         raw, cleaned = _plain(sent), _plain(wanted.messages)
-        self.first: dict[str, object] = {
+        start: dict[str, object] = {
             "kind": "start",
             **self._common,
             "role": caller.role,
@@ -59,16 +59,19 @@ class GenerationAudit:
             "input_sha256": _digest(cleaned),
             **self._sealed("input", {"raw": raw, "sanitised": cleaned}),
         }
+        self._unwritten = [start]
+
+    def write(self, *events: dict[str, object]) -> None:
+        """Make the start durable, with what follows it. Raises AuditUnavailable."""
+        unwritten, self._unwritten = self._unwritten, []
+        self._audit.append(*unwritten, *events)
 
     def observe(self, event: Event | None) -> None:
         """Take note of an event before it is sent; a Done is durable when it returns. Raises AuditUnavailable."""
-        self.count(event)
-        if isinstance(event, Done):
-            self._end(event.finish_reason.value, event)
-
-    def count(self, event: Event | None) -> None:
         if isinstance(event, Chunk):
             self._texts[event.channel].append(event.text)
+        elif isinstance(event, Done):
+            self._end(event.finish_reason.value, event)
 
     def __enter__(self) -> Self:
         return self
@@ -80,8 +83,10 @@ class GenerationAudit:
         with suppress(AuditUnavailable):  # the client has gone
             self._end("client_gone")
 
-    def last(self, outcome: str, done: Done | None = None) -> dict[str, object]:
-        """The end event."""
+    def _end(self, outcome: str, done: Done | None = None) -> None:
+        if self._ended:
+            return
+        self._ended = True
         figures: dict[str, object] = {}
         if done is not None:
             usage = done.usage
@@ -89,7 +94,7 @@ class GenerationAudit:
             tokens |= {"cached": usage.cached_tokens, "reasoning": usage.reasoning_tokens}
             figures = {"served_by": done.served_by, "tokens": tokens}
         texts = {channel: "".join(parts) for channel, parts in self._texts.items()}
-        return {
+        end = {
             "kind": "end",
             **self._common,
             "outcome": outcome,
@@ -100,11 +105,7 @@ class GenerationAudit:
             **figures,
             **self._sealed("output", texts),
         }
-
-    def _end(self, outcome: str, done: Done | None = None) -> None:
-        if not self._ended:
-            self._ended = True
-            self._audit.append(self.last(outcome, done))
+        self.write(end)
 
     def _sealed(self, part: str, texts: object) -> dict[str, str]:
         if self._contents is None:
@@ -118,7 +119,7 @@ def start(
 ) -> GenerationAudit:
     """The audit of a generation whose start is durable. Raises AuditUnavailable."""
     audit = GenerationAudit(wanted, sent, caller, log, cache)
-    services().audit.append(audit.first)
+    audit.write()
     return audit
 
 
@@ -126,11 +127,9 @@ def record_hit(
     wanted: GenerateRequest, sent: Sequence[ChatMessage], caller: Principal, log: RequestLog, events: Sequence[Event]
 ) -> None:
     """Start and end of a cached answer (the last of `events` is its Done) in one commit. Raises AuditUnavailable."""
-    audit, done = GenerationAudit(wanted, sent, caller, log, "hit"), events[-1]
-    assert isinstance(done, Done)
+    audit = GenerationAudit(wanted, sent, caller, log, "hit")
     for event in events:
-        audit.count(event)
-    services().audit.append(audit.first, audit.last(done.finish_reason.value, done))
+        audit.observe(event)
 
 
 def unsealed(id: str, part: str, sealed: str | None) -> Any:

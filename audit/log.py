@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +18,11 @@ from secrets import token_hex
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, tuple_, update
 
 from audit import old_log
 from audit.records import Event, Head, audit, audit_head, audit_open, chained, follows, locked_head, stamp, write_head
 from audit.verify import disagreement, newest
-from audit.writers import Writer
 from crypto import MacKeys
 from db import Database
 from errors import StoreUnavailable
@@ -37,7 +40,7 @@ _MOVE_HEAD = "UPDATE audit_head SET state = ?"
 _ADD = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _OPEN = "INSERT INTO audit_open VALUES (?, ?, ?)"
 _CLOSE = "DELETE FROM audit_open WHERE id = ?"
-_LOCK = text("SELECT pg_advisory_xact_lock(7235402)")
+_LOCK = select(func.pg_advisory_xact_lock(7_235_402))
 
 _since_boot = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 _log = structlog.get_logger("audit")
@@ -80,6 +83,43 @@ class AuditFilter:
         return found + ([audit.c.time < self.until] if self.until else [])
 
 
+class _Writer:
+    """This process under a random name: a lock that the system releases tells the others whether it has ended.
+
+    On SQLite a byte in a file of `folder`, locked for as long as it is open; on PostgreSQL a lock of its own session.
+    """
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self.name = token_hex(8)
+        held = ExitStack()
+        weakref.finalize(self, held.close)
+        self._file: int | None = None
+        if database.is_sqlite:
+            self._file = os.open(folder / "audit-writers", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            held.callback(os.close, self._file)
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _flock(self.name))
+        else:
+            connection = held.enter_context(database.reading())
+            connection.detach()  # its lock must end with it, and not live on in the pool
+            connection.execute(select(func.pg_advisory_lock(_place(self.name))))
+
+    def has_ended(self, name: str, connection: Connection) -> bool:
+        """Whether a writer's process is gone. Of this one: whether its connection was lost."""
+        if self._file is None:
+            return bool(connection.scalar(select(func.pg_try_advisory_xact_lock(_place(name)))))
+        found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _flock(name))
+        return bool(struct.unpack_from("h", found)[0] == fcntl.F_UNLCK)
+
+
+def _place(name: str) -> int:
+    return int(name, 16) >> 1  # 63 bits: a byte of a file, or the key of an advisory lock
+
+
+def _flock(name: str) -> bytes:
+    """Its write lock, as `struct flock`."""
+    return struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _place(name), 1, 0)
+
+
 class AuditLog:
     """One log. What writes raises AuditUnavailable, what reads StoreUnavailable.
 
@@ -107,7 +147,7 @@ class AuditLog:
         self._wall, self._ticks, self._ticked = wall, ticks, 0.0
         self._mutex, self._writing = threading.Lock(), threading.Lock()
         self._filling = _Batch()
-        self._writer: Writer | None = None
+        self._writer: _Writer | None = None
         self._left: Head | None = None  # as this process left it, and its bytes in the database
         self._signed = b""
         self._doomed = 0  # records before this one are too old to keep
@@ -193,7 +233,8 @@ class AuditLog:
             self._left, self._signed = head, signed
             self._lost.clear()
             if remarks and remarks[0]["kind"] == "imported":
-                old_log.retire(self._folder)
+                with suppress(OSError):
+                    (self._folder / "audit").rename(self._folder / "audit.imported")
             write_head(file, signed)
         if begins:
             self._commit(events)
@@ -255,7 +296,7 @@ class AuditLog:
         own = self._writer
         if own and self._left and (self.database.is_sqlite or not own.has_ended(own.name, connection)):
             return []
-        self._writer = Writer(self.database, self._folder)
+        self._writer = _Writer(self.database, self._folder)
         if own:
             renamed = update(audit_open).where(audit_open.c.writer == own.name).values(writer=self._writer.name)
             connection.execute(renamed)

@@ -45,12 +45,6 @@ def take_over(
         return Head(log, mac=log, anchor=log), [{**first, "not_imported": str(error)}]
 
 
-def retire(folder: Path) -> None:
-    """Put the old log below `folder` aside, once it was taken over."""
-    with suppress(OSError):
-        (folder / "audit").rename(folder / "audit.imported")
-
-
 def _head(slots: bytes, keys: MacKeys) -> dict[str, Any]:
     """The newer of those that are signed. Raises ValueError for none."""
     found = []
