@@ -49,6 +49,7 @@ blueprint = APIBlueprint(
     abp_security=SECURED,
     abp_responses={code: ErrorBody for code in (400, 401, 403, 422, 429, 503)},
 )
+blueprint.cli.help = "Check the audit log."
 
 
 class AuditQuery(BaseModel):
