@@ -22,7 +22,7 @@ from accounts.passwords import Passwords
 from accounts.tickets import Tickets
 from accounts.tokens import TokenPolicy
 from accounts.users import Users
-from api import accounts, audit_cli, bearer, cli, context, errors, middleware
+from api import accounts, bearer, cli, context, errors, middleware
 from api.context import LOGINS, NAME, Capacity, Services, max_generations
 from api.routes import admin, audit, auth, generate, health, openai, page
 from api.sanitise import sanitise
@@ -78,7 +78,7 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     bearer.register(app, services.policy)
     for routes in (health, auth, admin, audit, generate, openai, page):
         app.register_api(routes.blueprint)
-    for commands in (cli.users, cli.keys, audit_cli.audit):
+    for commands in (cli.users, cli.keys):
         app.cli.add_command(commands)
     if prefix := settings.url_prefix:  # with and without it: a proxy may strip it, and probes ask without
         app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {prefix: app.wsgi_app})  # type: ignore[method-assign]

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from flask import Response, request
 
 from accounts.credentials import Principal
-from api import generation_audit, sse
+from api import audit_events, sse
+from api.audit_events import GenerationAudit
 from api.context import RequestLog, current, services
-from api.generation_audit import GenerationAudit
 from api.middleware import limits, principal, recheck
 from api.schemas.native import GenerateBody
 from errors import ClientGone, InvalidRequest, ServiceError
@@ -79,18 +79,18 @@ def start(body: GenerateBody) -> Generation:
             cache, key, remembered = _look_up(body, prepared)
             reservation = _reserve(prepared) if remembered is None else None
         except ServiceError:
-            with generation_audit.start(wanted, sent, caller, log, None):
+            with audit_events.start(wanted, sent, caller, log, None):
                 raise
         log.cache = cache
         generation = Generation(log.id, caller.name, prepared, sanitised, cache)
         held.callback(lambda: found.usage.record(caller.user_id, wanted.model, generation.counts(), reservation))
         if remembered is not None:
             events = [*_replay(remembered)]
-            generation_audit.record_hit(prepared, sent, caller, log, events)
+            audit_events.record_hit(prepared, sent, caller, log, events)
             log.done = next(event for event in events if isinstance(event, Done))
             generation.events = iter(events)
         else:
-            audit = held.push(generation_audit.start(prepared, sent, caller, log, cache))
+            audit = held.push(audit_events.start(prepared, sent, caller, log, cache))
             stream = found.backend.submit(prepared)
             held.callback(stream.close)
             generation.cancel = stream.close

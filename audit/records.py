@@ -14,43 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text
+from sqlalchemy import column, table
 
 from crypto import MacKeys
-from db import metadata
 
 Event = Mapping[str, Any]
 
 COLUMNS = ("time", "kind", "request", "user", "outcome")  # of a row: copies of its body's fields, for look-ups
 _HEAD_SIZE = 512  # bytes: a disk writes a sector of this size whole or not at all
 _HEAD_CONTEXT = b"audit head"
+_encoded = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
-audit = Table(
-    "audit",
-    metadata,
-    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
-    Column("time", Text, nullable=False),
-    Column("kind", Text, nullable=False),
-    Column("request", Text),
-    Column("user", Text),
-    Column("outcome", Text),
-    Column("body", LargeBinary, nullable=False),  # the JSON that `mac` covers, with seq and the columns above
-    Column("key", Text, nullable=False),
-    Column("mac", Text, nullable=False),
-    Index("audit_by_time", "time", "seq"),
-    Index("audit_by_user", "user", "time", "seq"),
-    Index("audit_by_kind", "kind", "time", "seq"),
-    Index("audit_by_request", "request"),
-)
-# One row. `log` is the log's random id, made with the tables; `state` the signed head, NULL until the first record.
-audit_head = Table("audit_head", metadata, Column("log", Text, primary_key=True), Column("state", LargeBinary))
-audit_open = Table(  # generations that have a start and no end
-    "audit_open",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("seq", BigInteger, nullable=False),
-    Column("writer", Text, nullable=False),
-)
+# Made by migrations/versions/0002_audit.py. `body` is the JSON that `mac` covers; it repeats seq and COLUMNS.
+audit = table("audit", *map(column, ("seq", *COLUMNS, "body", "key", "mac")))
+# One row: the log's random id, made with the tables, and the signed head, NULL until the first record.
+audit_head = table("audit_head", column("log"), column("state"))
+audit_open = table("audit_open", column("id"), column("seq"), column("writer"))  # generations with no end as yet
 
 
 def stamp(seconds: float) -> str:
@@ -59,9 +38,9 @@ def stamp(seconds: float) -> str:
 
 
 def chained(event: Event, seq: int, time: str, previous: str, keys: MacKeys) -> dict[str, Any]:
-    """The row for `event` behind the row whose MAC is `previous`."""
+    """The row for `event`, in the table's order, behind the row whose MAC is `previous`."""
     event = {"seq": seq, "time": time, **event}
-    body = json.dumps(event, separators=(",", ":"), allow_nan=False).encode()
+    body = _encoded(event).encode()
     mac = keys.sign(keys.newest, previous.encode(), body)
     return {"seq": seq, **{name: event.get(name) for name in COLUMNS}, "body": body, "key": keys.newest, "mac": mac}
 
@@ -93,7 +72,7 @@ class Head:
     time: float = 0.0
 
     def signed(self, keys: MacKeys) -> bytes:
-        text = json.dumps({name: getattr(self, name) for name in self.__slots__}, separators=(",", ":")).encode()
+        text = _encoded({name: getattr(self, name) for name in self.__slots__}).encode()
         return f"{keys.newest} {keys.sign(keys.newest, _HEAD_CONTEXT, text)} ".encode() + text
 
     @classmethod
@@ -105,40 +84,31 @@ class Head:
                 return cls(**json.loads(text))
         return None
 
-
-class HeadFile:
-    """The copy of the head outside the database. It may be older than the table's end, by what a crash interrupted."""
-
-    def __init__(self, path: Path, keys: MacKeys) -> None:
-        self._path, self._keys = path, keys
-        self._is_new = True  # to this process
-
-    def read(self) -> Head | None:
-        """None where there is none, or none that a key of ours signed. Raises OSError."""
+    @classmethod
+    def read(cls, path: Path, keys: MacKeys) -> Head | None:
+        """The copy in a file, which a crash may leave behind the database's. Raises OSError."""
         with suppress(FileNotFoundError):
-            return Head.parse(self._path.read_bytes().rstrip(), self._keys)
+            return cls.parse(path.read_bytes()[:_HEAD_SIZE].rstrip(), keys)
         return None
 
-    @contextmanager
-    def locked(self) -> Iterator[int]:
-        """The open file. Writers on this machine queue here, in turn, where SQLite would poll. Raises OSError."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-        finally:
-            os.close(file)
 
-    def write(self, file: int, signed: bytes) -> None:
-        """Overwrite the head in the locked file. Raises OSError."""
-        if self._is_new:
-            found = os.pread(file, 2 * _HEAD_SIZE, 0).rstrip()
-            if found and Head.parse(found, self._keys) is None:  # an older version's, or a spoiled one
-                self._path.with_name(f"{self._path.name}.old").write_bytes(found)
-            os.ftruncate(file, _HEAD_SIZE)
-        if os.pwrite(file, signed.ljust(_HEAD_SIZE), 0) != _HEAD_SIZE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self._is_new:  # its name and size must last; later writes overwrite one sector in place
-            os.fsync(file)
-            self._is_new = False
+@contextmanager
+def locked_head(path: Path) -> Iterator[int]:
+    """The open file. Writers on this machine queue here, in turn, where SQLite would poll. Raises OSError."""
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
+
+
+def write_head(file: int, signed: bytes) -> None:
+    """Overwrite the head in its locked file: one sector, in place. Raises OSError."""
+    is_new = os.fstat(file).st_size < _HEAD_SIZE
+    if os.pwrite(file, signed.ljust(_HEAD_SIZE), 0) != _HEAD_SIZE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if is_new:  # its name and size must last
+        os.fsync(file)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, select
 
-from audit.records import COLUMNS, Head, HeadFile, audit, audit_head, follows
+from audit.records import COLUMNS, Head, audit, audit_head, follows
 from crypto import MacKeys
 from db import Database
 
 _SHOWN = 20  # problems; the first ones tell what happened
-_PAGE = 500
 _COPYING = 600.0  # seconds that may lie between the copies of the database and of the head file in a backup
-_AT = select(audit.c.mac).where(audit.c.seq == bindparam("seq"))
-_LAST = select(audit.c.seq, audit.c.mac, audit.c.kind).order_by(audit.c.seq.desc()).limit(1)
-_FROM = select(audit).where(audit.c.seq > bindparam("seq")).order_by(audit.c.seq).limit(_PAGE)
 
 
 @dataclass(slots=True)
@@ -39,21 +36,50 @@ class Report:
             self.problems.append(problem)
 
 
-def verify(database: Database, keys: MacKeys, head: HeadFile, at_least: tuple[str, int] | None = None) -> Report:
+def newest(connection: Connection, until: int = 1 << 62) -> Any:
+    """seq, mac and kind of the last record up to number `until`, or None."""
+    found = select(audit.c.seq, audit.c.mac, audit.c.kind).where(audit.c.seq <= until)
+    return connection.execute(found.order_by(audit.c.seq.desc()).limit(1)).one_or_none()
+
+
+def verify(database: Database, keys: MacKeys, head: Path, at_least: tuple[str, int] | None = None) -> Report:
     """Read the whole log, while others write. at_least: a log id and a number that another machine remembers.
 
     Raises StoreUnavailable, OSError.
     """
-    kept = head.read()  # before the snapshot: the table may be ahead of the file, and never behind
+    kept = Head.read(head, keys)  # before the snapshot: the table may be ahead of the file, and never behind
     with database.reading() as connection:
         connection.detach()  # it ends with the snapshot
         connection.exec_driver_sql("BEGIN" if database.is_sqlite else "BEGIN ISOLATION LEVEL REPEATABLE READ")
-        return _verified(connection, keys, kept, at_least)
+        log, state = connection.execute(select(audit_head.c.log, audit_head.c.state)).one_or_none() or ("", None)
+        last = Head.parse(state, keys)
+        report = check_records(connection, keys, last)
+        is_virgin = log and state is None and kept is None and report.records == 0
+        why, is_copy = ("", False) if is_virgin else disagreement(connection, last, kept)
+    if why:
+        report.remarks.append(why) if is_copy else report.blame(why)
+    report.log = log
+    if last and last.log != log:
+        report.blame("the log's id in the database was changed")
+    if at_least and (at_least[0] != log or at_least[1] > report.last):
+        report.blame(f"another machine remembers record {at_least[1]} of log {at_least[0]}: this is log {log}")
+    return report
+
+
+def check_records(connection: Connection, keys: MacKeys, head: Head | None) -> Report:
+    """Every record in the table, from the first by `head`: whether it is as it was written, and in its place."""
+    report, mac = Report(first=head.first, last=head.first - 1) if head else Report(), head.anchor if head else ""
+    for row in connection.execute(select(audit).order_by(audit.c.seq), execution_options={"yield_per": 500}):
+        for problem in _problems(row, report.last, mac, keys):
+            report.blame(f"record {row.seq}{problem}")
+        report.records += 1
+        report.last, mac = row.seq, row.mac
+    return report
 
 
 def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
     """What is wrong between table, database head and head file; and whether a backup may look like that."""
-    last = connection.execute(_LAST).one_or_none()
+    last = newest(connection)
     why, is_copy = "", False
     if head is None:
         why = "the head in the database is missing, or not signed with a known key"
@@ -68,37 +94,9 @@ def disagreement(connection: Connection, head: Head | None, kept: Head | None) -
     elif kept.seq > head.seq:
         why = f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy"
         is_copy = abs(kept.time - head.time) <= _COPYING
-    elif kept.seq >= head.first and connection.scalar(_AT, {"seq": kept.seq}) != kept.mac:
+    elif kept.seq >= head.first and (newest(connection, kept.seq) or (0, ""))[:2] != (kept.seq, kept.mac):
         why = f"record {kept.seq} is not the one that the head file remembers"
     return why, is_copy
-
-
-def _verified(connection: Connection, keys: MacKeys, kept: Head | None, at_least: tuple[str, int] | None) -> Report:
-    log, state = connection.execute(select(audit_head.c.log, audit_head.c.state)).one_or_none() or ("", None)
-    head, report = Head.parse(state, keys), Report(log)
-    is_virgin = log and state is None and kept is None and connection.execute(_LAST).one_or_none() is None
-    why, is_copy = ("", False) if is_virgin else disagreement(connection, head, kept)
-    if head and head.log != log:
-        report.blame("the log's id in the database was changed")
-    report.first, mac = (head.first, head.anchor) if head else (0, "")
-    report.last = report.first - 1
-    for row in _rows(connection):
-        for problem in _problems(row, report.last, mac, keys):
-            report.blame(f"record {row.seq}{problem}")
-        report.records += 1
-        report.last, mac = row.seq, row.mac
-    if why:
-        report.remarks.append(why) if is_copy else report.blame(why)
-    if at_least and (at_least[0] != log or at_least[1] > report.last):
-        report.blame(f"another machine remembers record {at_least[1]} of log {at_least[0]}: this is log {log}")
-    return report
-
-
-def _rows(connection: Connection) -> Iterator[Any]:
-    seq = -(1 << 62)
-    while page := connection.execute(_FROM, {"seq": seq}).all():
-        yield from page
-        seq = page[-1].seq
 
 
 def _problems(row: Any, before: int, mac: str, keys: MacKeys) -> Iterator[str]:
@@ -110,5 +108,5 @@ def _problems(row: Any, before: int, mac: str, keys: MacKeys) -> Iterator[str]:
         yield " has columns that are not what was signed"
     if row.seq != before + 1 and not (row.kind == "restored" and fields["after"] == before):
         yield f" is where {before + 1} belongs"
-    if row.kind == "damaged":
+    if row.kind == "damaged" or fields.get("why") in ("damaged", "no head"):  # the latter in version 1
         yield f" says that the log was found damaged: {fields['why']}"

@@ -1,4 +1,4 @@
-"""The audit log for auditors: records by filter and page, exports, and one request with its kept texts."""
+"""The audit log for auditors: records by filter and page, exports, one request with its texts; and `flask audit`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from threading import BoundedSemaphore
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import click
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
 from accounts.roles import Permission
-from api.audit_events import record
+from api.audit_events import record, unsealed
 from api.context import services
 from api.errors import ErrorBody
-from api.generation_audit import unsealed
 from api.middleware import SECURED, Reply, needs, principal
 from api.schemas.native import IdPath
 from audit.log import AuditFilter, AuditLog
 from audit.records import stamp
-from errors import NotFound, Overloaded
+from audit.verify import verify
+from db import Database
+from errors import NotFound, Overloaded, StoreUnavailable
 
 _COLUMNS = """
     seq time kind id request user user_id key role address route model account outcome cache served_by duration_ms
@@ -46,6 +49,7 @@ blueprint = APIBlueprint(
     abp_security=SECURED,
     abp_responses={code: ErrorBody for code in (400, 401, 403, 422, 429, 503)},
 )
+blueprint.cli.help = "Check the audit log."
 
 
 class AuditQuery(BaseModel):
@@ -68,32 +72,20 @@ class AuditQuery(BaseModel):
         return AuditFilter(self.user, self.kind, self.request, _stamp(self.since), _stamp(self.until))
 
 
-class RecordOut(BaseModel):
-    """One record; what it holds beside these depends on its kind. `mac` chains it to the one before."""
-
-    model_config = ConfigDict(extra="allow")
-
-    seq: int
-    time: str
-    kind: str
-    mac: str
+_Records = Annotated[
+    list[dict[str, Any]],
+    Field(description="seq, time, kind, mac (which chains it to the one before), and what belongs to the kind."),
+]
 
 
 class RecordsOut(BaseModel):
-    records: list[RecordOut]
+    records: _Records
     next: int | None = Field(description="Send it as `after` for the next page; null when there is none.")
 
 
-class WordsOut(BaseModel):
-    """The texts, where AUDIT_CONTENT kept them; null where not, or where their key is lost."""
-
-    input: Any = None
-    output: Any = None
-
-
 class OneOut(BaseModel):
-    records: list[RecordOut]
-    words: WordsOut
+    records: _Records
+    words: dict[str, Any] = Field(description="input, output: as AUDIT_CONTENT kept them; null if not, or unreadable.")
 
 
 @blueprint.get("/admin/audit", responses={200: RecordsOut})
@@ -105,8 +97,8 @@ def find(query: AuditQuery) -> Reply:
     if query.format != "json":
         return _export(query)
     rows = services().audit.find(query.filter(), query.limit + 1, query.after)
-    page = [RecordOut.model_validate(_shown(each)) for each in _records(rows[: query.limit])]
-    return RecordsOut(records=page, next=rows[query.limit - 1].seq if len(rows) > query.limit else None).model_dump()
+    page = [_shown(each) for each in _records(rows[: query.limit])]
+    return {"records": page, "next": rows[query.limit - 1].seq if len(rows) > query.limit else None}
 
 
 @blueprint.get("/admin/audit/<id>", responses={200: OneOut, 404: ErrorBody})
@@ -119,9 +111,28 @@ def one(path: IdPath) -> Reply:
     if not found:
         raise NotFound("There is no record of this id.", param="id")
     sealed = {part: each[part] for each in found for part in _SEALED if part in each}
-    words = {part: unsealed(services().contents, path.id, part, text) for part, text in sealed.items()}
-    records = [RecordOut.model_validate(_shown(each)) for each in found]
-    return OneOut(records=records, words=WordsOut(**words)).model_dump()
+    words = {part: unsealed(path.id, part, sealed.get(part)) for part in _SEALED}
+    return {"records": [_shown(each) for each in found], "words": words}
+
+
+@blueprint.cli.command("verify")
+@click.option("--database", type=click.Path(exists=True, dir_okay=False), help="A copy of an SQLite database to check.")
+@click.option("--head", type=click.Path(path_type=Path), help="The head file that belongs to the copy.")
+@click.option("--at-least", type=(str, int), metavar="LOG NUMBER", help="What another machine remembers of the log.")
+def check(database: str | None, head: Path | None, at_least: tuple[str, int] | None) -> None:
+    """Read every record: whether each is as it was written, in its place, and the last one the last. Exit 1 if not."""
+    log = services().audit
+    source = Database(f"sqlite:///{database}") if database else log.database
+    try:
+        report = verify(source, log.keys, head or log.head_path, at_least)
+    except (StoreUnavailable, OSError) as error:
+        raise click.ClickException(f"the audit log cannot be read: {error}") from None
+    click.echo(f"log {report.log}: {report.records} records, {report.first} to {report.last}")
+    for line in (*report.remarks, *report.problems):
+        click.echo(f"  {line}", err=True)
+    if report.count:
+        raise click.ClickException(f"{report.count} problems: this is not the log that was written")
+    click.echo("whole: nothing was changed, left out or cut off")
 
 
 def _records(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:

@@ -6,11 +6,10 @@ import hashlib
 from typing import Any
 
 from api.context import Services
-from audit.records import HeadFile
 from audit.verify import verify
 from tests.audit.logs import find
 
-PROMPT = "<!--now-->why is the sky blue"
+PROMPT = "why is <!-- not --><script></script>the sky blue"
 SENT, CLEANED = f'[["user","{PROMPT}"]]', '[["user","why is the sky blue"]]'
 
 
@@ -25,7 +24,7 @@ def records(services: Services, *kinds: str) -> list[dict[str, Any]]:
 
 def whole(services: Services) -> bool:
     log = services.audit
-    return not verify(log.database, log.keys, HeadFile(log.head_path, log.keys)).problems
+    return not verify(log.database, log.keys, log.head_path).problems
 
 
 WAYS = {

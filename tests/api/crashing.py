@@ -11,7 +11,6 @@ from werkzeug.serving import make_server
 import app
 from accounts.passwords import Passwords
 from audit.log import AuditLog
-from audit.records import HeadFile
 from audit.verify import verify
 from crypto import KeyRing
 from db import Database
@@ -40,4 +39,4 @@ class Remains:
         self.starts = {record["request"]: record["id"] for record in find(log, kind="start")}
         self.outcomes = {record["id"]: record["outcome"] for record in find(log, kind="end")}
         self.complete = self if set(self.starts.values()) == set(self.outcomes) else None
-        self.report = verify(log.database, keys, HeadFile(log.head_path, keys))
+        self.report = verify(log.database, keys, log.head_path)

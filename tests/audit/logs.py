@@ -16,7 +16,7 @@ from sqlalchemy import event, select
 from sqlalchemy.engine import Connection, Engine
 
 from audit.log import AuditFilter, AuditLog
-from audit.records import HeadFile, audit
+from audit.records import audit
 from audit.verify import Report, verify
 from crypto import MacKeys
 from db import Database
@@ -75,7 +75,7 @@ class Log:
         return [record["said"] for record in self.records("said")]
 
     def verify(self, **options: Any) -> Report:
-        return verify(self.database, self.keys, HeadFile(self.head, self.keys), **options)
+        return verify(self.database, self.keys, self.head, **options)
 
     @property
     def whole(self) -> bool:

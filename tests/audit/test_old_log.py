@@ -9,7 +9,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from audit.log import AuditLog
-from audit.records import HeadFile
 from audit.verify import verify
 from tests.audit.logs import DAY, Log, find, said
 
@@ -82,4 +81,4 @@ def test_a_damaged_one_is_not_taken_over_and_stays(old: Log, damage: str) -> Non
 
 
 def verified(old: Log, audit: AuditLog) -> list[str]:
-    return verify(old.database, old.keys, HeadFile(audit.head_path, old.keys)).problems
+    return verify(old.database, old.keys, audit.head_path).problems

@@ -219,8 +219,8 @@ def test_a_head_file_that_is_behind_is_no_fault(log: Log) -> None:
 
 def test_a_crash_between_the_first_record_and_the_head_file_is_no_fault(tmp_path: Path) -> None:
     log = Log(tmp_path)
-    code = "import os, sys; from tests.audit.logs import *; from audit.records import HeadFile\n"
-    code += "HeadFile.write = lambda *_: os.kill(os.getpid(), 9); Log(Path(sys.argv[1])).open().open()"
+    code = "import os, sys; from tests.audit.logs import *; import audit.log\n"
+    code += "audit.log.write_head = lambda *_: os.kill(os.getpid(), 9); Log(Path(sys.argv[1])).open().open()"
     assert subprocess.run([sys.executable, "-c", code, str(log.folder)], cwd=ROOT).returncode == -9
     assert [record["kind"] for record in log.records()] == ["log"] and log.whole
     log.open().append(said("a"))
