@@ -7,7 +7,7 @@ from model.runtime.sampler import (
     CANDIDATES,
     Rows,
     choose,
-    choose_soundly,
+    choose_by_kernel,
     choose_unfiltered,
     gumbel,
     mix_seed,
@@ -52,7 +52,7 @@ def test_temperature_zero_is_argmax_beside_sampling_rows() -> None:
 
 
 def by_kernel(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return choose_soundly(logits, rows)[0]
+    return choose_by_kernel(logits, rows)
 
 
 @pytest.mark.usefixtures("kernels")
