@@ -130,7 +130,7 @@ def post_worker_init(worker: Any) -> None:
     try:
         services.audit.open()  # closes what a process that died left open
     except StoreUnavailable as error:
-        print(f"AUDIT_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
+        print(f"DATA_DIR: {error}; until it can, requests are answered with 503", file=sys.stderr)
 
     def drain() -> None:
         services.backend.close(settings.grace_period)
