@@ -89,7 +89,7 @@ def test_the_defaults_are_those_of_the_contract(admin: Client, backend: Scripted
 
 
 def test_html_that_can_act_is_removed_and_code_is_not(admin: Client, backend: ScriptedBackend) -> None:
-    admin.post("/generate", {"prompt": "<script>x</script><b>if</b> a<b && c>d: vector<int> v;"})
+    admin.post("/generate", {"prompt": "<!-- x --><b>if</b> a<b && c>d: vector<int> v;"})
     assert backend.submitted[0].messages[0].content == "<b>if</b> a<b && c>d: vector<int> v;"
 
 
