@@ -6,23 +6,25 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.engine.scheduler import Chunk
 from model.runtime.attention import NAME as ATTENTION
-from model.runtime.attention import look_up_positions, use_kernels
+from model.runtime.attention import look_up_positions, through_layers, use_kernels
 from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for
 from model.runtime.linear import Plan, dequantise
-from model.runtime.sampler import Rows, choose_by_kernel, choose_unfiltered
-from model.runtime.step import advance, hidden, make_step, through_layers
+from model.runtime.sampler import Rows, advance, choose, choose_by_kernel, choose_unfiltered
 from model.types import Sampling
+
+if TYPE_CHECKING:
+    from model.runtime.compile import ThreadCompiler
 
 _log = logging.getLogger(__name__)
 
-Code = Callable[..., Any]  # a function of step.py, as it is or compiled
+Code = Callable[..., Any]  # `through_layers` or what `make_step` returns, as it is or compiled
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -42,24 +44,30 @@ class Bucket:
 ONE, MANY = Bucket(1, 0), Bucket(2, 0)
 
 
-class CompileState(NamedTuple):
-    """How many buckets are wanted, how many stay eager, and how many serve uncompiled though `poll` gave code."""
+def make_step(columns: int) -> Code:
+    """The decode step of transformers' modules and PyTorch's attention over `columns` columns.
 
-    wanted: int
-    failed: int
-    uncompiled: int = 0
+    step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
+    Writes one token's KV a row and changes nothing else, so that it can be tried again.
+    """
+
+    def step(
+        model: nn.Module, keys: list[Tensor], values: list[Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = Rows(*tensors)
+        positions = rows.position[:, None]
+        cache = SlotCache((keys, values), 0, positions, columns)
+        logits = model.lm_head(hidden(model, cache, rows.ids, positions))[:, -1].float()
+        return choose(logits, rows), logits.isfinite().all(-1), logits
+
+    return step
 
 
-class Compiler(Protocol):
-    """Where compiled code comes from: compile.py, or a stand-in in tests."""
-
-    def poll(self, idle: bool) -> tuple[Bucket, Code] | None:
-        """Code that has become available since the last call, or None. Takes its time only when `idle`."""
-
-    def state(self) -> CompileState: ...
-
-    def close(self) -> None:
-        """Stop what runs beside the model thread."""
+def hidden(model: nn.Module, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
+    """The last hidden state of transformers' modules, [rows, n, hidden], after ids at positions, both [rows, n]."""
+    return model.model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=cache.mask(), use_cache=True
+    ).last_hidden_state
 
 
 class Runner:
@@ -82,7 +90,7 @@ class Runner:
         self.slots, self.context = slots, context
         self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device, whole=not plan.kernels)
         self.rows = Rows.empty(slots, model.config.vocab_size, device)
-        self.compiler: Compiler | None = None
+        self.compiler: ThreadCompiler | None = None
         self.compiled: dict[Bucket, Code] = {}
         self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
         self._slots = torch.arange(slots, device=device)
@@ -144,7 +152,10 @@ class Runner:
 
         At least as many as the last of `active`, which alone advance; the others' entries mean nothing.
         """
-        self._mark_active(tuple(active))
+        if tuple(active) != self._active:
+            self._active = tuple(active)
+            self.rows.active.fill_(False)
+            self.rows.active[list(active)] = True
         return (self._step_by_kernels if self.plan.kernels else self._step_by_torch)(active)
 
     def _step_by_kernels(self, active: Sequence[int]) -> list[int | None]:
@@ -169,9 +180,7 @@ class Runner:
         advance(rows, tokens, finite)
         return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
 
-    def hidden_states(
-        self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor
-    ) -> torch.Tensor:
+    def hidden_states(self, ids: Tensor, slot: Tensor, position: Tensor, last: Tensor) -> Tensor:
         """The last hidden states by this project's kernels, before the last norm: [n, hidden]."""
         body, bucket = self.model.model, ONE if len(ids) == 1 else MANY
         x = body.embed_tokens(ids)
@@ -204,11 +213,9 @@ class Runner:
 
     def compile_state(self) -> tuple[int, int]:
         """How many buckets are served by compiled code, and how many stay eager because compiling failed."""
-        state = self._compile_state()
-        return len(self.compiled) - state.uncompiled, self._broken + state.failed
-
-    def _compile_state(self) -> CompileState:
-        return self.compiler.state() if self.compiler else CompileState(0, 0)
+        compiler = self.compiler
+        uncompiled, failed = (len(compiler.uncompiled), compiler.failed) if compiler else (0, 0)
+        return len(self.compiled) - uncompiled, self._broken + failed
 
     def close(self) -> None:
         """Stop what runs beside the model thread, and free the memory. Nothing else may be called afterwards."""
@@ -224,14 +231,9 @@ class Runner:
 
     def details(self) -> dict[str, str | int]:
         """What /readyz tells about the engine; touches no tensor, for other threads ask."""
-        done, failures = self.compile_state()
-        return self._facts | {"compiled": f"{done}/{self._compile_state().wanted}", "compile_failures": failures}
-
-    def _mark_active(self, active: tuple[int, ...]) -> None:
-        if active != self._active:
-            self.rows.active.fill_(False)
-            self.rows.active[list(active)] = True
-            self._active = active
+        (done, failures), compiler = self.compile_state(), self.compiler
+        wanted = len(compiler.wanted) if compiler else 0
+        return self._facts | {"compiled": f"{done}/{wanted}", "compile_failures": failures}
 
     def _try(self, bucket: Bucket | None, eager: Code, *arguments: object) -> Any:
         """What `bucket`'s compiled code computes; or `eager`, where there is none.
