@@ -21,7 +21,6 @@ _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 # No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
-_PATIENCE = 300.0  # seconds for one source, which takes about five
 
 _loaded = False
 
@@ -78,7 +77,7 @@ def _build(library: Path) -> None:
 
 
 def _run(command: list[str | Path]) -> None:
-    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE)
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300)  # usually 5
 
 
 def _register(library: Path) -> None:

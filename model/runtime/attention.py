@@ -7,18 +7,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from model.runtime.linear import PackedLinear, Plan, join
 
-NAME = "slots"
+ATTENTION = "slots"
 
 # What transformers' Llama, Qwen2 and Qwen3 hand over beside the tensors, and the only values understood here.
 _INERT = {"dropout": (0.0, 0, None), "sliding_window": (None,), "softcap": (None,), "s_aux": (None,)}
 _PASSED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
-
 _PREFERRED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -56,8 +52,6 @@ class KernelLayer(nn.Module):
         """Raises ValueError for a layer that does more than is known here."""
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        if not isinstance(attention, (LlamaAttention, Qwen2Attention, Qwen3Attention)):
-            raise ValueError(f"{type(attention).__name__} is not supported")
         refuse_unknown({"sliding_window": getattr(attention, "sliding_window", None)})
         self.width, self.scaling = attention.head_dim, attention.scaling
         self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], chosen)
@@ -74,24 +68,20 @@ class KernelLayer(nn.Module):
         slot: Tensor, position: Tensor, last: Tensor,
     ) -> Tensor:  # fmt: skip
         """x float32 [n, hidden]; cos, sin [n, d]; keys, values a layer's; the rest as in `through_layers`."""
-        qkv = self._normalised(self.qkv(x, self.norms[0]))
+        qkv = self.qkv(x, self.norms[0])
+        if self.head_norms:  # Qwen3 normalises each head of queries and keys
+            *parts, v = qkv.split(self.heads, -1)
+            q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
+                    for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
+            qkv = torch.cat([q, k, v], -1)
         attended = torch.ops.slots.attend(qkv, cos, sin, keys, values, slot, position, last, self.scaling)
         x = self.out(attended, add=x)
+        norm = self.norms[1]
         if self.whole:
-            norm = self.norms[1]
             weights = self.gate_up.matrix, self.down.matrix, norm.weight
             return torch.ops.slots.feed_forward(x, *weights, norm.variance_epsilon)
-        gate, up = self.gate_up(x, self.norms[1]).chunk(2, -1)
+        gate, up = self.gate_up(x, norm).chunk(2, -1)
         return self.down((self.act(gate) * up).contiguous(), add=x)
-
-    def _normalised(self, qkv: Tensor) -> Tensor:
-        """Qwen3 normalises each head of queries and keys."""
-        if not self.head_norms:
-            return qkv
-        *parts, v = qkv.split(self.heads, -1)
-        q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
-                for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
-        return torch.cat([q, k, v], -1)
 
 
 def through_layers(
@@ -109,25 +99,17 @@ def through_layers(
 
 
 def use_kernels(model: nn.Module, chosen: Plan) -> None:
-    """Replace the decoder layers and the head of a transformers causal LM, in place.
-
-    The head becomes 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost it a tenth of
-    the perplexity.
-    """
-    layers = model.model.layers
-    for index, layer in enumerate(layers):
-        layers[index] = KernelLayer(layer, chosen)
+    """Replace the decoder layers and the head of a transformers causal LM, in place."""
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = KernelLayer(layer, chosen)
+    # 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost a tenth of the perplexity.
     model.lm_head = join([model.lm_head], chosen)
 
 
 class RotaryTable(nn.Module):
     """transformers' rotary embedding of every position, looked up: a compiled step computes it anew for each head."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, rotary: nn.Module, context: int, like: Tensor) -> None:
-        """like: a tensor of the hidden states' dtype and device."""
         super().__init__()
         cos, sin = rotary(like, torch.arange(context, device=like.device)[None])
         self.register_buffer("cos", cos[0], persistent=False)
@@ -140,9 +122,9 @@ class RotaryTable(nn.Module):
 
 def look_up_positions(model: nn.Module, context: int, dtype: torch.dtype, device: str) -> None:
     """Let a transformers causal LM look its rotary embedding up, unless that depends on more than the position."""
-    rotary = getattr(model.model, "rotary_emb", None)
-    if getattr(rotary, "rope_type", "dynamic") not in ("dynamic", "longrope"):
+    rotary = model.model.rotary_emb
+    if rotary.rope_type not in ("dynamic", "longrope"):
         model.model.rotary_emb = RotaryTable(rotary, context, torch.empty(0, dtype=dtype, device=device))
 
 
-AttentionInterface.register(NAME, slot_attention)
+AttentionInterface.register(ATTENTION, slot_attention)

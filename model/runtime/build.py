@@ -59,8 +59,7 @@ def choose_device(wanted: str) -> str:
 
 def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int]:
     """Slots, and tokens of context each: what memory holds within SLOTS and MAX_CONTEXT; first slots give way."""
-    model_context = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
-    context = min(settings.max_context or DEFAULT_CONTEXT, model_context)
+    context = min(settings.max_context or DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
     if device == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
         memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
@@ -69,9 +68,9 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
     tokens = memory // KvShape.of(config, dtype).bytes_per_token
     if tokens < 256:
         raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
-    possible = min(settings.slots, max(1, tokens // context))
-    # A power of two where memory decides: free memory is never twice the same.
-    slots = settings.slots if possible == settings.slots else 1 << possible.bit_length() - 1
+    slots = min(settings.slots, max(1, tokens // context))
+    if slots < settings.slots:  # a power of two where memory decides: free memory is never twice the same
+        slots = 1 << slots.bit_length() - 1
     fitted, wanted = (slots, min(context, tokens)), (settings.slots, context)
     if fitted != wanted:
         _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d", *fitted, *wanted)

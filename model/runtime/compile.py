@@ -1,10 +1,9 @@
 """torch.compile beside the engine: a thread makes code ready, which the model thread takes over piece by piece.
 
-On CUDA steps are recorded as CUDA graphs, too: as they are within seconds, then what was compiled. Compiling changes
-how fast a step is, never what it computes. Inductor keeps what it made in DATA_DIR, where a later start finds it.
+On CUDA steps are recorded as CUDA graphs, too: as they are within seconds, then what was compiled. How fast a step is
+changes, never what it computes. A later start finds what inductor made in DATA_DIR.
 """
 
-import hashlib
 import logging
 import os
 import queue
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import torch
 from torch._inductor import config
@@ -41,8 +40,9 @@ _LET_FIRST_ANSWER = 30.0
 # and three naps of 1 ms took 16 to 18 ms (p95) beside a compiler, 7 so. Compiling took as long.
 _TURN = 0.0005
 
+# Inductor splits the compiler's command at spaces, which a checkout's folder may have, or DATA_DIR.
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 _links = TemporaryDirectory(prefix="llm-compiled-")
-cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # likewise, for a checkout in such a folder
 
 
 def buckets(runner: Runner) -> list[Bucket]:
@@ -76,12 +76,9 @@ def code_of(runner: Runner, bucket: Bucket) -> tuple[Code, tuple[object, ...]]:
 def compiled(runner: Runner, bucket: Bucket) -> Code:
     """The code of a bucket, compiled; nothing is computed meanwhile."""
     code, arguments = code_of(runner, bucket)
-    options = {
-        # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        "size_asserts": False,
-        "alignment_asserts": False,
-    }  # a fresh one each time: torch.compile empties it
+    # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers). A fresh
+    # dictionary each time: torch.compile empties it.
+    options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe, size_asserts=False, alignment_asserts=False)
     dynamic = None if bucket == MANY else False
     ready = torch.compile(code, fullgraph=True, dynamic=dynamic, options=options).aot_compile((arguments, {}))
     ready.disable_guard_check()
@@ -101,11 +98,10 @@ def compiler_for(runner: Runner, settings: Settings) -> "ThreadCompiler | None":
 
 def _keep_caches(folder: Path) -> None:
     """Let inductor and Triton find in `folder` what an earlier start compiled."""
-    if " " in str(folder):  # inductor splits the compiler's command at spaces
+    if " " in str(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        link = Path(_links.name) / hashlib.sha256(bytes(folder)).hexdigest()[:16]
-        if not link.exists():
-            link.symlink_to(folder)
+        link = Path(mkdtemp(dir=_links.name)) / "compiled"
+        link.symlink_to(folder)
         folder = link
     for name in ("torchinductor", "triton"):
         os.environ[f"{name.upper()}_CACHE_DIR"] = str(folder / name)  # importing inductor has set a folder in /tmp

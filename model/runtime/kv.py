@@ -17,8 +17,6 @@ from transformers import PretrainedConfig
 PAGE = 256  # tokens
 _MASKED = -1e9  # not -inf, of which a softmax over a row that sees nothing makes NaN
 
-Tensors = tuple[list[Tensor], list[Tensor]]  # keys and values, one of each a layer
-
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
@@ -54,7 +52,7 @@ class KvPages:
         dimensions = (pages, slots, shape.kv_heads, size, shape.head_dim)
         self.keys = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
         self.values = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
-        self.tensors: Tensors = self.keys, self.values
+        self.tensors = self.keys, self.values
         self.bytes = slots * self.columns * shape.bytes_per_token  # committed or not
 
     def swap(self, a: int, b: int, tokens: int) -> None:
@@ -65,11 +63,6 @@ class KvPages:
             kept = first.clone()
             first.copy_(second)
             second.copy_(kept)
-
-    def clear(self, slot: int) -> None:
-        """Zero a slot whose numbers went wrong: a masked NaN is still NaN."""
-        for tensor in (*self.keys, *self.values):
-            tensor[:, slot] = 0
 
 
 def pages_for(tokens: int) -> int:
@@ -96,7 +89,7 @@ class SlotCache:
 
     is_compileable = True
 
-    def __init__(self, kv: Tensors, first: int, positions: Tensor, columns: int) -> None:
+    def __init__(self, kv: tuple[list[Tensor], list[Tensor]], first: int, positions: Tensor, columns: int) -> None:
         self.keys, self.values = kv
         self.slots = slice(first, first + len(positions))
         self.slot = torch.arange(first, first + len(positions), device=positions.device)[:, None]

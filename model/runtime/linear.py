@@ -1,6 +1,4 @@
-"""How matrices are multiplied on the machine at hand, chosen once at load.
-
-Three backends:
+"""How matrices are multiplied on the machine at hand, chosen once at load:
 
 - `bitsandbytes`: CUDA, the library's own modules (nf4, int8).
 - `packed`: an x86 CPU with AVX2 and a C++ compiler, kernels/product.cpp: bitsandbytes' NF4 codes as they are, 7 bits
@@ -24,15 +22,10 @@ _STEPS, _OFFSET = 63, 64  # a packed weight is its block's scale times (byte - 6
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """linear_backend: one of the three above; dtype: of activations and norms; kv: of the KV cache.
-
-    kernels: layers, attention and sampler are this project's own (kernels/*.cpp).
-    """
-
-    linear_backend: str
-    dtype: torch.dtype
-    kv: torch.dtype
-    kernels: bool = False
+    linear_backend: str  # one of the three above
+    dtype: torch.dtype  # of activations and norms
+    kv: torch.dtype  # of the KV cache
+    kernels: bool = False  # layers, attention and sampler are this project's own (kernels/*.cpp)
 
 
 def plan(device: str, quantization: str, kernels: bool) -> Plan:

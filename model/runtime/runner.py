@@ -1,19 +1,15 @@
 """The torch half of the engine: prefill a chunk, step a batch, swap two slots. One thread makes it and uses it."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.engine.scheduler import Chunk
-from model.runtime.attention import NAME as ATTENTION
-from model.runtime.attention import look_up_positions, through_layers, use_kernels
+from model.runtime.attention import ATTENTION, look_up_positions, through_layers, use_kernels
 from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for
 from model.runtime.linear import Plan, dequantise
 from model.runtime.sampler import Rows, advance, choose, choose_by_kernel, choose_unfiltered
@@ -27,8 +23,7 @@ _log = logging.getLogger(__name__)
 Code = Callable[..., Any]  # `through_layers` or what `make_step` returns, as it is or compiled
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Bucket:
+class Bucket(NamedTuple):
     """What compiled code is for: a decode step of PyTorch's kernels over the first `rows` slots and `pages` pages.
 
     By this project's kernels pages are 0 and rows 1, or 2 for any number above 1: a step or a chunk.
@@ -36,9 +31,6 @@ class Bucket:
 
     rows: int
     pages: int
-
-    def covers(self, other: Bucket) -> bool:
-        return self.rows >= other.rows and self.pages >= other.pages
 
 
 ONE, MANY = Bucket(1, 0), Bucket(2, 0)
@@ -51,9 +43,7 @@ def make_step(columns: int) -> Code:
     Writes one token's KV a row and changes nothing else, so that it can be tried again.
     """
 
-    def step(
-        model: nn.Module, keys: list[Tensor], values: list[Tensor], *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def step(model: nn.Module, keys: list[Tensor], values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         rows = Rows(*tensors)
         positions = rows.position[:, None]
         cache = SlotCache((keys, values), 0, positions, columns)
@@ -71,10 +61,7 @@ def hidden(model: nn.Module, cache: SlotCache, ids: Tensor, positions: Tensor) -
 
 
 class Runner:
-    """A loaded model over KV slots.
-
-    Raises whatever torch raises; a failed `step` has changed no row's state and may be tried again.
-    """
+    """A loaded model over KV slots. A `step` that raises has changed no row's state and may be tried again."""
 
     def __init__(
         self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]
@@ -161,17 +148,16 @@ class Runner:
     def _step_by_kernels(self, active: Sequence[int]) -> list[int | None]:
         rows = self._views[max(active) + 1]
         slot, last = self._slots[: len(rows.position)], torch.where(rows.active, rows.position, 0)
-        logits = self.model.lm_head(
-            self.hidden_states(rows.ids[:, 0], slot, rows.position, last), self.model.model.norm
-        )
+        states = self.hidden_states(rows.ids[:, 0], slot, rows.position, last)
+        logits = self.model.lm_head(states, self.model.model.norm)
         tokens = choose_by_kernel(logits, rows)
         torch.ops.slots.advance(rows.ids, rows.position, rows.active, rows.seen, tokens)
         return [token if token >= 0 else None for token in tokens.tolist()]
 
     def _step_by_torch(self, active: Sequence[int]) -> list[int | None]:
         need = Bucket(max(active) + 1, pages_for(int(self.rows.position[list(active)].max()) + 1))
-        bucket = min((bucket for bucket in self.compiled if bucket.covers(need)), default=None)
-        rows = self._views[(bucket or need).rows]
+        bucket = min((b for b in self.compiled if b.rows >= need.rows and b.pages >= need.pages), default=need)
+        rows = self._views[bucket.rows]
         eager = make_step(need.pages * PAGE)
         tokens, finite, logits = self._try(bucket, eager, self.model, *self.kv.tensors, *rows.tensors())
         if not self._unfiltered.isdisjoint(active):
@@ -182,11 +168,11 @@ class Runner:
 
     def hidden_states(self, ids: Tensor, slot: Tensor, position: Tensor, last: Tensor) -> Tensor:
         """The last hidden states by this project's kernels, before the last norm: [n, hidden]."""
-        body, bucket = self.model.model, ONE if len(ids) == 1 else MANY
+        body = self.model.model
         x = body.embed_tokens(ids)
         cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
         given = (body.layers, x, cos, sin, *self.kv.tensors, slot, position, last)
-        return self._try(bucket if bucket in self.compiled else None, through_layers, *given)
+        return self._try(ONE if len(ids) == 1 else MANY, through_layers, *given)
 
     @torch.inference_mode()
     def swap(self, a: int, b: int, tokens: int) -> None:
@@ -199,8 +185,9 @@ class Runner:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Wipe the KV of a slot whose numbers went wrong."""
-        self.kv.clear(slot)
+        """Zero the KV of a slot whose numbers went wrong: a masked NaN is still NaN."""
+        for tensor in (*self.kv.keys, *self.kv.values):
+            tensor[:, slot] = 0
 
     @torch.inference_mode()
     def load_compiled(self, idle: bool) -> bool:
@@ -235,12 +222,12 @@ class Runner:
         wanted = len(compiler.wanted) if compiler else 0
         return self._facts | {"compiled": f"{done}/{wanted}", "compile_failures": failures}
 
-    def _try(self, bucket: Bucket | None, eager: Code, *arguments: object) -> Any:
+    def _try(self, bucket: Bucket, eager: Code, *arguments: object) -> Any:
         """What `bucket`'s compiled code computes; or `eager`, where there is none.
 
         When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.
         """
-        if bucket is None:
+        if bucket not in self.compiled:
             return eager(*arguments)
         try:
             return self.compiled[bucket](*arguments)
