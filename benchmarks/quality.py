@@ -27,8 +27,7 @@ from benchmarks.record import HERE, Record
 from model.runtime.build import choose_device
 from model.runtime.kv import SlotCache
 from model.runtime.linear import dequantise
-from model.runtime.runner import Runner
-from model.runtime.step import hidden
+from model.runtime.runner import Runner, hidden
 from model.text.prompt import Prompt
 from model.types import Message
 from model.weights.catalogue import find, with_config

@@ -1,7 +1,5 @@
 """Builds kernels/*.cpp once for the processor at hand, and registers what they compute with PyTorch."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -23,7 +21,6 @@ _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 # No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
-_PATIENCE = 300.0  # seconds for one source, which takes about five
 
 _loaded = False
 
@@ -34,7 +31,8 @@ def load(folder: Path) -> bool:
     False, with the reason in the log, on a processor without AVX2, without a C++ compiler, or when building fails.
     """
     global _loaded
-    if _loaded or not _suitable():
+    suitable = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if _loaded or not suitable:
         return _loaded
     try:
         library = folder / f"kernels-{_fingerprint()}.so"
@@ -50,19 +48,11 @@ def load(folder: Path) -> bool:
     return _loaded
 
 
-def _suitable() -> bool:
-    return platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-
-
 def _fingerprint() -> str:
     """Changes with the sources, the way they are built, and the processor they are built for."""
     flags = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("flags")][:1]
-    facts = [
-        torch.__version__,
-        flags or platform.processor(),
-        _FLAGS,
-        *(file.read_text() for file in sorted(_HERE.iterdir()) if file.suffix in (".cpp", ".h")),
-    ]
+    sources = [file.read_text() for file in sorted(_HERE.iterdir()) if file.suffix in (".cpp", ".h")]
+    facts = [torch.__version__, flags or platform.processor(), _FLAGS, *sources]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -87,18 +77,17 @@ def _build(library: Path) -> None:
 
 
 def _run(command: list[str | Path]) -> None:
-    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE)
-
-
-def _attended(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, *_: object) -> torch.Tensor:
-    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[4]))
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300)  # usually 5
 
 
 def _register(library: Path) -> None:
     """Load the operators, and tell torch.compile the shapes of their results."""
     torch.ops.load_library(library)
     fake = torch.library.register_fake
+    fake(
+        "slots::attend",
+        lambda qkv, cos, sin, keys, *_: qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[4])),
+    )
     fake("slots::packed_product", lambda x, matrix, *_: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
     fake("slots::feed_forward", lambda x, *_: torch.empty_like(x))
-    fake("slots::attend", _attended)
     fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

@@ -1,40 +1,27 @@
 """Attention over slots: transformers' models by PyTorch's kernels, or whole decoder layers by this project's own."""
 
-from __future__ import annotations
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from model.runtime.linear import PackedLinear, Plan, join
 
-NAME = "slots"
+ATTENTION = "slots"
 
 # What transformers' Llama, Qwen2 and Qwen3 hand over beside the tensors, and the only values understood here.
 _INERT = {"dropout": (0.0, 0, None), "sliding_window": (None,), "softcap": (None,), "s_aux": (None,)}
 _PASSED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
-
-# PyTorch's kernels in the order in which `slot_attention` wants them, each where it can.
 _PREFERRED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    **arguments: object,
-) -> tuple[torch.Tensor, None]:
-    """query [rows, heads, n, d]; key, value, attention_mask as SlotCache hands them out -> [rows, n, heads, d].
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **arguments: object
+) -> tuple[Tensor, None]:
+    """query [rows, heads, n, d]; key, value, mask as SlotCache hands them out -> [rows, n, heads, d].
 
     Raises ValueError for an argument it does not understand, which fails the load (the loader runs one step), so that
     no window or soft cap is ever dropped in silence.
@@ -45,7 +32,7 @@ def slot_attention(
     """
     refuse_unknown(arguments)
     n, columns = query.shape[2], key.shape[2]
-    bias = attention_mask if n == 1 else causal_lower_right(n, columns)
+    bias = mask if n == 1 else causal_lower_right(n, columns)
     with sdpa_kernel(_PREFERRED, set_priority=True):
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
@@ -59,16 +46,12 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
 
 
 class KernelLayer(nn.Module):
-    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 in four calls of this project's kernels, a token a row.
-
-    Raises ValueError for a layer that does more than is known here.
-    """
+    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 in four calls of this project's kernels, a token a row."""
 
     def __init__(self, layer: nn.Module, chosen: Plan) -> None:
+        """Raises ValueError for a layer that does more than is known here."""
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        if not isinstance(attention, (LlamaAttention, Qwen2Attention, Qwen3Attention)):
-            raise ValueError(f"{type(attention).__name__} is not supported")
         refuse_unknown({"sliding_window": getattr(attention, "sliding_window", None)})
         self.width, self.scaling = attention.head_dim, attention.scaling
         self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], chosen)
@@ -76,72 +59,72 @@ class KernelLayer(nn.Module):
         self.head_norms = nn.ModuleList(getattr(attention, n) for n in ("q_norm", "k_norm") if hasattr(attention, n))
         self.heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
         self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj], chosen), join([mlp.down_proj], chosen)
-        self.act = mlp.act_fn
-        self.norms = nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
+        self.act, self.norms = mlp.act_fn, nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
         packed = all(isinstance(each, PackedLinear) and each.bias is None for each in (self.gate_up, self.down))
         self.whole = packed and isinstance(self.act, SiLUActivation)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-        slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """x float32 [n, hidden]; cos, sin [n, d]; keys, values a layer's; the rest as in `hidden` (step.py)."""
-        qkv = self._normalised(self.qkv(x, self.norms[0]))
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+        slot: Tensor, position: Tensor, last: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """x float32 [n, hidden]; cos, sin [n, d]; keys, values a layer's; the rest as in `through_layers`."""
+        qkv = self.qkv(x, self.norms[0])
+        if self.head_norms:  # Qwen3 normalises each head of queries and keys
+            *parts, v = qkv.split(self.heads, -1)
+            q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
+                    for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
+            qkv = torch.cat([q, k, v], -1)
         attended = torch.ops.slots.attend(qkv, cos, sin, keys, values, slot, position, last, self.scaling)
         x = self.out(attended, add=x)
+        norm = self.norms[1]
         if self.whole:
-            norm = self.norms[1]
-            return torch.ops.slots.feed_forward(
-                x, self.gate_up.matrix, self.down.matrix, norm.weight, norm.variance_epsilon
-            )
-        gate, up = self.gate_up(x, self.norms[1]).chunk(2, -1)
+            weights = self.gate_up.matrix, self.down.matrix, norm.weight
+            return torch.ops.slots.feed_forward(x, *weights, norm.variance_epsilon)
+        gate, up = self.gate_up(x, norm).chunk(2, -1)
         return self.down((self.act(gate) * up).contiguous(), add=x)
 
-    def _normalised(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Qwen3 normalises each head of queries and keys."""
-        if not self.head_norms:
-            return qkv
-        *parts, v = qkv.split(self.heads, -1)
-        q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
-                for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
-        return torch.cat([q, k, v], -1)
+
+def through_layers(
+    layers: nn.ModuleList, x: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor],
+    slot: Tensor, position: Tensor, last: Tensor,
+) -> Tensor:  # fmt: skip
+    """What KernelLayers make of tokens of any slots, one a row: x float32 [n, hidden] -> the same shape.
+
+    slot, position: int64 [n], where a row's KV is written; last: int64 [n], the last column that it sees. Changes
+    nothing else, so that it can be tried again.
+    """
+    for layer, key, value in zip(layers, keys, values, strict=True):
+        x = layer(x, cos, sin, key, value, slot, position, last)
+    return x
 
 
 def use_kernels(model: nn.Module, chosen: Plan) -> None:
-    """Replace the decoder layers and the head of a transformers causal LM, in place.
-
-    The head becomes 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost it a tenth of
-    the perplexity.
-    """
-    layers = model.model.layers
-    for index, layer in enumerate(layers):
-        layers[index] = KernelLayer(layer, chosen)
+    """Replace the decoder layers and the head of a transformers causal LM, in place."""
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = KernelLayer(layer, chosen)
+    # 7 bits wherever the body is quantised: it is too large for floats, and 4 bits cost a tenth of the perplexity.
     model.lm_head = join([model.lm_head], chosen)
 
 
 class RotaryTable(nn.Module):
     """transformers' rotary embedding of every position, looked up: a compiled step computes it anew for each head."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __init__(self, rotary: nn.Module, context: int, like: torch.Tensor) -> None:
-        """like: a tensor of the hidden states' dtype and device."""
+    def __init__(self, rotary: nn.Module, context: int, like: Tensor) -> None:
         super().__init__()
         cos, sin = rotary(like, torch.arange(context, device=like.device)[None])
         self.register_buffer("cos", cos[0], persistent=False)
         self.register_buffer("sin", sin[0], persistent=False)
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids int64 [rows, n] -> cosine and sine [rows, n, d] of x's dtype."""
         return self.cos[position_ids], self.sin[position_ids]
 
 
 def look_up_positions(model: nn.Module, context: int, dtype: torch.dtype, device: str) -> None:
     """Let a transformers causal LM look its rotary embedding up, unless that depends on more than the position."""
-    rotary = getattr(model.model, "rotary_emb", None)
-    if getattr(rotary, "rope_type", "dynamic") not in ("dynamic", "longrope"):
+    rotary = model.model.rotary_emb
+    if rotary.rope_type not in ("dynamic", "longrope"):
         model.model.rotary_emb = RotaryTable(rotary, context, torch.empty(0, dtype=dtype, device=device))
 
 
-AttentionInterface.register(NAME, slot_attention)
+AttentionInterface.register(ATTENTION, slot_attention)

@@ -1,10 +1,7 @@
 """Checkpoint -> a Runner that fits this machine: device, linear backend, slots and context are chosen here, once."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -26,49 +23,31 @@ _CUDA_RESERVE = 2 << 30  # bytes left for activations, CUDA graphs and fragmenta
 _CPU_SHARE = 0.5  # of the available memory: the most that all slots, filled to the end, may take
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How many requests at once, and how many tokens each (prompt and answer)."""
-
-    slots: int
-    context: int
-
-
-def build(
-    checkpoint: Path, settings: Settings, progress: Callable[[str, int], None], room: Room | None = None
-) -> Runner:
-    """Load `checkpoint` and try it out. `room` overrides what would be chosen here.
-
-    Raises ModelError for a model that cannot be served here.
-    """
+def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], None]) -> Runner:
+    """Load `checkpoint` and try it out. Raises ModelError for a model that cannot be served here."""
     torch.set_num_threads(settings.compute_threads)
     device = choose_device(settings.device)
     plan = linear.plan(device, settings.quantization, device == "cpu" and native.load(settings.data_dir / "compiled"))
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(
-        checkpoint, settings, torch.device(device), plan.dtype,
-        lambda stage, percent: progress(stage, percent * 9 // 10),
-    )  # fmt: skip
+        checkpoint, settings, torch.device(device), plan.dtype, lambda stage, part: progress(stage, part * 9 // 10)
+    )
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     if plan.kernels and KvShape.of(model.config, plan.kv).head_dim % 16:
         raise ModelError("heads of this width are not served on a CPU: the kernels take multiples of 16")
-    room = room or fit(settings, model.config, plan.kv, device)
+    slots, context = fit(settings, model.config, plan.kv, device)
     try:
-        runner = Runner(model, plan, room.slots, room.context, device, stop_ids(checkpoint, tokenizer))
-        _share_cores(plan, settings.compute_threads)
+        runner = Runner(model, plan, slots, context, device, stop_ids(checkpoint, tokenizer))
+        if plan.kernels:
+            torch.ops.slots.set_threads(settings.compute_threads)
+            if plan.linear_backend == "packed":  # no product is left for OpenMP's threads, which spin at barriers
+                torch.set_num_threads(1)
         try_out(runner)
     except ValueError as error:
         raise ModelError(f"this model cannot be served: {error}") from error
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
     return runner
-
-
-def _share_cores(plan: linear.Plan, threads: int) -> None:
-    """Give the threads to the kernels; OpenMP's, which spin at barriers, only where products are left for it."""
-    if plan.kernels:
-        torch.ops.slots.set_threads(threads)
-        torch.set_num_threads(1 if plan.linear_backend == "packed" else threads)
 
 
 def choose_device(wanted: str) -> str:
@@ -78,10 +57,9 @@ def choose_device(wanted: str) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> Room:
-    """As many slots of as much context as memory holds, within SLOTS and MAX_CONTEXT; first slots give way."""
-    model_context = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
-    context = min(settings.max_context or DEFAULT_CONTEXT, model_context)
+def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    """Slots, and tokens of context each: what memory holds within SLOTS and MAX_CONTEXT; first slots give way."""
+    context = min(settings.max_context or DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
     if device == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
         memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
@@ -90,13 +68,13 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
     tokens = memory // KvShape.of(config, dtype).bytes_per_token
     if tokens < 256:
         raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
-    possible = min(settings.slots, max(1, tokens // context))
-    # A power of two where memory decides: free memory is never twice the same.
-    room = Room(settings.slots if possible == settings.slots else 1 << possible.bit_length() - 1, min(context, tokens))
-    if room != Room(settings.slots, context):
-        _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d",
-                     room.slots, room.context, settings.slots, context)  # fmt: skip
-    return room
+    slots = min(settings.slots, max(1, tokens // context))
+    if slots < settings.slots:  # a power of two where memory decides: free memory is never twice the same
+        slots = 1 << slots.bit_length() - 1
+    fitted, wanted = (slots, min(context, tokens)), (settings.slots, context)
+    if fitted != wanted:
+        _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d", *fitted, *wanted)
+    return fitted
 
 
 def try_out(runner: Runner) -> None:

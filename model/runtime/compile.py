@@ -1,12 +1,9 @@
 """torch.compile beside the engine: a thread makes code ready, which the model thread takes over piece by piece.
 
-On CUDA steps are recorded as CUDA graphs, too: as they are within seconds, then what was compiled. Compiling changes
-how fast a step is, never what it computes. Inductor keeps what it made in DATA_DIR, where a later start finds it.
+On CUDA steps are recorded as CUDA graphs, too: as they are within seconds, then what was compiled. How fast a step is
+changes, never what it computes. A later start finds what inductor made in DATA_DIR.
 """
 
-from __future__ import annotations
-
-import hashlib
 import logging
 import os
 import queue
@@ -16,16 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import torch
 from torch._inductor import config
 from torch.utils import cpp_extension
 
+from model.runtime.attention import through_layers
 from model.runtime.kv import PAGE, pages_for
-from model.runtime.runner import MANY, ONE, Bucket, Code, Compiler, CompileState, Runner
-from model.runtime.step import make_step, through_layers
+from model.runtime.runner import MANY, ONE, Bucket, Code, Runner, make_step
 from settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -41,12 +39,10 @@ _LET_FIRST_ANSWER = 30.0
 # Seconds after which a compiling thread lets others run, Python's own is 0.005: a token passes through several threads,
 # and three naps of 1 ms took 16 to 18 ms (p95) beside a compiler, 7 so. Compiling took as long.
 _TURN = 0.0005
-_WARM = 2  # runs before recording, in which libraries choose their kernels and Triton tunes its own
 
+# Inductor splits the compiler's command at spaces, which a checkout's folder may have, or DATA_DIR.
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 _links = TemporaryDirectory(prefix="llm-compiled-")
-cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # likewise, for a checkout in such a folder
-
-Record = Callable[[Code, tuple[object, ...]], Code]
 
 
 def buckets(runner: Runner) -> list[Bucket]:
@@ -80,20 +76,16 @@ def code_of(runner: Runner, bucket: Bucket) -> tuple[Code, tuple[object, ...]]:
 def compiled(runner: Runner, bucket: Bucket) -> Code:
     """The code of a bucket, compiled; nothing is computed meanwhile."""
     code, arguments = code_of(runner, bucket)
-    options = {
-        # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers).
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        "size_asserts": False,
-        "alignment_asserts": False,
-    }  # a fresh one each time: torch.compile empties it
+    # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers). A fresh
+    # dictionary each time: torch.compile empties it.
+    options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe, size_asserts=False, alignment_asserts=False)
     dynamic = None if bucket == MANY else False
     ready = torch.compile(code, fullgraph=True, dynamic=dynamic, options=options).aot_compile((arguments, {}))
     ready.disable_guard_check()
-    made: Code = ready
-    return made
+    return ready
 
 
-def compiler_for(runner: Runner, settings: Settings) -> Compiler | None:
+def compiler_for(runner: Runner, settings: Settings) -> "ThreadCompiler | None":
     """Where this runner's compiled code comes from; None under COMPILE=off and where nothing can be compiled."""
     # PyTorch's attention on a CPU is for machines without a C++ compiler.
     if not settings.compile or (runner.device == "cpu" and not runner.plan.kernels):
@@ -101,16 +93,15 @@ def compiler_for(runner: Runner, settings: Settings) -> Compiler | None:
     # bitsandbytes' int8 product waits for the CPU to look for outliers, which no CUDA graph can hold.
     recorded = runner.device != "cpu" and settings.quantization != "int8"
     _keep_caches(settings.data_dir.resolve() / "compiled")
-    return ThreadCompiler(runner, record=Recorder().record if recorded else None)
+    return ThreadCompiler(runner, record=partial(record, torch.cuda.graph_pool_handle()) if recorded else None)
 
 
 def _keep_caches(folder: Path) -> None:
     """Let inductor and Triton find in `folder` what an earlier start compiled."""
-    if " " in str(folder):  # inductor splits the compiler's command at spaces
+    if " " in str(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        link = Path(_links.name) / hashlib.sha256(bytes(folder)).hexdigest()[:16]
-        if not link.exists():
-            link.symlink_to(folder)
+        link = Path(mkdtemp(dir=_links.name)) / "compiled"
+        link.symlink_to(folder)
         folder = link
     for name in ("torchinductor", "triton"):
         os.environ[f"{name.upper()}_CACHE_DIR"] = str(folder / name)  # importing inductor has set a folder in /tmp
@@ -120,34 +111,32 @@ class ThreadCompiler:
     """Compiles a runner's buckets in a thread. Belongs to the model thread."""
 
     def __init__(
-        self, runner: Runner, compiled: Callable[[Runner, Bucket], Code] = compiled, record: Record | None = None
+        self, runner: Runner, compiled: Callable[..., Code] = compiled, record: Callable[..., Code] | None = None
     ) -> None:
         self._runner, self._compiled, self._record = runner, compiled, record
-        self._wanted = buckets(runner)
-        self._unrecorded = list(self._wanted) if record else []
-        self._uncompiled: set[Bucket] = set()
+        self.wanted = buckets(runner)
+        self.failed = 0  # buckets that stay eager
+        self.uncompiled: set[Bucket] = set()  # buckets that are recorded as they are
+        self._unrecorded = list(self.wanted) if record else []
         self._ready: queue.SimpleQueue[tuple[Bucket, Code]] = queue.SimpleQueue()
-        self._done = self._failed = 0
         self._cxx = str(config.cpp.cxx[1])
         self._start_by = time.monotonic() + _LET_FIRST_ANSWER
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._compile_all, name="compile", daemon=True)
 
     def poll(self, idle: bool) -> tuple[Bucket, Code] | None:
+        """Code that has become available since the last call, or None. Takes its time only when `idle`."""
         if self._unrecorded:
             bucket = self._unrecorded.pop(0)
-            self._uncompiled.add(bucket)
+            self.uncompiled.add(bucket)
             return self._recorded(bucket, code_of(self._runner, bucket)[0])
         if self._thread.ident is None and (idle or time.monotonic() > self._start_by):
             self._thread.start()
         if self._ready.empty() or (self._record and self._thread.is_alive()):  # a GPU is tuned for, or recorded on
             return None
         bucket, code = self._ready.get()
-        self._uncompiled.discard(bucket)
+        self.uncompiled.discard(bucket)
         return self._recorded(bucket, code)
-
-    def state(self) -> CompileState:
-        return CompileState(len(self._wanted), self._failed, len(self._uncompiled))
 
     def close(self) -> None:
         """Waits for the bucket at hand: the model's memory is not free before."""
@@ -158,17 +147,16 @@ class ThreadCompiler:
     def _compile_all(self) -> None:
         usual, begin = sys.getswitchinterval(), time.monotonic()
         sys.setswitchinterval(_TURN)
-        _log.info("compiling %d pieces of the model, which is served meanwhile", len(self._wanted))
+        _log.info("compiling %d pieces of the model, which is served meanwhile", len(self.wanted))
         try:
-            for bucket in self._wanted:
+            for bucket in self.wanted:
                 if self._closed.is_set():
                     return
                 with torch.inference_mode():
                     self._ready.put((bucket, self._compiled(self._runner, bucket)))
-                self._done += 1
             _log.info("compiled in %.0f s", time.monotonic() - begin)
         except Exception as error:  # compilers fail in many ways, and what was served before serves on
-            self._failed = len(self._wanted) - self._done
+            self.failed = len(self.wanted) - self.wanted.index(bucket)  # this one and those after it
             hint = "" if shutil.which(self._cxx) else "no C++ compiler (apt install g++): "
             _log.warning("torch.compile failed, serving without it: %s%s", hint, _in_one_line(error))
         finally:
@@ -185,37 +173,30 @@ class ThreadCompiler:
         return bucket, code
 
 
-class Recorder:
-    """Records steps as CUDA graphs, whose memory they share: they run one after the other."""
+def record(pool: object, step: Code, arguments: tuple[object, ...]) -> Code:
+    """`step` as a CUDA graph over the very tensors of `arguments`, whatever it is called with later.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    Recording runs the step on the rows as they are: what that writes, the next step writes again. What it returns is
+    overwritten by the next call of any step of `pool`, whose memory they share.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries choose their kernels in the first runs, and Triton tunes its own
+                step(*arguments)
+    finally:
+        torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        results = step(*arguments)
 
-    def record(self, step: Code, arguments: tuple[object, ...]) -> Code:
-        """`step` as a graph over the very tensors of `arguments`, whatever it is called with later.
+    def replay(*_: object) -> object:
+        graph.replay()
+        return results
 
-        Recording runs the step on the rows as they are: what that writes, the next step writes again. What it returns
-        is overwritten by the next call of any recorded step.
-        """
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                for _ in range(_WARM):
-                    step(*arguments)
-        finally:
-            torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            results = step(*arguments)
-
-        def replay(*_: object) -> object:
-            graph.replay()
-            return results
-
-        return replay
+    return replay
 
 
 def _in_one_line(error: Exception) -> str:
-    """What a compiler says, which may be pages."""
     return " ".join(str(error).split())[:300]

@@ -1,9 +1,4 @@
-"""What the GPU says of itself, read when /metrics is.
-
-Decides nothing by it. Without a GPU, or without NVIDIA's library, the gauges stay at zero.
-"""
-
-from __future__ import annotations
+"""The GPU's own figures, read when /metrics is. Without a GPU or NVIDIA's library the gauges stay at zero."""
 
 import logging
 import math
@@ -24,18 +19,14 @@ def watch(metrics: Metrics) -> bool:
     except pynvml.NVMLError as error:
         _log.info("no GPU metrics: %s", error)
         return False
-    metrics.gpu_memory.set_function(_figure(lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used)))
-    metrics.gpu_utilisation.set_function(_figure(lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100))
+    metrics.gpu_memory.set_function(lambda: _figure(lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used)))
+    metrics.gpu_utilisation.set_function(lambda: _figure(lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100))
     return True
 
 
-def _figure(ask: Callable[[], float]) -> Callable[[], float]:
-    """What the card answers, or NaN: one that fails must not take all of /metrics down with it."""
-
-    def answer() -> float:
-        try:
-            return ask()
-        except pynvml.NVMLError:
-            return math.nan
-
-    return answer
+def _figure(ask: Callable[[], float]) -> float:
+    """NaN from a card that fails, which must not take all of /metrics down with it."""
+    try:
+        return ask()
+    except pynvml.NVMLError:
+        return math.nan

@@ -4,20 +4,18 @@ One tensor a layer and side, `[page, slot, kv_heads, size, head_dim]`. This proj
 for PyTorch's attention a slot is one page as long as the context, and a view ends after any column.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 PAGE = 256  # tokens
 _MASKED = -1e9  # not -inf, of which a softmax over a row that sees nothing makes NaN
-
-Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]  # keys and values, one of each a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class KvShape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> KvShape:
+    def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> Self:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, dtype)
@@ -54,15 +52,8 @@ class KvPages:
         dimensions = (pages, slots, shape.kv_heads, size, shape.head_dim)
         self.keys = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
         self.values = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
-
-    @property
-    def tensors(self) -> Tensors:
-        return self.keys, self.values
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tensors, committed or not."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        self.tensors = self.keys, self.values
+        self.bytes = slots * self.columns * shape.bytes_per_token  # committed or not
 
     def swap(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first `tokens` positions of two slots, rounded up to whole pages where there are several."""
@@ -73,18 +64,12 @@ class KvPages:
             first.copy_(second)
             second.copy_(kept)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot whose numbers went wrong: a masked NaN is still NaN."""
-        for tensor in (*self.keys, *self.values):
-            tensor[:, slot] = 0
-
 
 def pages_for(tokens: int) -> int:
-    """How many times PAGE holds so many tokens."""
     return -(-tokens // PAGE)
 
 
-def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Zeros: a masked column's KV is multiplied all the same, and NaN times zero is NaN."""
     if device != "cpu":
         return torch.zeros(dimensions, dtype=dtype, device=device)
@@ -104,24 +89,22 @@ class SlotCache:
 
     is_compileable = True
 
-    def __init__(self, kv: Tensors, first: int, positions: torch.Tensor, columns: int) -> None:
+    def __init__(self, kv: tuple[list[Tensor], list[Tensor]], first: int, positions: Tensor, columns: int) -> None:
         self.keys, self.values = kv
         self.slots = slice(first, first + len(positions))
         self.slot = torch.arange(first, first + len(positions), device=positions.device)[:, None]
         self.positions, self.columns = positions, columns
 
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """Added to the scores: [rows, 1, n, columns] in the KV's dtype, 0 where a token sees a column."""
         seen = torch.arange(self.columns, device=self.positions.device) <= self.positions[:, None, :, None]
         return torch.where(seen, 0.0, _MASKED).to(self.keys[0].dtype)
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """key, value [rows, kv_heads, n, d] -> [rows, kv_heads, columns, d]."""
         return self._write(self.keys[layer], key), self._write(self.values[layer], value)
 
-    def _write(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _write(self, tensor: Tensor, new: Tensor) -> Tensor:
         tensor[0, self.slot, :, self.positions] = new.transpose(1, 2).to(tensor.dtype)
         return tensor[0, self.slots, :, : self.columns]
 

@@ -1,6 +1,4 @@
-"""How matrices are multiplied on the machine at hand, chosen once at load.
-
-Three backends:
+"""How matrices are multiplied on the machine at hand, chosen once at load:
 
 - `bitsandbytes`: CUDA, the library's own modules (nf4, int8).
 - `packed`: an x86 CPU with AVX2 and a C++ compiler, kernels/product.cpp: bitsandbytes' NF4 codes as they are, 7 bits
@@ -8,14 +6,13 @@ Three backends:
 - `dense`: QUANTIZATION=none, and a CPU without the kernels, where 4-bit matrices become floats once.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-from torch import nn
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+from torch import Tensor, nn
 
 from model.kernels.native import LANES
 
@@ -25,15 +22,10 @@ _STEPS, _OFFSET = 63, 64  # a packed weight is its block's scale times (byte - 6
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """linear_backend: one of the three above; dtype: of activations and norms; kv: of the KV cache.
-
-    kernels: layers, attention and sampler are this project's own (kernels/*.cpp).
-    """
-
-    linear_backend: str
-    dtype: torch.dtype
-    kv: torch.dtype
-    kernels: bool = False
+    linear_backend: str  # one of the three above
+    dtype: torch.dtype  # of activations and norms
+    kv: torch.dtype  # of the KV cache
+    kernels: bool = False  # layers, attention and sampler are this project's own (kernels/*.cpp)
 
 
 def plan(device: str, quantization: str, kernels: bool) -> Plan:
@@ -50,12 +42,12 @@ def plan(device: str, quantization: str, kernels: bool) -> Plan:
 class DenseLinear(nn.Module):
     """weight float [rows, k], bias float [rows] or None, with PackedLinear's way of being called."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: torch.Tensor, norm: nn.Module | None = None, add: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
         y = nn.functional.linear(x if norm is None else norm(x), self.weight, self.bias)
         return y if add is None else y + add
 
@@ -66,11 +58,11 @@ class PackedLinear(nn.Module):
     A row's result is bitwise the same whatever rows share the batch, and no row's outlier costs another's precision.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, halves: bool) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, halves: bool) -> None:
         """codes uint8 [rows, k]: NF4's, to be put two in a byte (halves), or bytes; scales float32 [rows, k / 64]."""
         super().__init__()
         self.rows = codes.shape[0]
-        self.bias: torch.Tensor | None = None
+        self.bias: Tensor | None = None
         missing = -self.rows % LANES
         codes, scales = (nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (codes, scales))
         blocks = scales.shape[1]
@@ -79,30 +71,30 @@ class PackedLinear(nn.Module):
             weights = weights[:, :, 0::2] | weights[:, :, 1::2] << 4
         scales = (scales / _STEPS).view(-1, LANES, blocks).transpose(1, 2).contiguous().bfloat16()  # off by 0.2 %
         stored = torch.cat([weights.flatten(), scales.view(torch.uint8).flatten()])
-        self.register_buffer("matrix", _aligned(stored.view(len(weights), -1)))
+        self.register_buffer("matrix", stored.view(len(weights), -1))  # vector loads need PyTorch's 64-byte alignment
 
     @classmethod
-    def nf4(cls, layers: list[bnb.nn.Linear4bit]) -> PackedLinear:
+    def nf4(cls, layers: list[bnb.nn.Linear4bit]) -> Self:
         """The very codes and scales that bitsandbytes holds."""
         codes, scales = zip(*(_unpacked(layer) for layer in layers), strict=True)
         return cls(torch.cat(codes), torch.cat(scales), halves=True)
 
     @classmethod
-    def dense(cls, weight: torch.Tensor) -> PackedLinear:
+    def dense(cls, weight: Tensor) -> Self:
         """weight float [rows, k], rounded to 7 bits."""
         blocks = weight.float().view(weight.shape[0], -1, BLOCK)
         scales = blocks.abs().amax(-1)
         codes = (blocks * (_STEPS / scales.clamp(min=1e-30))[..., None]).round() + _OFFSET
         return cls(codes.to(torch.uint8).view(weight.shape), scales, halves=False)
 
-    def forward(self, x: torch.Tensor, norm: nn.Module | None = None, add: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
         """x float32 [n, k] -> float32 [n, rows]: normalised by `norm` (an RMSNorm) before, `add` [n, rows] to it."""
         if self.bias is not None:
             add = self.bias if add is None else add + self.bias
-        within = add if self.rows % LANES == 0 else None
+        whole = self.rows % LANES == 0
         weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
-        y = torch.ops.slots.packed_product(x, self.matrix, weight, epsilon, within)
-        if self.rows % LANES == 0:
+        y = torch.ops.slots.packed_product(x, self.matrix, weight, epsilon, add if whole else None)
+        if whole:
             return y
         y = y[:, : self.rows]
         return y.contiguous() if add is None else y + add
@@ -114,15 +106,13 @@ def join(parts: list[nn.Linear], chosen: Plan) -> PackedLinear | DenseLinear:
     if chosen.linear_backend != "packed" or parts[0].in_features % BLOCK:
         weight = torch.cat([dense_weight(part) for part in parts]).to(chosen.dtype)
         return DenseLinear(weight, None if bias is None else bias[0])
-    if all(isinstance(part, bnb.nn.Linear4bit) for part in parts):
-        made = PackedLinear.nf4(parts)
-    else:
-        made = PackedLinear.dense(torch.cat([dense_weight(part) for part in parts]))
+    four_bits = all(isinstance(part, bnb.nn.Linear4bit) for part in parts)
+    made = PackedLinear.nf4(parts) if four_bits else PackedLinear.dense(torch.cat([dense_weight(p) for p in parts]))
     made.bias = bias
     return made
 
 
-def dense_weight(layer: nn.Linear) -> torch.Tensor:
+def dense_weight(layer: nn.Linear) -> Tensor:
     """The layer's weight as floats [rows, k], dequantised where bitsandbytes holds it in 4 bits."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -137,9 +127,9 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(owner, name, DenseLinear(dense_weight(layer).to(dtype), layer.bias))
 
 
-def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[Tensor, Tensor]:
     """Codes uint8 [rows, k] and scales float32 [rows, k / 64] of a 4-bit layer. Raises ValueError for another block."""
-    state: QuantState = layer.weight.quant_state
+    state = layer.weight.quant_state
     if state.blocksize != BLOCK or state.quant_type != "nf4":
         raise ValueError(f"4-bit weights of type {state.quant_type} in blocks of {state.blocksize} are not served")
     packed = layer.weight.data.view(torch.uint8).view(-1)
@@ -148,9 +138,3 @@ def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[torch.Tensor, torch.Tensor]:
     if state.nested:  # double quantisation
         scales = dequantize_blockwise(scales, state.state2) + state.offset
     return codes, scales.float().view(state.shape[0], -1)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and at a multiple of 32 bytes, as vector loads need it (PyTorch's own allocations are)."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 32 == 0 else tensor.clone()

@@ -1,32 +1,29 @@
 """The torch half of the engine: prefill a chunk, step a batch, swap two slots. One thread makes it and uses it."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.engine.scheduler import Chunk
-from model.runtime.attention import NAME as ATTENTION
-from model.runtime.attention import look_up_positions, use_kernels
+from model.runtime.attention import ATTENTION, look_up_positions, through_layers, use_kernels
 from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for
 from model.runtime.linear import Plan, dequantise
-from model.runtime.sampler import Rows, choose_by_kernel, choose_unfiltered
-from model.runtime.step import advance, hidden, make_step, through_layers
+from model.runtime.sampler import Rows, advance, choose, choose_by_kernel, choose_unfiltered
 from model.types import Sampling
+
+if TYPE_CHECKING:
+    from model.runtime.compile import ThreadCompiler
 
 _log = logging.getLogger(__name__)
 
-Code = Callable[..., Any]  # a function of step.py, as it is or compiled
+Code = Callable[..., Any]  # `through_layers` or what `make_step` returns, as it is or compiled
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Bucket:
+class Bucket(NamedTuple):
     """What compiled code is for: a decode step of PyTorch's kernels over the first `rows` slots and `pages` pages.
 
     By this project's kernels pages are 0 and rows 1, or 2 for any number above 1: a step or a chunk.
@@ -35,38 +32,36 @@ class Bucket:
     rows: int
     pages: int
 
-    def covers(self, other: Bucket) -> bool:
-        return self.rows >= other.rows and self.pages >= other.pages
-
 
 ONE, MANY = Bucket(1, 0), Bucket(2, 0)
 
 
-class CompileState(NamedTuple):
-    """How many buckets are wanted, how many stay eager, and how many serve uncompiled though `poll` gave code."""
+def make_step(columns: int) -> Code:
+    """The decode step of transformers' modules and PyTorch's attention over `columns` columns.
 
-    wanted: int
-    failed: int
-    uncompiled: int = 0
+    step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
+    Writes one token's KV a row and changes nothing else, so that it can be tried again.
+    """
+
+    def step(model: nn.Module, keys: list[Tensor], values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows = Rows(*tensors)
+        positions = rows.position[:, None]
+        cache = SlotCache((keys, values), 0, positions, columns)
+        logits = model.lm_head(hidden(model, cache, rows.ids, positions))[:, -1].float()
+        return choose(logits, rows), logits.isfinite().all(-1), logits
+
+    return step
 
 
-class Compiler(Protocol):
-    """Where compiled code comes from: compile.py, or a stand-in in tests."""
-
-    def poll(self, idle: bool) -> tuple[Bucket, Code] | None:
-        """Code that has become available since the last call, or None. Takes its time only when `idle`."""
-
-    def state(self) -> CompileState: ...
-
-    def close(self) -> None:
-        """Stop what runs beside the model thread."""
+def hidden(model: nn.Module, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
+    """The last hidden state of transformers' modules, [rows, n, hidden], after ids at positions, both [rows, n]."""
+    return model.model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=cache.mask(), use_cache=True
+    ).last_hidden_state
 
 
 class Runner:
-    """A loaded model over KV slots.
-
-    Raises whatever torch raises; a failed `step` has changed no row's state and may be tried again.
-    """
+    """A loaded model over KV slots. A `step` that raises has changed no row's state and may be tried again."""
 
     def __init__(
         self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]
@@ -82,7 +77,7 @@ class Runner:
         self.slots, self.context = slots, context
         self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device, whole=not plan.kernels)
         self.rows = Rows.empty(slots, model.config.vocab_size, device)
-        self.compiler: Compiler | None = None
+        self.compiler: ThreadCompiler | None = None
         self.compiled: dict[Bucket, Code] = {}
         self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
         self._slots = torch.arange(slots, device=device)
@@ -144,23 +139,25 @@ class Runner:
 
         At least as many as the last of `active`, which alone advance; the others' entries mean nothing.
         """
-        self._mark_active(tuple(active))
+        if tuple(active) != self._active:
+            self._active = tuple(active)
+            self.rows.active.fill_(False)
+            self.rows.active[list(active)] = True
         return (self._step_by_kernels if self.plan.kernels else self._step_by_torch)(active)
 
     def _step_by_kernels(self, active: Sequence[int]) -> list[int | None]:
         rows = self._views[max(active) + 1]
         slot, last = self._slots[: len(rows.position)], torch.where(rows.active, rows.position, 0)
-        logits = self.model.lm_head(
-            self.hidden_states(rows.ids[:, 0], slot, rows.position, last), self.model.model.norm
-        )
+        states = self.hidden_states(rows.ids[:, 0], slot, rows.position, last)
+        logits = self.model.lm_head(states, self.model.model.norm)
         tokens = choose_by_kernel(logits, rows)
         torch.ops.slots.advance(rows.ids, rows.position, rows.active, rows.seen, tokens)
         return [token if token >= 0 else None for token in tokens.tolist()]
 
     def _step_by_torch(self, active: Sequence[int]) -> list[int | None]:
         need = Bucket(max(active) + 1, pages_for(int(self.rows.position[list(active)].max()) + 1))
-        bucket = min((bucket for bucket in self.compiled if bucket.covers(need)), default=None)
-        rows = self._views[(bucket or need).rows]
+        bucket = min((b for b in self.compiled if b.rows >= need.rows and b.pages >= need.pages), default=need)
+        rows = self._views[bucket.rows]
         eager = make_step(need.pages * PAGE)
         tokens, finite, logits = self._try(bucket, eager, self.model, *self.kv.tensors, *rows.tensors())
         if not self._unfiltered.isdisjoint(active):
@@ -169,15 +166,13 @@ class Runner:
         advance(rows, tokens, finite)
         return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
 
-    def hidden_states(
-        self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, last: torch.Tensor
-    ) -> torch.Tensor:
+    def hidden_states(self, ids: Tensor, slot: Tensor, position: Tensor, last: Tensor) -> Tensor:
         """The last hidden states by this project's kernels, before the last norm: [n, hidden]."""
-        body, bucket = self.model.model, ONE if len(ids) == 1 else MANY
+        body = self.model.model
         x = body.embed_tokens(ids)
         cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
         given = (body.layers, x, cos, sin, *self.kv.tensors, slot, position, last)
-        return self._try(bucket if bucket in self.compiled else None, through_layers, *given)
+        return self._try(ONE if len(ids) == 1 else MANY, through_layers, *given)
 
     @torch.inference_mode()
     def swap(self, a: int, b: int, tokens: int) -> None:
@@ -190,8 +185,9 @@ class Runner:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Wipe the KV of a slot whose numbers went wrong."""
-        self.kv.clear(slot)
+        """Zero the KV of a slot whose numbers went wrong: a masked NaN is still NaN."""
+        for tensor in (*self.kv.keys, *self.kv.values):
+            tensor[:, slot] = 0
 
     @torch.inference_mode()
     def load_compiled(self, idle: bool) -> bool:
@@ -204,11 +200,9 @@ class Runner:
 
     def compile_state(self) -> tuple[int, int]:
         """How many buckets are served by compiled code, and how many stay eager because compiling failed."""
-        state = self._compile_state()
-        return len(self.compiled) - state.uncompiled, self._broken + state.failed
-
-    def _compile_state(self) -> CompileState:
-        return self.compiler.state() if self.compiler else CompileState(0, 0)
+        compiler = self.compiler
+        uncompiled, failed = (len(compiler.uncompiled), compiler.failed) if compiler else (0, 0)
+        return len(self.compiled) - uncompiled, self._broken + failed
 
     def close(self) -> None:
         """Stop what runs beside the model thread, and free the memory. Nothing else may be called afterwards."""
@@ -224,21 +218,16 @@ class Runner:
 
     def details(self) -> dict[str, str | int]:
         """What /readyz tells about the engine; touches no tensor, for other threads ask."""
-        done, failures = self.compile_state()
-        return self._facts | {"compiled": f"{done}/{self._compile_state().wanted}", "compile_failures": failures}
+        (done, failures), compiler = self.compile_state(), self.compiler
+        wanted = len(compiler.wanted) if compiler else 0
+        return self._facts | {"compiled": f"{done}/{wanted}", "compile_failures": failures}
 
-    def _mark_active(self, active: tuple[int, ...]) -> None:
-        if active != self._active:
-            self.rows.active.fill_(False)
-            self.rows.active[list(active)] = True
-            self._active = active
-
-    def _try(self, bucket: Bucket | None, eager: Code, *arguments: object) -> Any:
+    def _try(self, bucket: Bucket, eager: Code, *arguments: object) -> Any:
         """What `bucket`'s compiled code computes; or `eager`, where there is none.
 
         When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.
         """
-        if bucket is None:
+        if bucket not in self.compiled:
             return eager(*arguments)
         try:
             return self.compiled[bucket](*arguments)

@@ -1,10 +1,10 @@
 """One batched sampling step: every row by its own rules, none by its neighbours'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+from torch import Tensor
 
 from model.types import Sampling
 
@@ -21,19 +21,19 @@ class Rows:
     temperature, top_p, penalty float32 [slots]; top_k, key int64 [slots]; seen bool [slots, vocabulary].
     """
 
-    ids: torch.Tensor
-    position: torch.Tensor
-    active: torch.Tensor
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    top_k: torch.Tensor
-    penalty: torch.Tensor
-    key: torch.Tensor
-    seen: torch.Tensor
+    ids: Tensor
+    position: Tensor
+    active: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    penalty: Tensor
+    key: Tensor
+    seen: Tensor
 
     @classmethod
-    def empty(cls, slots: int, vocabulary: int, device: str) -> Rows:
-        def full(value: float, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    def empty(cls, slots: int, vocabulary: int, device: str) -> Self:
+        def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.full((slots, *shape), value, dtype=dtype, device=device)
 
         return cls(
@@ -48,18 +48,18 @@ class Rows:
             seen=full(0, torch.bool, vocabulary),
         )
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
 
-    def first(self, count: int) -> Rows:
+    def first(self, count: int) -> Self:
         """Views of the first `count` slots."""
-        return Rows(*(tensor[:count] for tensor in self.tensors()))
+        return type(self)(*(tensor[:count] for tensor in self.tensors()))
 
     def swap(self, a: int, b: int) -> None:
         for tensor in self.tensors():
             tensor[[a, b]] = tensor[[b, a]]
 
-    def assign(self, slot: int, sampling: Sampling, seed: int, prompt: torch.Tensor) -> None:
+    def assign(self, slot: int, sampling: Sampling, seed: int, prompt: Tensor) -> None:
         """Give a slot its request's rules. prompt int64 [n]: tokens that the repetition penalty counts as seen."""
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p
@@ -70,7 +70,7 @@ class Rows:
         self.seen[slot, prompt] = True
 
 
-def choose(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+def choose(logits: Tensor, rows: Rows) -> Tensor:
     """The next token of each row: logits float32 [rows, vocabulary] -> int64 [rows].
 
     Greedy where temperature is 0. Else softmax(logits / temperature) cut to top_k, then to top_p (the smallest set of
@@ -84,33 +84,37 @@ def choose(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.where(rows.temperature == 0, greedy, drawn[:, 0])
 
 
-def choose_by_kernel(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+def choose_by_kernel(logits: Tensor, rows: Rows) -> Tensor:
     """As `choose`, by this project's kernel; -1 for a row whose logits are not all finite.
 
     A row with neither top_k nor top_p is drawn from the whole vocabulary.
     """
     given = (rows.position, rows.temperature, rows.top_p, rows.top_k, rows.penalty, rows.key, rows.seen)
-    tokens: torch.Tensor = torch.ops.slots.choose(logits.contiguous(), *given)
-    return tokens
+    return torch.ops.slots.choose(logits.contiguous(), *given)
 
 
-def choose_unfiltered(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """As `choose`, for rows with neither top_k nor top_p: drawn from the whole vocabulary. Too slow for every step.
-
-    The kernel does so itself.
-    """
+def choose_unfiltered(logits: Tensor, rows: Rows) -> Tensor:
+    """As `choose`, for rows with neither top_k nor top_p: drawn from the whole vocabulary. Too slow for every step."""
     tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     scaled = penalise(logits, rows) / rows.temperature.clamp(min=1e-4)[:, None]
     return (scaled + gumbel(rows.key[:, None], rows.position[:, None], tokens)).argmax(-1)
 
 
-def penalise(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+def advance(rows: Rows, tokens: Tensor, finite: Tensor) -> None:
+    """Make each active, finite row's new token its next input, seen from now on."""
+    moving = rows.active & finite
+    rows.ids.copy_(torch.where(moving, tokens, rows.ids[:, 0])[:, None])
+    rows.position.add_(moving)
+    rows.seen.scatter_(1, rows.ids, rows.seen.gather(1, rows.ids) | moving[:, None])
+
+
+def penalise(logits: Tensor, rows: Rows) -> Tensor:
     """Repetition penalty of CTRL (Keskar et al. 2019), as transformers applies it: to prompt and answer alike."""
     penalty = rows.penalty[:, None]
     return torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def top_candidates(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The CANDIDATES largest logits of each row, descending, and their tokens.
 
     Exact, in two levels: the k largest numbers lie in at most k blocks, and those blocks have the k largest maxima.
@@ -126,7 +130,7 @@ def top_candidates(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, best.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
 
 
-def kept(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+def kept(values: Tensor, rows: Rows) -> Tensor:
     """Which candidates (descending, [rows, k]) top_k and top_p leave in; the first always stays."""
     rank = torch.arange(values.shape[1], device=values.device)
     in_top_k = (rank < rows.top_k[:, None]) | (rows.top_k == 0)[:, None]
@@ -135,7 +139,7 @@ def kept(values: torch.Tensor, rows: Rows) -> torch.Tensor:
     return in_top_k & ((before < rows.top_p[:, None]) | (rank == 0))
 
 
-def gumbel(key: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def gumbel(key: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, a pure function of (row's key, position, token): the same in any batch, on any day."""
     hashed = _mix(_mix(key ^ position) ^ tokens)
     uniform = ((hashed >> 9).float() + 0.5) * 2.0**-23  # 24 significant bits: never 0, never 1
@@ -147,7 +151,7 @@ def mix_seed(seed: int) -> int:
     return int(_mix(_mix(torch.tensor(seed & _LOW)) ^ torch.tensor(seed >> 32 & _LOW)))
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: Tensor) -> Tensor:
     """32-bit integer hash held in int64; shifts and multipliers from the hash-prospector project (bias 0.107).
 
     Both multipliers are below 2^31, so that no product overflows int64.

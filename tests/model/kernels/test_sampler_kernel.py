@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from model.runtime.sampler import Rows, choose, choose_by_kernel, choose_unfiltered
-from model.runtime.step import advance
+from model.runtime.sampler import Rows, advance, choose, choose_by_kernel, choose_unfiltered
 from model.types import Sampling
 
 pytestmark = pytest.mark.usefixtures("kernels")

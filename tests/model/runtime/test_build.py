@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.runtime import build
-from model.runtime.build import Room, fit, try_out
+from model.runtime.build import fit, try_out
 from model.runtime.linear import Plan
 from model.runtime.runner import Runner
 from model.weights.catalogue import ModelError, find
@@ -23,20 +23,20 @@ from tests.model.tiny import tiny_model
 TOKEN = 512
 
 
-def room(monkeypatch: pytest.MonkeyPatch, available: int, **settings: int) -> Room:
+def room(monkeypatch: pytest.MonkeyPatch, available: int, **settings: int) -> tuple[int, int]:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     return fit(Settings(**settings), tiny_model().config, torch.float32, "cpu")  # type: ignore[arg-type]
 
 
 def test_settings_and_model_bound_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert room(monkeypatch, 1 << 40) == Room(16, 1024)  # the model's own context
-    assert room(monkeypatch, 1 << 40, slots=3, max_context=300) == Room(3, 300)
+    assert room(monkeypatch, 1 << 40) == (16, 1024)  # the model's own context
+    assert room(monkeypatch, 1 << 40, slots=3, max_context=300) == (3, 300)
 
 
 def test_slots_give_way_before_context(monkeypatch: pytest.MonkeyPatch) -> None:
     half = 2 * TOKEN * 1024  # half of the available memory is for KV
-    assert room(monkeypatch, half * 9) == Room(8, 1024)  # a power of two: compiled steps depend on it
-    assert room(monkeypatch, half // 2) == Room(1, 512)
+    assert room(monkeypatch, half * 9) == (8, 1024)  # a power of two: compiled steps depend on it
+    assert room(monkeypatch, half // 2) == (1, 512)
 
 
 def test_too_little_memory_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
