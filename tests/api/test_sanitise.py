@@ -259,6 +259,13 @@ def test_text_without_tags_is_unchanged(text: str) -> None:
     assert [sanitise(text, policy) for policy in POLICIES] == [(text, 0)] * len(POLICIES)
 
 
+def seconds(text: str, policy: Policy) -> float:
+    """Of this thread's time."""
+    started = time.thread_time()
+    sanitise(text, policy)
+    return time.thread_time() - started
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     "piece",
@@ -269,22 +276,20 @@ def test_text_without_tags_is_unchanged(text: str) -> None:
     ],
 )  # fmt: skip
 def test_hostile_text_costs_linear_time(piece: str, policy: Policy) -> None:
-    text = piece * (250_000 // len(piece))
-    started = time.process_time()
-    sanitise(text, policy)
-    assert time.process_time() - started < 0.5
+    short, long = (min(seconds(piece * (size // len(piece)), policy) for _ in range(3)) for size in (50_000, 200_000))
+    assert long < 8 * short + 0.01  # 4 times as long where it is linear, 16 where it is quadratic
 
 
 @pytest.mark.parametrize("piece", ["<b<b<b<b aN=1>>>>", "<!--", "<div class=a><p>text</p></div>\n"])
 def test_a_hostile_megabyte_takes_less_than_a_second(piece: str) -> None:
     text = piece * (1_000_000 // len(piece))
-    started = time.process_time()
+    started = time.thread_time()
     sanitise(text, "active")
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_many_different_tags_cost_no_more_than_the_same_one() -> None:
     text = "".join(f"<x{number} onclick={number}><form a{number}>" for number in range(30_000))
-    started = time.process_time()
+    started = time.thread_time()
     assert sanitise(text, "strip") == ("\n" * 30_000, 60_000)
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
