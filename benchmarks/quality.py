@@ -72,7 +72,7 @@ class Served:
         if runner.plan.kernels:
             slot, place = torch.arange(rows).repeat_interleave(n), places.flatten()
             states = runner.hidden_states(input_ids.flatten(), slot, place, place)
-            logits = runner.model.lm_head(states, runner.model.model.norm).view(rows, n, -1)
+            logits = runner.model.lm_head(runner.model.model.norm(states)).view(rows, n, -1)
         else:
             states = hidden(runner.model, SlotCache(runner.kv.tensors, 0, places, start + n), input_ids, places)
             logits = runner.model.lm_head(states)

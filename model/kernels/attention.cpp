@@ -4,7 +4,6 @@
 // in decoding, has the same bits in any batch; tokens of one prompt share the work of reading their columns.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -143,6 +142,8 @@ void attend_rows(const float* qkv, const float* cos, const float* sin, T* keys, 
   });
 }
 
+}  // namespace
+
 // qkv float32 [rows, (heads + 2 kv_heads) * d], d a multiple of 16: a token's queries, keys and values; cos, sin float32
 // [rows, d]; keys, values [pages, slots, kv_heads, size, d] in float32 or bfloat16, size a multiple of 64; slot,
 // position, last int64 [rows]. Row i's KV is written at position[i] of slot[i], of all rows first; then it sees columns
@@ -152,7 +153,7 @@ Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor ke
   thread_local std::vector<float> queries;
   const Pages pages(keys);
   const int64_t rows = qkv.size(0), heads = qkv.size(1) / pages.d - 2 * pages.heads;
-  Tensor result = torch::stable::new_empty(qkv, {rows, heads * pages.d});
+  Tensor result = empty(qkv, rows, heads * pages.d);
   queries.resize(std::max<size_t>(queries.size(), rows * heads * pages.d));
   const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
   const auto whole = [](const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); };
@@ -167,8 +168,6 @@ Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor ke
     run(floats(keys), floats(values));
   return result;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
   m.def(

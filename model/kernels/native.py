@@ -89,5 +89,5 @@ def _register(library: Path) -> None:
         lambda qkv, cos, sin, keys, *_: qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[4])),
     )
     fake("slots::packed_product", lambda x, matrix, *_: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
-    fake("slots::feed_forward", lambda x, *_: torch.empty_like(x))
+    fake("slots::layer", lambda x, *_: torch.empty_like(x))
     fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

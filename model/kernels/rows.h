@@ -1,6 +1,8 @@
-// Which threads go over the rows of an input.
+// What the kernels' files have in common: which threads go over the rows of an input, where results go, and attention.
 
 #pragma once
+
+#include <torch/csrc/stable/tensor.h>
 
 #include "pool.h"
 
@@ -16,4 +18,22 @@ void each(int64_t count, int64_t grain, const One& one) {
   });
 }
 
+// A new tensor [rows, columns] of the kind that `like` is. 1 us; torch::stable::new_empty looks its operator up by name
+// each time, in 9, and a step makes 120.
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  int32_t dtype;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+
 }  // namespace
+
+// slots::attend, of attention.cpp.
+torch::stable::Tensor attend(const torch::stable::Tensor& qkv, const torch::stable::Tensor& cos,
+                             const torch::stable::Tensor& sin, torch::stable::Tensor keys, torch::stable::Tensor values,
+                             const torch::stable::Tensor& slot, const torch::stable::Tensor& position,
+                             const torch::stable::Tensor& last, double scale);

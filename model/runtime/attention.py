@@ -46,7 +46,7 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
 
 
 class KernelLayer(nn.Module):
-    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 in four calls of this project's kernels, a token a row."""
+    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 by this project's kernels, a token a row."""
 
     def __init__(self, layer: nn.Module, chosen: Plan) -> None:
         """Raises ValueError for a layer that does more than is known here."""
@@ -60,28 +60,27 @@ class KernelLayer(nn.Module):
         self.heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
         self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj], chosen), join([mlp.down_proj], chosen)
         self.act, self.norms = mlp.act_fn, nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
-        packed = all(isinstance(each, PackedLinear) and each.bias is None for each in (self.gate_up, self.down))
-        self.whole = packed and isinstance(self.act, SiLUActivation)
+        packed = all(isinstance(each, PackedLinear) for each in (self.qkv, self.out, self.gate_up, self.down))
+        plain = not any(each.bias is not None for each in (self.out, self.gate_up, self.down))
+        self.whole = packed and plain and isinstance(self.act, SiLUActivation)  # slots::layer computes all of it
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-        slot: Tensor, position: Tensor, last: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """x float32 [n, hidden]; cos, sin [n, d]; keys, values a layer's; the rest as in `through_layers`."""
-        qkv = self.qkv(x, self.norms[0])
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *at: Tensor) -> Tensor:
+        """x float32 [n, hidden]; cos, sin [n, d]; at: this layer's keys and values, the rest as in `through_layers`."""
+        before, after = self.norms
+        if self.whole:
+            query, key = (norm.weight for norm in self.head_norms) if self.head_norms else (None, None)
+            matrices = (each.matrix for each in (self.qkv, self.out, self.gate_up, self.down))
+            weights = before.weight, after.weight, *matrices, self.qkv.bias, query, key
+            return torch.ops.slots.layer(x, cos, sin, *at, self.scaling, before.variance_epsilon, *weights)
+        qkv = self.qkv(before(x))
         if self.head_norms:  # Qwen3 normalises each head of queries and keys
             *parts, v = qkv.split(self.heads, -1)
             q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
                     for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
             qkv = torch.cat([q, k, v], -1)
-        attended = torch.ops.slots.attend(qkv, cos, sin, keys, values, slot, position, last, self.scaling)
-        x = self.out(attended, add=x)
-        norm = self.norms[1]
-        if self.whole:
-            weights = self.gate_up.matrix, self.down.matrix, norm.weight
-            return torch.ops.slots.feed_forward(x, *weights, norm.variance_epsilon)
-        gate, up = self.gate_up(x, norm).chunk(2, -1)
-        return self.down((self.act(gate) * up).contiguous(), add=x)
+        x = x + self.out(torch.ops.slots.attend(qkv, cos, sin, *at, self.scaling))
+        gate, up = self.gate_up(after(x)).chunk(2, -1)
+        return x + self.down((self.act(gate) * up).contiguous())
 
 
 def through_layers(

@@ -40,16 +40,15 @@ def plan(device: str, quantization: str, kernels: bool) -> Plan:
 
 
 class DenseLinear(nn.Module):
-    """weight float [rows, k], bias float [rows] or None, with PackedLinear's way of being called."""
+    """weight float [rows, k], bias float [rows] or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
-        y = nn.functional.linear(x if norm is None else norm(x), self.weight, self.bias)
-        return y if add is None else y + add
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -87,17 +86,10 @@ class PackedLinear(nn.Module):
         codes = (blocks * (_STEPS / scales.clamp(min=1e-30))[..., None]).round() + _OFFSET
         return cls(codes.to(torch.uint8).view(weight.shape), scales, halves=False)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
-        """x float32 [n, k] -> float32 [n, rows]: normalised by `norm` (an RMSNorm) before, `add` [n, rows] to it."""
-        if self.bias is not None:
-            add = self.bias if add is None else add + self.bias
-        whole = self.rows % LANES == 0
-        weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
-        y = torch.ops.slots.packed_product(x, self.matrix, weight, epsilon, add if whole else None)
-        if whole:
-            return y
-        y = y[:, : self.rows]
-        return y.contiguous() if add is None else y + add
+    def forward(self, x: Tensor) -> Tensor:
+        """x float32 [n, k] -> float32 [n, rows]."""
+        y = torch.ops.slots.packed_product(x, self.matrix)[:, : self.rows].contiguous()
+        return y if self.bias is None else y + self.bias
 
 
 def join(parts: list[nn.Linear], chosen: Plan) -> PackedLinear | DenseLinear:

@@ -149,7 +149,7 @@ class Runner:
         rows = self._views[max(active) + 1]
         slot, last = self._slots[: len(rows.position)], torch.where(rows.active, rows.position, 0)
         states = self.hidden_states(rows.ids[:, 0], slot, rows.position, last)
-        logits = self.model.lm_head(states, self.model.model.norm)
+        logits = self.model.lm_head(self.model.model.norm(states))
         tokens = choose_by_kernel(logits, rows)
         torch.ops.slots.advance(rows.ids, rows.position, rows.active, rows.seen, tokens)
         return [token if token >= 0 else None for token in tokens.tolist()]

@@ -118,8 +118,8 @@ def test_what_was_compiled_is_found_by_a_later_start(inductor_cache: Path, tmp_p
     code = (
         "import sys, torch; from pathlib import Path; from model.kernels import native; from settings import Settings;"
         "from model.runtime.compile import compiler_for, compiled, buckets;"
-        "from tests.model.runtime.test_runner import PACKED, runner; assert native.load(Path(sys.argv[1]));"
-        "engine = runner('Qwen3ForCausalLM', plan=PACKED);"
+        "from tests.model.runtime.test_runner import KERNELS, runner; assert native.load(Path(sys.argv[1]));"
+        "engine = runner('Qwen3ForCausalLM', plan=KERNELS);"
         "compiler_for(engine, Settings(data_dir=Path(sys.argv[2])));"
         "[compiled(engine, bucket) for bucket in buckets(engine)]"
     )
