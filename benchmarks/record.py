@@ -28,7 +28,20 @@ from benchmarks.worker import ROOT
 from settings import Settings
 
 HERE = ROOT / "benchmarks"
-MEASURED = ("model", "api", "store", "security", "app.py", "settings.py", "telemetry.py", "gunicorn.conf.py")
+MEASURED = (
+    "model",
+    "api",
+    "accounts",
+    "audit",
+    "cache",
+    "quotas",
+    "app.py",
+    "crypto.py",
+    "db.py",
+    "settings.py",
+    "telemetry.py",
+    "gunicorn.conf.py",
+)
 MEASURING = ("engines", "ours", "llama", "load", "servers")  # besides the row itself
 SOURCES = {".py", ".cpp", ".h"}
 BUSY = 20.0  # percent of all cores that others may use before it is said
