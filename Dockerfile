@@ -2,7 +2,7 @@
 # The root file system may be mounted read-only, with a tmpfs on /tmp.
 FROM python:3.11.13-slim-bookworm
 
-# torch.compile (on a CPU) and Triton (on a GPU) call a compiler at run time, not only here.
+# The CPU kernels (on a CPU) and Triton (on a GPU) call a compiler at run time, not only here.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \

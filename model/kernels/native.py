@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch._inductor import config
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def load(folder: Path) -> bool:
         if not library.exists():
             _log.info("building the CPU kernels, once for this processor")
             _build(library)
-        _register(library)
+        torch.ops.load_library(library)
         _loaded = True
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
@@ -64,7 +63,7 @@ def _build(library: Path) -> None:
     """Raises OSError without a compiler or a writable folder, SubprocessError when compiling fails."""
     begin = time.monotonic()
     library.parent.mkdir(parents=True, exist_ok=True)
-    compiler = str(config.cpp.cxx[1])
+    compiler = os.environ.get("CXX") or "g++"
     with tempfile.TemporaryDirectory(dir=library.parent) as place, ThreadPoolExecutor() as pool:
         objects = {source: Path(place) / f"{source.stem}.o" for source in _HERE.glob("*.cpp")}
         commands = [[compiler, *_FLAGS, f"-I{_TORCH / 'include'}", "-c", source, "-o", made]
@@ -78,16 +77,3 @@ def _build(library: Path) -> None:
 
 def _run(command: list[str | Path]) -> None:
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300)  # usually 5
-
-
-def _register(library: Path) -> None:
-    """Load the operators, and tell torch.compile the shapes of their results."""
-    torch.ops.load_library(library)
-    fake = torch.library.register_fake
-    fake(
-        "slots::attend",
-        lambda qkv, cos, sin, keys, *_: qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[4])),
-    )
-    fake("slots::packed_product", lambda x, matrix, *_: x.new_empty((x.shape[0], matrix.shape[0] * LANES)))
-    fake("slots::layer", lambda x, *_: torch.empty_like(x))
-    fake("slots::choose", lambda logits, position, *_: torch.empty_like(position))

@@ -46,7 +46,9 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
 
 
 class KernelLayer(nn.Module):
-    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 by this project's kernels, a token a row."""
+    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 by this project's kernels; one call if all is packed."""
+
+    operands: tuple[object, ...] = ()  # what slots::layer takes beside tokens and KV
 
     def __init__(self, layer: nn.Module, chosen: Plan) -> None:
         """Raises ValueError for a layer that does more than is known here."""
@@ -60,41 +62,30 @@ class KernelLayer(nn.Module):
         self.heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
         self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj], chosen), join([mlp.down_proj], chosen)
         self.act, self.norms = mlp.act_fn, nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
-        packed = all(isinstance(each, PackedLinear) for each in (self.qkv, self.out, self.gate_up, self.down))
-        plain = not any(each.bias is not None for each in (self.out, self.gate_up, self.down))
-        self.whole = packed and plain and isinstance(self.act, SiLUActivation)  # slots::layer computes all of it
+        joined = self.qkv, self.out, self.gate_up, self.down
+        whole = all(isinstance(each, PackedLinear) for each in joined) and isinstance(self.act, SiLUActivation)
+        if whole and not any(each.bias is not None for each in joined[1:]):
+            weights = [*(norm.weight.data for norm in self.norms), *(each.matrix for each in joined), self.qkv.bias]
+            heads = [norm.weight.data for norm in self.head_norms] or [None, None]
+            self.operands = self.scaling, layer.input_layernorm.variance_epsilon, *weights, *heads
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *at: Tensor) -> Tensor:
-        """x float32 [n, hidden]; cos, sin [n, d]; at: this layer's keys and values, the rest as in `through_layers`."""
-        before, after = self.norms
-        if self.whole:
-            query, key = (norm.weight for norm in self.head_norms) if self.head_norms else (None, None)
-            matrices = (each.matrix for each in (self.qkv, self.out, self.gate_up, self.down))
-            weights = before.weight, after.weight, *matrices, self.qkv.bias, query, key
-            return torch.ops.slots.layer(x, cos, sin, *at, self.scaling, before.variance_epsilon, *weights)
-        qkv = self.qkv(before(x))
+        """x float32 [n, hidden], a token a row, of any slots -> the same shape; cos, sin float32 [n, d].
+
+        at: this layer's keys and values; slot, position int64 [n], where a row's KV is written; last int64 [n], the
+        last column that it sees. Changes nothing else, so that it can be tried again.
+        """
+        if self.operands:
+            return torch.ops.slots.layer.default(x, cos, sin, *at, *self.operands)
+        qkv = self.qkv(self.norms[0](x))
         if self.head_norms:  # Qwen3 normalises each head of queries and keys
             *parts, v = qkv.split(self.heads, -1)
             q, k = (norm(part.unflatten(-1, (-1, self.width))).flatten(-2)
                     for norm, part in zip(self.head_norms, parts, strict=True))  # fmt: skip
             qkv = torch.cat([q, k, v], -1)
         x = x + self.out(torch.ops.slots.attend(qkv, cos, sin, *at, self.scaling))
-        gate, up = self.gate_up(after(x)).chunk(2, -1)
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
         return x + self.down((self.act(gate) * up).contiguous())
-
-
-def through_layers(
-    layers: nn.ModuleList, x: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor],
-    slot: Tensor, position: Tensor, last: Tensor,
-) -> Tensor:  # fmt: skip
-    """What KernelLayers make of tokens of any slots, one a row: x float32 [n, hidden] -> the same shape.
-
-    slot, position: int64 [n], where a row's KV is written; last: int64 [n], the last column that it sees. Changes
-    nothing else, so that it can be tried again.
-    """
-    for layer, key, value in zip(layers, keys, values, strict=True):
-        x = layer(x, cos, sin, key, value, slot, position, last)
-    return x
 
 
 def use_kernels(model: nn.Module, chosen: Plan) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.engine.scheduler import Chunk
-from model.runtime.attention import ATTENTION, look_up_positions, through_layers, use_kernels
+from model.runtime.attention import ATTENTION, look_up_positions, use_kernels
 from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for
 from model.runtime.linear import Plan, dequantise
 from model.runtime.sampler import Rows, advance, choose, choose_by_kernel, choose_unfiltered
@@ -20,24 +20,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Code = Callable[..., Any]  # `through_layers` or what `make_step` returns, as it is or compiled
+Step = Callable[..., Any]  # what `make_step` returns, as it is, compiled or recorded
 
 
 class Bucket(NamedTuple):
-    """What compiled code is for: a decode step of PyTorch's kernels over the first `rows` slots and `pages` pages.
-
-    By this project's kernels pages are 0 and rows 1, or 2 for any number above 1: a step or a chunk.
-    """
+    """What a compiled step is for: the first `rows` slots, and `pages` pages of columns."""
 
     rows: int
     pages: int
 
 
-ONE, MANY = Bucket(1, 0), Bucket(2, 0)
-
-
-def make_step(columns: int) -> Code:
-    """The decode step of transformers' modules and PyTorch's attention over `columns` columns.
+def make_step(pages: int) -> Step:
+    """The decode step of transformers' modules and PyTorch's attention over `pages` pages of columns.
 
     step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
     Writes one token's KV a row and changes nothing else, so that it can be tried again.
@@ -46,7 +40,7 @@ def make_step(columns: int) -> Code:
     def step(model: nn.Module, keys: list[Tensor], values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         rows = Rows(*tensors)
         positions = rows.position[:, None]
-        cache = SlotCache((keys, values), 0, positions, columns)
+        cache = SlotCache((keys, values), 0, positions, pages * PAGE)
         logits = model.lm_head(hidden(model, cache, rows.ids, positions))[:, -1].float()
         return choose(logits, rows), logits.isfinite().all(-1), logits
 
@@ -78,7 +72,8 @@ class Runner:
         self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device, whole=not plan.kernels)
         self.rows = Rows.empty(slots, model.config.vocab_size, device)
         self.compiler: ThreadCompiler | None = None
-        self.compiled: dict[Bucket, Code] = {}
+        self.compiled: dict[Bucket, Step] = {}
+        self._layers = [layer.forward for layer in model.model.layers]
         self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
         self._slots = torch.arange(slots, device=device)
         self._unfiltered: set[int] = set()
@@ -158,7 +153,7 @@ class Runner:
         need = Bucket(max(active) + 1, pages_for(int(self.rows.position[list(active)].max()) + 1))
         bucket = min((b for b in self.compiled if b.rows >= need.rows and b.pages >= need.pages), default=need)
         rows = self._views[bucket.rows]
-        eager = make_step(need.pages * PAGE)
+        eager = make_step(need.pages)
         tokens, finite, logits = self._try(bucket, eager, self.model, *self.kv.tensors, *rows.tensors())
         if not self._unfiltered.isdisjoint(active):
             free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
@@ -171,8 +166,9 @@ class Runner:
         body = self.model.model
         x = body.embed_tokens(ids)
         cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
-        given = (body.layers, x, cos, sin, *self.kv.tensors, slot, position, last)
-        return self._try(ONE if len(ids) == 1 else MANY, through_layers, *given)
+        for layer, keys, values in zip(self._layers, *self.kv.tensors, strict=True):
+            x = layer(x, cos, sin, keys, values, slot, position, last)
+        return x
 
     @torch.inference_mode()
     def swap(self, a: int, b: int, tokens: int) -> None:
@@ -209,7 +205,7 @@ class Runner:
         if self.compiler:
             self.compiler.close()
         self.compiler = None  # it holds the model, too
-        del self.model, self.kv, self.rows, self._views
+        del self.model, self.kv, self.rows, self._views, self._layers
         self.compiled.clear()
         gc.unfreeze()
         gc.collect()
@@ -222,7 +218,7 @@ class Runner:
         wanted = len(compiler.wanted) if compiler else 0
         return self._facts | {"compiled": f"{done}/{wanted}", "compile_failures": failures}
 
-    def _try(self, bucket: Bucket, eager: Code, *arguments: object) -> Any:
+    def _try(self, bucket: Bucket, eager: Step, *arguments: object) -> Any:
         """What `bucket`'s compiled code computes; or `eager`, where there is none.
 
         When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor import config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from model.kernels import native
@@ -19,7 +18,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """As in a new process; what would be loaded is noted, for a process can register an operator only once."""
     loaded: list[Path] = []
     monkeypatch.setattr(native, "_loaded", False)
-    monkeypatch.setattr(native, "_register", loaded.append)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     return loaded
 
 
@@ -141,20 +140,24 @@ def test_what_was_built_is_found_again(
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_without_a_compiler_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
-        assert not native.load(tmp_path)
+def test_without_a_compiler_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert not native.load(tmp_path)
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 1 and "/no/such/compiler" in said[0] and "apt install g++" in said[0]
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiler_that_fails_is_quoted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'no space left for this' >&2\nexit 1\n")
     broken.chmod(0o700)
-    with config.patch({"cpp.cxx": (None, str(broken))}):
-        assert not native.load(tmp_path / "compiled")
+    monkeypatch.setenv("CXX", str(broken))
+    assert not native.load(tmp_path / "compiled")
     assert "no space left for this" in caplog.text
     assert list((tmp_path / "compiled").iterdir()) == []  # nothing half made is left
 

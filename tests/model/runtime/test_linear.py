@@ -161,10 +161,9 @@ def test_a_layer_in_one_call_is_its_steps(architecture: str, count: int) -> None
     runner = Runner(tiny_model(architecture), PACKED, 1, 256, "cpu", frozenset())
     body, (keys, values) = runner.model.model, runner.kv.tensors
     layer, position = body.layers[1], torch.arange(count)
-    for norm in (*layer.norms, *layer.head_norms):
-        norm.weight.data = torch.rand_like(norm.weight) + 0.5
-    if layer.qkv.bias is not None:
-        layer.qkv.bias = torch.randn_like(layer.qkv.bias)
+    for weight in (*(norm.weight.data for norm in (*layer.norms, *layer.head_norms)), layer.qkv.bias):
+        if weight is not None:
+            weight.copy_(torch.rand_like(weight) + 0.5)
 
     def computed(x: torch.Tensor) -> torch.Tensor:
         at = position[: len(x)]
@@ -176,13 +175,12 @@ def test_a_layer_in_one_call_is_its_steps(architecture: str, count: int) -> None
 
     with torch.inference_mode():
         x = inputs(count, runner.model.config.hidden_size)
-        assert layer.whole
-        whole = computed(x)
+        operands, whole = layer.operands, computed(x)
         assert torch.equal(computed(x[:1]), whole[:1])  # whatever shares the batch
-        layer.whole = False
+        layer.operands = ()
         torch.testing.assert_close(whole, computed(x), rtol=1e-3, atol=2e-2)
         if count > 3:
-            layer.whole, x[3, 7] = True, torch.nan
+            layer.operands, x[3, 7] = operands, torch.nan
             assert computed(x)[:4].isfinite().all(-1).tolist() == [True, True, True, False]
 
 
@@ -194,7 +192,7 @@ def test_packed_layers_answer_like_the_dense_model(architecture: str, change: di
     dense, packed = (Runner(tiny_model(architecture, **change), plan, 1, 256, "cpu", frozenset())
                      for plan in (Plan("dense", torch.float32, torch.float32), PACKED))  # fmt: skip
     assert [name for name, layer in packed.model.named_modules() if isinstance(layer, nn.Linear)] == []
-    assert packed.model.model.layers[0].whole == (not change)
+    assert bool(packed.model.model.layers[0].operands) == (not change)
     outputs = []
     for each in (dense, packed):
         each.prefill([(0, [5, 90, 17], 0)])
