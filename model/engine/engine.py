@@ -1,4 +1,4 @@
-"""The model thread: load, admit, prefill, step, time out, recover, stop; and the watchdog beside it."""
+"""The model thread: load, admit, prefill, step, time out, recover, stop; and the watchdog that starts and ends it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ RETRY_LOAD_AFTER = 30.0  # seconds between a failed load and the next try, so th
 STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a step, or a load, cannot be cut short
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
 SILENT_AFTER = 60.0  # seconds without a turn of the loop, of which a chunk takes one at most; a load is not watched
+_SILENCE = f"no step for {SILENT_AFTER:.0f} seconds"
 LOOK_EVERY = 0.5  # seconds between two looks of the watchdog
 
 _stopping = partial(ModelUnavailable, "the service is stopping", code="stopping", retry_after=5)
@@ -44,7 +45,8 @@ class Engine:
         self._metrics, self._clock = metrics, clock
         self._changed = threading.Condition()
         self._queue = RequestQueue()
-        self._thread: threading.Thread | None = None
+        self._watchdog: threading.Thread | None = None  # while there is a model thread
+        self._error: BaseException | None = None  # what ended the model thread
         self._scheduler: Scheduler | None = None  # while a model is loaded
         self._stage, self._percent, self._reason = "cold", 0, ""
         self.context = 0  # tokens a slot holds, once that is known
@@ -61,11 +63,10 @@ class Engine:
     def start(self) -> None:
         """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago."""
         with self._changed:
-            if self._thread is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
+            if self._watchdog is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
                 self._stage, self._reason = "loading", ""
-                self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
-                thread.start()
-                threading.Thread(target=self._watch, args=(thread,), name="watchdog", daemon=True).start()
+                self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+                self._watchdog.start()
 
     def submit(self, request: GenerateRequest) -> Sequence:
         """Queue a request whose `prompt_ids` are set. Raises Overloaded or ModelUnavailable at once."""
@@ -74,7 +75,7 @@ class Engine:
             scheduler = self._scheduler
             if self._stop_at is not None:
                 raise _stopping()
-            if self._thread is None:
+            if self._watchdog is None:
                 raise self._unavailable()
             if self._hung:
                 raise _stalled()
@@ -92,13 +93,12 @@ class Engine:
         """Admit nothing more; running sequences may end within `grace` seconds, then they fail. Returns when done."""
         with self._changed:
             self._stop_at = self._clock() + grace
-            thread, serving = self._thread, self._scheduler is not None
-            if not serving:
-                self._queue.sweep(self._clock(), _stopping())  # no use waiting for a load that will serve nothing
+            watchdog, serving = self._watchdog, self._scheduler is not None
+            self._queue.sweep(self._clock(), _stopping())
             self._changed.notify_all()
-        if thread:
-            thread.join(grace * serving + STOP_PATIENCE)
-            if thread.is_alive():
+        if watchdog:
+            watchdog.join(grace * serving + STOP_PATIENCE)
+            if watchdog.is_alive():
                 self._abandon(_stopping())
         self._stage = "stopped"
 
@@ -107,8 +107,8 @@ class Engine:
         stage, reason, scheduler = self._stage, self._reason, self._scheduler
         if self._stop_at is not None and stage != "stopped":
             stage = "stopping"
-        elif stage == "ready" and (trouble := self._trouble()):
-            stage, reason = "stalled", trouble
+        elif stage == "ready" and (self._hung or self._late()):
+            stage, reason = "stalled", _SILENCE
         details = dict(scheduler.runner.details()) | {"running": len(scheduler.running)} if scheduler else {}
         details["waiting"] = len(self._queue)
         return BackendStatus(stage == "ready", stage, self._percent, reason or None, details)
@@ -124,8 +124,29 @@ class Engine:
                 self._queue.sweep(self._clock())
             self._changed.notify_all()
 
+    def _watch(self) -> None:
+        """The watchdog: runs the model thread, sees whether its loop still turns, and tells everyone when it ended."""
+        thread, was_late = threading.Thread(target=self._main, name="model", daemon=True), False
+        thread.start()
+        while thread.is_alive():
+            late = self._late()
+            if late and was_late and not self._hung:  # seen twice: a machine that was asleep may turn first
+                self._hung = True
+                _log.error("the model hangs (%s): all its requests fail", _SILENCE)
+                self._metrics.engine_failures.inc()
+                self._abandon(_stalled())
+                self.on_hang(_SILENCE)
+            was_late = late
+            thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
+        self._down()
+
+    def _late(self) -> bool:
+        """Whether requests wait for a loaded model, and nothing moves."""
+        busy = self._scheduler is not None and (self._running() or self._queue)
+        return bool(busy) and self._clock() - self._beaten > SILENT_AFTER
+
     def _main(self) -> None:
-        """The thread's boundary: whatever happens below, every reader is told and the status says so."""
+        """The thread's boundary: whatever happens below, the watchdog hears of it."""
         crashes = 0
         try:
             while self._stop_at is None:
@@ -133,9 +154,7 @@ class Engine:
                 if crashes > MAX_RECOVERIES:
                     raise RuntimeError("the engine kept failing")
         except BaseException as error:
-            self._down(error)
-        else:
-            self._down(None)
+            self._error = error
 
     def _load_and_serve(self) -> bool:
         """Until stopped or crashed; whether anything was served. Raises what loading raises.
@@ -185,8 +204,6 @@ class Engine:
             self._beaten = self._clock()
         if self._stop_at is None:
             return True
-        with self._changed:
-            self._queue.sweep(self._clock(), _stopping())
         if self._clock() < self._stop_at:
             return bool(scheduler.running)
         scheduler.fail_all(_stopping())
@@ -202,11 +219,9 @@ class Engine:
             for sequence in self._queue:
                 sequence.announce(Status("loading", percent=percent))
 
-    def _down(self, error: BaseException | None) -> None:
-        """The thread ends here; a later request may start another one (see `start`)."""
-        if error is not None:
-            expected = isinstance(error, ModelError | ServiceError)
-            _log.error("the model is down: %s", error, exc_info=None if expected else error)
+    def _down(self) -> None:
+        """The thread has ended; a later request may start another one (see `start`)."""
+        error, self._error = self._error, None  # it holds on to what was loaded
         with self._changed:
             self._failed_at, self._stage, self._reason = self._clock(), "stopped", ""
             if error is not None:
@@ -214,34 +229,14 @@ class Engine:
             if isinstance(error, ServiceError):  # its message is meant for clients, and holds no path
                 self._reason = error.message
             self._abandon(_stopping() if error is None else self._unavailable())
-            self._thread = self._scheduler = None
+            self._watchdog = self._scheduler = None
         if error is not None:
+            expected = isinstance(error, ModelError | ServiceError)
+            _log.error("the model is down: %s", error, exc_info=None if expected else error)
             self.on_failure(str(error))
 
-    def _watch(self, thread: threading.Thread) -> None:
-        """The watchdog beside the model thread: does its loop still turn, and did it end without a word."""
-        before = None
-        while thread.is_alive():
-            trouble = self._trouble()
-            if trouble and before and not self._hung:  # seen twice: a machine that was asleep may turn first
-                self._hung = True
-                _log.error("the model hangs (%s): all its requests fail", trouble)
-                self._metrics.engine_failures.inc()
-                self._abandon(_stalled())
-                self.on_hang(trouble)
-            before = trouble
-            thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
-        if self._thread is thread:
-            self._down(RuntimeError("the model thread was killed"))
-
-    def _trouble(self) -> str | None:
-        """What is wrong with the thread: requests wait for a loaded model, and nothing moves."""
-        busy = self._scheduler is not None and (self._running() or self._queue)
-        late = busy and self._clock() - self._beaten > SILENT_AFTER
-        return f"no step for {SILENT_AFTER:.0f} seconds" if self._hung or late else None
-
     def _abandon(self, error: ModelUnavailable) -> None:
-        """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""
+        """Tell every reader, in the model thread's place, that nothing follows."""
         with self._changed:
             self._queue.sweep(self._clock(), error)
         if scheduler := self._scheduler:
