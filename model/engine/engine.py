@@ -24,7 +24,6 @@ RETRY_LOAD_AFTER = 30.0  # seconds between a failed load and the next try, so th
 STOP_PATIENCE = 5.0  # seconds past the grace for the thread to end by itself: a step, or a load, cannot be cut short
 MAX_RECOVERIES = 3  # crashes in a row, none having served a token in between, before the engine stays down
 SILENT_AFTER = 60.0  # seconds without a turn of the loop, of which a chunk takes one at most; a load is not watched
-_SILENCE = f"no step for {SILENT_AFTER:.0f} seconds"
 LOOK_EVERY = 0.5  # seconds between two looks of the watchdog
 
 _stopping = partial(ModelUnavailable, "the service is stopping", code="stopping", retry_after=5)
@@ -107,8 +106,8 @@ class Engine:
         stage, reason, scheduler = self._stage, self._reason, self._scheduler
         if self._stop_at is not None and stage != "stopped":
             stage = "stopping"
-        elif stage == "ready" and (self._hung or self._late()):
-            stage, reason = "stalled", _SILENCE
+        elif stage == "ready" and (trouble := self._trouble()):
+            stage, reason = "stalled", trouble
         details = dict(scheduler.runner.details()) | {"running": len(scheduler.running)} if scheduler else {}
         details["waiting"] = len(self._queue)
         return BackendStatus(stage == "ready", stage, self._percent, reason or None, details)
@@ -126,24 +125,25 @@ class Engine:
 
     def _watch(self) -> None:
         """The watchdog: runs the model thread, sees whether its loop still turns, and tells everyone when it ended."""
-        thread, was_late = threading.Thread(target=self._main, name="model", daemon=True), False
+        thread, before = threading.Thread(target=self._main, name="model", daemon=True), None
         thread.start()
         while thread.is_alive():
-            late = self._late()
-            if late and was_late and not self._hung:  # seen twice: a machine that was asleep may turn first
+            trouble = self._trouble()
+            if trouble and before and not self._hung:  # seen twice: a machine that was asleep may turn first
                 self._hung = True
-                _log.error("the model hangs (%s): all its requests fail", _SILENCE)
+                _log.error("the model hangs (%s): all its requests fail", trouble)
                 self._metrics.engine_failures.inc()
                 self._abandon(_stalled())
-                self.on_hang(_SILENCE)
-            was_late = late
+                self.on_hang(trouble)
+            before = trouble
             thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
         self._down()
 
-    def _late(self) -> bool:
-        """Whether requests wait for a loaded model, and nothing moves."""
+    def _trouble(self) -> str | None:
+        """What is wrong with the thread: requests wait for a loaded model, and nothing moves."""
         busy = self._scheduler is not None and (self._running() or self._queue)
-        return bool(busy) and self._clock() - self._beaten > SILENT_AFTER
+        late = busy and self._clock() - self._beaten > SILENT_AFTER
+        return f"no step for {SILENT_AFTER:.0f} seconds" if self._hung or late else None
 
     def _main(self) -> None:
         """The thread's boundary: whatever happens below, the watchdog hears of it."""
