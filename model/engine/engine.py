@@ -117,10 +117,9 @@ class Engine:
         return scheduler.running if scheduler else []
 
     def _wake(self) -> None:
-        """A reader left. While a model loads, the model thread makes no room in the queue."""
+        """A reader left: its place in the queue is free at once, its slot before the next step."""
         with self._changed:
-            if self._scheduler is None:
-                self._queue.sweep(self._clock())
+            self._queue.sweep(self._clock())
             self._changed.notify_all()
 
     def _watch(self) -> None:
