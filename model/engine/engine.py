@@ -11,11 +11,10 @@ from functools import partial
 from errors import ModelUnavailable, Overloaded, ServiceError
 from model.engine.scheduler import Runner, Scheduler, bounded_seconds
 from model.engine.sequence import RequestQueue, Sequence
-from model.types import BackendStatus, GenerateRequest, Status
+from model.types import BackendStatus, GenerateRequest, Progress, Status
 from model.weights.catalogue import ModelError
 from telemetry import Metrics
 
-Progress = Callable[[str, int], None]  # stage, percent
 Load = Callable[[Progress], Runner]
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ import structlog
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 
+from model.types import Progress
 from model.weights import checkpoint, demo
 from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
 from model.weights.checkpoint import Percent, percent_bar
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("model")
 
-# Stage and percent. Of `loading`, a checkpoint that has to be made takes the first quarter.
-Progress = Callable[[str, int], None]
 _GLANCE, _HEARTBEAT = 0.2, 5.0  # seconds
 
 
@@ -246,7 +245,7 @@ def _misfits(model: PreTrainedModel) -> list[str]:
 
 
 def _span(progress: Progress, low: int, high: int) -> Percent:
-    """Percent of a part -> percent of `loading`."""
+    """Percent of a part -> percent of `loading`, of which a checkpoint that has to be made takes the first quarter."""
     return lambda percent: progress("loading", low + (high - low) * percent // 100)
 
 
