@@ -108,8 +108,8 @@ class LocalBackend:
 
     def _context(self) -> int:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
-        allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
-        return self._engine.context or allowed
+        allowed = self._settings.max_context or DEFAULT_CONTEXT
+        return self._engine.context or min(allowed, self._spec.context or allowed)
 
     def _load(self, progress: Progress) -> Runner:
         """On the model thread. No garbage is collected meanwhile, and later none of what stays is looked at.
