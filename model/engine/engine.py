@@ -195,10 +195,9 @@ class Engine:
         self._beaten = self._clock()
         while self._idle():
             if not scheduler.load_compiled(idle=True):
-                with self._changed:
-                    if self._idle():
-                        self._metrics.tokens_per_second.set(0)
-                        self._changed.wait(timeout=1.0)  # a step may have been compiled meanwhile
+                self._metrics.tokens_per_second.set(0)
+                with self._changed:  # but for a second: a step may have been compiled meanwhile
+                    self._changed.wait_for(lambda: not self._idle(), timeout=1.0)
             self._beaten = self._clock()
         if self._stop_at is None:
             return True
@@ -220,6 +219,9 @@ class Engine:
     def _down(self) -> None:
         """The thread has ended; a later request may start another one (see `start`)."""
         error, self._error = self._error, None  # it holds on to what was loaded
+        if error is not None:
+            expected = isinstance(error, ModelError | ServiceError)
+            _log.error("the model is down: %s", error, exc_info=None if expected else error)
         with self._changed:
             self._failed_at, self._stage, self._reason = self._clock(), "stopped", ""
             if error is not None:
@@ -229,8 +231,6 @@ class Engine:
             self._abandon(_stopping() if error is None else self._unavailable())
             self._watchdog = self._scheduler = None
         if error is not None:
-            expected = isinstance(error, ModelError | ServiceError)
-            _log.error("the model is down: %s", error, exc_info=None if expected else error)
             self.on_failure(str(error))
 
     def _abandon(self, error: ModelUnavailable) -> None:
