@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from errors import ModelUnavailable, UnknownModel
-from model.engine.engine import Engine, Progress
+from model.engine.engine import Engine
 from model.engine.scheduler import Runner, too_long
 from model.engine.sequence import Sequence
 from model.runtime import gpu
 from model.text.detokenizer import TextAssembler
 from model.text.prompt import Prompt, TemplateUnusable
-from model.types import BackendStatus, Done, Event, FinishReason, GenerateRequest, Status, Usage
+from model.types import BackendStatus, Done, Event, FinishReason, GenerateRequest, Progress, Status, Usage
 from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, find, with_config
 from model.weights.loader import load_tokenizer, prepare, prepare_tokenizer, progress_log, tokenizer_is_ready
 from settings import Settings
@@ -64,8 +64,8 @@ class LocalBackend:
     def status(self) -> BackendStatus:
         return self._engine.status()
 
-    def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
-        self._engine.on_failure = on_failure or self._engine.on_failure
+    def preload(self, on_failure: Callable[[str], None]) -> None:
+        self._engine.on_failure = on_failure
         self._engine.start()
 
     def watch(self, on_hang: Callable[[str], None]) -> None:
@@ -108,8 +108,8 @@ class LocalBackend:
 
     def _context(self) -> int:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
-        allowed = min(self._settings.max_context or DEFAULT_CONTEXT, self._spec.context or DEFAULT_CONTEXT)
-        return self._engine.context or allowed
+        allowed = self._settings.max_context or DEFAULT_CONTEXT
+        return self._engine.context or min(allowed, self._spec.context or allowed)
 
     def _load(self, progress: Progress) -> Runner:
         """On the model thread. No garbage is collected meanwhile, and later none of what stays is looked at.

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 Channel = Literal["answer", "reasoning"]
 ServedBy = str  # "local", "upstream:NAME" or "offline"
+Progress = Callable[[str, int], None]  # takes the stage of a load, and its percent
 
 
 class FinishReason(StrEnum):
@@ -139,7 +140,7 @@ class Backend(Protocol):
 
     def status(self) -> BackendStatus: ...
 
-    def preload(self, on_failure: Callable[[str], None] | None = None) -> None:
+    def preload(self, on_failure: Callable[[str], None]) -> None:
         """Start loading the weights in the background. on_failure: called from there, with one line, if that fails."""
 
     def watch(self, on_hang: Callable[[str], None]) -> None:

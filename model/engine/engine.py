@@ -1,4 +1,4 @@
-"""The model thread: load, admit, prefill, step, time out, recover, stop; and the watchdog beside it."""
+"""The model thread: load, admit, prefill, step, time out, recover, stop; and the watchdog that starts and ends it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from functools import partial
 from errors import ModelUnavailable, Overloaded, ServiceError
 from model.engine.scheduler import Runner, Scheduler, bounded_seconds
 from model.engine.sequence import RequestQueue, Sequence
-from model.types import BackendStatus, GenerateRequest, Status
+from model.types import BackendStatus, GenerateRequest, Progress, Status
 from model.weights.catalogue import ModelError
 from telemetry import Metrics
 
-Progress = Callable[[str, int], None]  # stage, percent
 Load = Callable[[Progress], Runner]
 
 _log = logging.getLogger(__name__)
@@ -44,7 +43,8 @@ class Engine:
         self._metrics, self._clock = metrics, clock
         self._changed = threading.Condition()
         self._queue = RequestQueue()
-        self._thread: threading.Thread | None = None
+        self._watchdog: threading.Thread | None = None  # while there is a model thread
+        self._error: BaseException | None = None  # what ended the model thread
         self._scheduler: Scheduler | None = None  # while a model is loaded
         self._stage, self._percent, self._reason = "cold", 0, ""
         self.context = 0  # tokens a slot holds, once that is known
@@ -61,11 +61,10 @@ class Engine:
     def start(self) -> None:
         """Start the model thread, which loads first. Does nothing when it runs, or failed a moment ago."""
         with self._changed:
-            if self._thread is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
+            if self._watchdog is None and self._stop_at is None and self._clock() - self._failed_at >= RETRY_LOAD_AFTER:
                 self._stage, self._reason = "loading", ""
-                self._thread = thread = threading.Thread(target=self._main, name="model", daemon=True)
-                thread.start()
-                threading.Thread(target=self._watch, args=(thread,), name="watchdog", daemon=True).start()
+                self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+                self._watchdog.start()
 
     def submit(self, request: GenerateRequest) -> Sequence:
         """Queue a request whose `prompt_ids` are set. Raises Overloaded or ModelUnavailable at once."""
@@ -74,7 +73,7 @@ class Engine:
             scheduler = self._scheduler
             if self._stop_at is not None:
                 raise _stopping()
-            if self._thread is None:
+            if self._watchdog is None:
                 raise self._unavailable()
             if self._hung:
                 raise _stalled()
@@ -92,13 +91,12 @@ class Engine:
         """Admit nothing more; running sequences may end within `grace` seconds, then they fail. Returns when done."""
         with self._changed:
             self._stop_at = self._clock() + grace
-            thread, serving = self._thread, self._scheduler is not None
-            if not serving:
-                self._queue.sweep(self._clock(), _stopping())  # no use waiting for a load that will serve nothing
+            watchdog, serving = self._watchdog, self._scheduler is not None
+            self._queue.sweep(self._clock(), _stopping())
             self._changed.notify_all()
-        if thread:
-            thread.join(grace * serving + STOP_PATIENCE)
-            if thread.is_alive():
+        if watchdog:
+            watchdog.join(grace * serving + STOP_PATIENCE)
+            if watchdog.is_alive():
                 self._abandon(_stopping())
         self._stage = "stopped"
 
@@ -118,14 +116,35 @@ class Engine:
         return scheduler.running if scheduler else []
 
     def _wake(self) -> None:
-        """A reader left. While a model loads, the model thread makes no room in the queue."""
+        """A reader left: its place in the queue is free at once, its slot before the next step."""
         with self._changed:
-            if self._scheduler is None:
-                self._queue.sweep(self._clock())
+            self._queue.sweep(self._clock())
             self._changed.notify_all()
 
+    def _watch(self) -> None:
+        """The watchdog: runs the model thread, sees whether its loop still turns, and tells everyone when it ended."""
+        thread, before = threading.Thread(target=self._main, name="model", daemon=True), None
+        thread.start()
+        while thread.is_alive():
+            trouble = self._trouble()
+            if trouble and before and not self._hung:  # seen twice: a machine that was asleep may turn first
+                self._hung = True
+                _log.error("the model hangs (%s): all its requests fail", trouble)
+                self._metrics.engine_failures.inc()
+                self._abandon(_stalled())
+                self.on_hang(trouble)
+            before = trouble
+            thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
+        self._down()
+
+    def _trouble(self) -> str | None:
+        """What is wrong with the thread: requests wait for a loaded model, and nothing moves."""
+        busy = self._scheduler is not None and (self._running() or self._queue)
+        late = busy and self._clock() - self._beaten > SILENT_AFTER
+        return f"no step for {SILENT_AFTER:.0f} seconds" if self._hung or late else None
+
     def _main(self) -> None:
-        """The thread's boundary: whatever happens below, every reader is told and the status says so."""
+        """The thread's boundary: whatever happens below, the watchdog hears of it."""
         crashes = 0
         try:
             while self._stop_at is None:
@@ -133,9 +152,7 @@ class Engine:
                 if crashes > MAX_RECOVERIES:
                     raise RuntimeError("the engine kept failing")
         except BaseException as error:
-            self._down(error)
-        else:
-            self._down(None)
+            self._error = error
 
     def _load_and_serve(self) -> bool:
         """Until stopped or crashed; whether anything was served. Raises what loading raises.
@@ -178,15 +195,12 @@ class Engine:
         self._beaten = self._clock()
         while self._idle():
             if not scheduler.load_compiled(idle=True):
-                with self._changed:
-                    if self._idle():
-                        self._metrics.tokens_per_second.set(0)
-                        self._changed.wait(timeout=1.0)  # a step may have been compiled meanwhile
+                self._metrics.tokens_per_second.set(0)
+                with self._changed:  # but for a second: a step may have been compiled meanwhile
+                    self._changed.wait_for(lambda: not self._idle(), timeout=1.0)
             self._beaten = self._clock()
         if self._stop_at is None:
             return True
-        with self._changed:
-            self._queue.sweep(self._clock(), _stopping())
         if self._clock() < self._stop_at:
             return bool(scheduler.running)
         scheduler.fail_all(_stopping())
@@ -202,8 +216,9 @@ class Engine:
             for sequence in self._queue:
                 sequence.announce(Status("loading", percent=percent))
 
-    def _down(self, error: BaseException | None) -> None:
-        """The thread ends here; a later request may start another one (see `start`)."""
+    def _down(self) -> None:
+        """The thread has ended; a later request may start another one (see `start`)."""
+        error, self._error = self._error, None  # it holds on to what was loaded
         if error is not None:
             expected = isinstance(error, ModelError | ServiceError)
             _log.error("the model is down: %s", error, exc_info=None if expected else error)
@@ -214,34 +229,12 @@ class Engine:
             if isinstance(error, ServiceError):  # its message is meant for clients, and holds no path
                 self._reason = error.message
             self._abandon(_stopping() if error is None else self._unavailable())
-            self._thread = self._scheduler = None
+            self._watchdog = self._scheduler = None
         if error is not None:
             self.on_failure(str(error))
 
-    def _watch(self, thread: threading.Thread) -> None:
-        """The watchdog beside the model thread: does its loop still turn, and did it end without a word."""
-        before = None
-        while thread.is_alive():
-            trouble = self._trouble()
-            if trouble and before and not self._hung:  # seen twice: a machine that was asleep may turn first
-                self._hung = True
-                _log.error("the model hangs (%s): all its requests fail", trouble)
-                self._metrics.engine_failures.inc()
-                self._abandon(_stalled())
-                self.on_hang(trouble)
-            before = trouble
-            thread.join(LOOK_EVERY)  # the end of the thread is noticed at once
-        if self._thread is thread:
-            self._down(RuntimeError("the model thread was killed"))
-
-    def _trouble(self) -> str | None:
-        """What is wrong with the thread: requests wait for a loaded model, and nothing moves."""
-        busy = self._scheduler is not None and (self._running() or self._queue)
-        late = busy and self._clock() - self._beaten > SILENT_AFTER
-        return f"no step for {SILENT_AFTER:.0f} seconds" if self._hung or late else None
-
     def _abandon(self, error: ModelUnavailable) -> None:
-        """The model thread hangs or is gone: tell every reader, in its place, that nothing follows."""
+        """Tell every reader, in the model thread's place, that nothing follows."""
         with self._changed:
             self._queue.sweep(self._clock(), error)
         if scheduler := self._scheduler:

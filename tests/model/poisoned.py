@@ -9,9 +9,8 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 
-from model.engine.engine import Progress
 from model.local import LocalBackend
-from model.types import Message
+from model.types import Message, Progress
 from tests.model.scripted import ScriptedRunner
 
 # word: the token that it becomes, and what that does to every step that has it in its batch

@@ -132,6 +132,11 @@ def test_no_text_that_fits_the_context_has_more_characters_than_the_bound(backen
     assert backend.max_characters() == 512 * 5  # "Ġblue" and the like are its longest tokens
 
 
+def test_settings_alone_bound_a_text_whose_models_context_is_not_read_yet(checkpoint: Path, tmp_path: Path) -> None:
+    backend = LocalBackend(settings_for(checkpoint, tmp_path, max_context=32_768), Metrics())
+    assert backend.max_characters() == 32_768 * 32
+
+
 @pytest.mark.promise(
     "P30",
     injected="ten long prompts of one user",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.weights.catalogue import ARCHITECTURES, CATALOGUE, DEMO_WHEEL, ModelError, find, with_config
+from model.weights.catalogue import CATALOGUE, DEMO_WHEEL, ModelError, find, with_config
 from settings import Settings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -19,23 +19,16 @@ def test_the_default_model_needs_no_hub() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(CATALOGUE) - {"smollm2-135m-instruct"}))
-def test_every_hub_model_is_pinned_to_a_commit_and_of_a_served_architecture(name: str) -> None:
+def test_every_hub_model_is_pinned_to_a_commit(name: str) -> None:
     spec = find(Settings(model=name))
     assert spec.source == f"deepseek-ai/{spec.source.split('/')[1]}" and spec.source.split("/")[1].lower() == name
     assert re.fullmatch(r"[0-9a-f]{40}", spec.revision or "")
-    assert spec.architecture in ARCHITECTURES
     assert spec.think == ("<think>", "</think>")
-    assert spec.licence.startswith("MIT")
 
 
 def test_no_two_models_share_a_revision() -> None:
     revisions = [spec.revision for spec in CATALOGUE.values()]
     assert len(set(revisions)) == len(revisions)
-
-
-def test_the_14b_fits_a_24_gb_card_and_the_70b_does_not() -> None:
-    assert 9.5e9 < CATALOGUE["deepseek-r1-distill-qwen-14b"].memory_bytes < 10.5e9
-    assert CATALOGUE["deepseek-r1-distill-llama-70b"].memory_bytes > 24e9
 
 
 def test_a_hub_model_that_is_not_allowed_is_refused() -> None:
@@ -70,7 +63,6 @@ def test_a_local_directory_is_named_without_its_path_and_completed_from_its_conf
     spec = find(Settings(model=f"{folder}/"))
     assert spec.name == "mine" and spec.context == 0
     assert with_config(spec, folder).context == 4096
-    assert with_config(spec, folder).architecture == "Qwen3ForCausalLM"
 
 
 def test_a_listed_model_is_not_rewritten_by_a_folder(tmp_path: Path) -> None:
