@@ -119,7 +119,7 @@ def _services(settings: Settings, metrics: Metrics, backend: Backend) -> Service
         ),
         tickets=Tickets(Encryptor(derive(secret, "tickets")), (redis.redis, redis.ask) if redis else None),
         limits=LimitTable(limits, settings.role_limits),
-        rate=RequestRate((redis.redis.connection_pool, redis.ask) if redis else None),
+        rate=RequestRate((redis.redis, redis.ask) if redis else None),
         streams=ConcurrencyLimit(),
         usage=UsageStore(db, settings.request_timeout + _SETTLED_BY),
         generations=Capacity(max_generations(settings), retry_after=5),

@@ -8,11 +8,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from secrets import token_hex
 
-from limits import RateLimitItemPerMinute
-from limits.storage import RedisStorage
-from limits.strategies import MovingWindowRateLimiter
-from redis import ConnectionPool
+from redis import Redis
 
 from errors import RateLimited
 
@@ -73,24 +71,38 @@ class QuotaExceeded(LimitExceeded):
 Hit = tuple[bool, int, float]  # whether it was counted, how many more fit, seconds until one more fits
 Ask = Callable[[Callable[[], Hit]], Hit | None]  # RedisLink.ask: None while Redis does not answer
 
+# A Hit, of which Redis keeps no fractions: microseconds. KEYS[1]: a user's requests of the last minute, by their time.
+_HIT = """
+local time = redis.call('TIME')
+local now, limit, minute = time[1] * 1000000 + time[2], tonumber(ARGV[1]), 60000000
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - minute)
+local count = redis.call('ZCARD', KEYS[1])
+local counted = count < limit
+if counted then
+    redis.call('ZADD', KEYS[1], now, ARGV[2])
+    redis.call('EXPIRE', KEYS[1], 60)
+    count = count + 1
+end
+local place = math.max(count - limit, 0)
+local blocking = redis.call('ZRANGE', KEYS[1], place, place, 'WITHSCORES')
+return {counted and 1 or 0, limit - count, tonumber(blocking[2]) + minute - now}
+"""
+
 
 class RequestRate:
     """Requests a user in any minute, counted in Redis while it answers, else in this process.
 
-    In memory it keeps a deque a user instead of the library's MemoryStorage, which starts a thread every 10 ms that
-    walks all users: 0.2 ms of CPU a request with one user and 1.4 ms with 2,000, where this takes 5 us.
+    The `limits` package would do it too: its MemoryStorage starts a thread every 10 ms that walks all users (0.2 ms of
+    CPU a request with one user and 1.4 ms with 2,000, where a deque takes 5 us), and in Redis it asks twice (1.2 ms).
     """
 
-    def __init__(
-        self, shared: tuple[ConnectionPool, Ask] | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, shared: tuple[Redis, Ask] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """shared: the Redis in which several processes count together."""
         self._clock, self._lock = clock, threading.Lock()
         self._hits: defaultdict[str, deque[float]] = defaultdict(deque)
         self._ask: Ask = shared[1] if shared else lambda _: None
         if shared:
-            storage = RedisStorage("redis://", connection_pool=shared[0], key_prefix="flask-llm")
-            self._shared = MovingWindowRateLimiter(storage)
+            self._hit = shared[0].register_script(_HIT)
 
     def hit(self, user_id: str, limit: int) -> Remaining:
         """Count one request. Raises LimitExceeded, and then does not count it."""
@@ -103,9 +115,8 @@ class RequestRate:
         return remaining
 
     def _hit_shared(self, user_id: str, limit: int) -> Hit:
-        item = RateLimitItemPerMinute(limit)
-        counted, stats = self._shared.hit(item, user_id), self._shared.get_window_stats(item, user_id)
-        return counted, stats.remaining, stats.reset_time - time.time()
+        counted, left, reset = self._hit([f"rate:{user_id}"], [limit, token_hex(8)])
+        return counted == 1, int(left), int(reset) / 1e6
 
     def _hit_here(self, user_id: str, limit: int) -> Hit:
         with self._lock:
