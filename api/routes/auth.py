@@ -19,7 +19,7 @@ from api import accounts, bearer
 from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
-from api.middleware import SECURED, Reply, allow, count_request, needs, principal, public
+from api.middleware import SECURED, Reply, count_request, enter, needs, principal, public
 from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
 from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
@@ -48,14 +48,13 @@ def login(body: LoginBody) -> Reply:
 @public  # it asks for a refresh token instead
 def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
-    claims, credentials = bearer.claims(TokenType.REFRESH), services().credentials
-    if caller := credentials.find(claims, time.time()):
-        allow(caller)
-        count_request(caller.user_id)
-        if session := credentials.rotate(claims["sid"], claims["jti"], time.time()):
-            current().user, current().user_id = caller.name, caller.user_id
-            return _tokens(caller.user_id, session)
-    raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    claims = bearer.claims(TokenType.REFRESH)
+    caller = enter(claims)
+    count_request(caller)
+    session = services().credentials.rotate(claims["sid"], claims["jti"], time.time())
+    if session is None:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    return _tokens(caller.user_id, session)
 
 
 @blueprint.post("/logout", security=SECURED, responses={204: None})

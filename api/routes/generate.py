@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,15 +12,17 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from accounts.roles import Permission, allowed
-from api import sse, tickets
+from api import bearer, sse
 from api.audit_events import record
 from api.context import services
 from api.errors import ErrorBody, payload
 from api.generation import Generation, headers, read_all, respond, start
-from api.middleware import SECURED, Reply, needs, principal, public
+from api.middleware import SECURED, TOKENS, Reply, enter, needs, principal, public
 from api.schemas.native import GenerateBody, GenerateOut, IdPath, RequestsOut, TicketOut, TicketQuery
 from errors import NotFound, ServiceError
 from model.types import Chunk, Done, Event, Status
+
+TICKET_SECONDS = 60
 
 blueprint = APIBlueprint(
     "generate",
@@ -33,8 +37,8 @@ blueprint = APIBlueprint(
 def generate(body: GenerateBody) -> Reply:
     """The whole answer at once."""
     generation = start(body)
-    text, reasoning, done = read_all(generation)
-    out = {"model": generation.request.model, "response": text, "reasoning": reasoning}
+    done, texts = read_all(generation), generation.texts()
+    out = {"model": generation.request.model, "response": texts["answer"], "reasoning": texts["reasoning"]}
     return {**out, **_ending(generation, done)}, 200, headers(generation)
 
 
@@ -49,15 +53,21 @@ def stream_body(body: GenerateBody) -> Reply:
 @needs(Permission.GENERATE)
 def ticket(body: GenerateBody) -> Reply:
     """A single-use ticket for `GET /stream`, because EventSource cannot send a token."""
-    return {"ticket": tickets.issue(body), "expires_in": tickets.SECONDS}
+    caller, expires = principal(), min(time.time() + TICKET_SECONDS, principal().expires)
+    content = json.dumps([bearer.claims(*TOKENS), body.model_dump(exclude_unset=True)])
+    return {"ticket": services().tickets.put(caller.user_id, content.encode(), expires), "expires_in": TICKET_SECONDS}
 
 
 @blueprint.get("/stream", responses={200: sse.DOCUMENTED, 204: None})
 @public
 def stream_ticket(query: TicketQuery) -> Reply:
     """The answer to the body that the ticket was made for; 204 for a used ticket, so that EventSource stops."""
-    body = tickets.redeem(query.ticket)
-    return Response(status=204) if body is None else _stream(body)
+    content = services().tickets.take(query.ticket)
+    if content is None:
+        return Response(status=204)
+    claims, body = json.loads(content)
+    enter(claims)
+    return _stream(GenerateBody.model_validate(body))
 
 
 @blueprint.get("/admin/requests", security=SECURED, responses={200: RequestsOut})

@@ -41,9 +41,9 @@ def chat(body: ChatBody) -> Reply:
     generation = start(body.generate())
     if body.stream:
         return respond(generation, ChatDialect(generation, body.include_usage))
-    text, reasoning, done = read_all(generation)
-    said = {"role": "assistant", "content": text, "refusal": None}
-    message = said | dict.fromkeys(_REASONING, reasoning or None)
+    done, texts = read_all(generation), generation.texts()
+    said = {"role": "assistant", "content": texts["answer"], "refusal": None}
+    message = said | dict.fromkeys(_REASONING, texts["reasoning"] or None)
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(done)}
     head = _head(generation, "chat.completion", int(time.time()))
     return {**head, "choices": [choice], "usage": _usage(done.usage)}, 200, headers(generation)
