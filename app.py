@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NoReturn
 
 from flask import Flask
 from flask_openapi3.models.info import Info
@@ -20,7 +19,7 @@ from api.routes import admin, audit, auth, generate, health, openai, page
 from errors import ServiceError
 from model.types import Backend
 from model.weights.catalogue import ModelError
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, usable
 from telemetry import Metrics, configure_logging
 from version import VERSION
 
@@ -29,16 +28,27 @@ _APP_LOAD_ERROR = 4  # gunicorn's exit status for "do not start again"
 
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
     """The app, ready to serve. Exits with one line on stderr when a setting or the data folder cannot be used."""
-    with _refusals():
+    try:
         settings = settings or Settings.from_environment()
         if cli.is_command():
             cli.require_service(settings)
-        _log_to(settings)
+        with usable("LOG_FILE", "write"):
+            configure_logging(settings.log_level, settings.log_file)
         metrics = Metrics()
         services = Services(settings, metrics, backend or _local(settings, metrics))
         if not cli.is_command():
             accounts.add_first_admin(services, settings.admin_password)
+    except (SettingsError, ModelError) as error:
+        _refuse(str(error))
+    except (ServiceError, OSError) as error:
+        example = f"for example DATA_DIR={os.getcwd()}/data"
+        _refuse(f"DATA_DIR: {error} (it must be a folder this user can write, {example})")
     return _flask(settings, services, metrics)
+
+
+def _refuse(line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    raise SystemExit(1 if cli.is_command() else _APP_LOAD_ERROR)
 
 
 def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
@@ -68,28 +78,7 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     return app
 
 
-def _log_to(settings: Settings) -> None:
-    try:
-        configure_logging(settings.log_level, settings.log_file)
-    except OSError as error:
-        raise SettingsError(f"LOG_FILE: cannot write {settings.log_file}: {error.strerror}") from None
-
-
 def _local(settings: Settings, metrics: Metrics) -> Backend:
     from model.local import LocalBackend  # only here: it takes a second, which no command that needs no model should
 
     return LocalBackend(settings, metrics)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What an operator must mend ends the start, in one line."""
-    try:
-        yield
-        return
-    except (SettingsError, ModelError) as error:
-        line = str(error)
-    except (ServiceError, OSError) as error:
-        line = f"DATA_DIR: {error} (it must be a folder this user can write, for example DATA_DIR={os.getcwd()}/data)"
-    print(line, file=sys.stderr)
-    raise SystemExit(1 if cli.is_command() else _APP_LOAD_ERROR)

@@ -10,7 +10,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException  # type: ignore[import-untyped]
+from gunicorn.util import close_graceful  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
 from api.context import LOGINS, NAME, Services, max_generations
@@ -43,9 +43,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         kept = super().handle(conn)
-        if not kept:
+        if not kept:  # gunicorn lets clients read our last bytes on the loop that accepts: there it then ends at once
             with suppress(OSError):
-                _hang_up(conn.sock, time.monotonic() + HANG_UP)
+                close_graceful(conn.sock.dup(), HANG_UP, max_drain=sys.maxsize)
+                conn.sock.shutdown(socket.SHUT_RD)
         return kept
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, error: Exception) -> None:
@@ -60,17 +61,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         with suppress(OSError):  # it is gone, or does not read
             client.sendall(f"{head}Cache-Control: no-store\r\nConnection: close\r\n\r\n{body}".encode())
-
-
-def _hang_up(client: socket.socket, end: float) -> None:
-    """Let the client read our last bytes and close, until `end`: gunicorn does this on the loop that accepts."""
-    client.shutdown(socket.SHUT_WR)
-    with suppress(TimeoutError):
-        while (left := end - time.monotonic()) > 0:
-            client.settimeout(left)
-            if not client.recv(UNREAD):
-                break
-    client.shutdown(socket.SHUT_RD)
 
 
 class _Log(Logger):  # type: ignore[misc]

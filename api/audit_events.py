@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
@@ -16,11 +15,10 @@ from flask import has_request_context, request
 
 from accounts.credentials import Principal
 from api.context import RequestLog, current, services
-from api.schemas.native import ChatMessage
 from audit.log import AuditUnavailable
 from crypto import SealBroken
 from errors import ServiceError
-from model.types import Message
+from model.types import GenerateRequest
 
 if TYPE_CHECKING:
     from api.generation import Generation
@@ -38,10 +36,10 @@ class GenerationAudit:
     As a context: an error that leaves it is the outcome; leaving without an end is `client_gone`.
     """
 
-    def __init__(self, generation: Generation, sent: Sequence[ChatMessage], caller: Principal, log: RequestLog) -> None:
+    def __init__(self, generation: Generation, caller: Principal, log: RequestLog) -> None:
         self._audit, self._began = services().audit, time.monotonic()
         self._contents = services().contents if services().settings.audit_content else None
-        self._generation, self._raw, self._role = generation, _plain(sent), caller.role
+        self._generation, self._raw, self._role = generation, _plain(generation.request), caller.role
         self._started = self._ended = False
         wanted = generation.request
         self._common = {"id": wanted.id, **_origin(log), "user": log.user, "model": wanted.model}
@@ -70,7 +68,7 @@ class GenerationAudit:
             self.end("client_gone")
 
     def _start(self) -> dict[str, object]:
-        wanted, cleaned = self._generation.request, _plain(self._generation.request.messages)
+        wanted, cleaned = self._generation.request, _plain(self._generation.request)
         chosen = {"max_new_tokens": wanted.max_new_tokens, **asdict(wanted.sampling)}
         return {
             "kind": "start",
@@ -131,5 +129,5 @@ def _digest(plain: list[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def _plain(messages: Sequence[ChatMessage | Message]) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in messages]
+def _plain(wanted: GenerateRequest) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in wanted.messages]

@@ -10,7 +10,7 @@ from functools import partial
 from secrets import token_hex
 from typing import Any, Literal
 
-from flask import Response, request
+from flask import request
 
 from accounts.credentials import Principal
 from api import sse
@@ -38,7 +38,7 @@ class Generation:
     user: str
     request: GenerateRequest
     sanitised: int = 0
-    cache: CacheUse | None = None  # None until it was asked
+    cache: CacheUse | None = None
     events: Iterator[Event | None] = field(init=False)
     close: Callable[[], None] = field(init=False)
     cancel: Callable[[], None] = field(init=False)
@@ -80,7 +80,7 @@ def start(body: GenerateBody) -> Generation:
     """Start what `body` asks for in the name of the caller. Raises ServiceError."""
     caller, log, found = principal(), current(), services()
     generation = log.generation = Generation(log.id, caller.name, _wanted(body, caller, log.id))
-    audit, allowed = GenerationAudit(generation, body.conversation(), caller, log), limits(caller)
+    audit, allowed = GenerationAudit(generation, caller, log), limits(caller)
     with ExitStack() as held:
         held.enter_context(found.generations.take())
         held.push(audit)
@@ -116,19 +116,6 @@ def read_all(generation: Generation) -> Done:
     if generation.done is None:
         raise ServiceError("The answer ended early.")
     return generation.done
-
-
-def respond(generation: Generation, dialect: sse.Dialect) -> Response:
-    """The answer as server-sent events."""
-    response = sse.respond(generation.events, dialect, generation.close)
-    response.headers.extend(headers(generation))
-    return response
-
-
-def headers(generation: Generation) -> dict[str, str]:
-    """What the answer's headers say in every dialect."""
-    removed = {"X-Sanitised": str(generation.sanitised)} if generation.sanitised else {}
-    return {"X-Cache": str(generation.cache), **removed}
 
 
 def _wanted(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:

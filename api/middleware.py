@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import structlog
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import DefaultJSONProvider
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from werkzeug.exceptions import ClientDisconnected
 from werkzeug.wrappers import Response as WerkzeugResponse
@@ -25,12 +27,13 @@ from accounts.roles import Permission, allowed
 from accounts.tokens import TokenType
 from api import bearer
 from api.context import RequestLog, current, services
+from api.errors import ErrorBody
 from errors import Forbidden, InvalidRequest, Malformed, Stalled, TooLarge, Unauthorized, UnsupportedMedia
 from quotas.limits import Limits
 from telemetry import request_id
 
 # What a view returns; flask's own type cannot be looked at while running, and flask-openapi3 looks.
-Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[dict[str, Any], int, dict[str, str]]
+Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int]
 View = TypeVar("View", bound=Callable[..., Any])
 
 TOKENS = (TokenType.ACCESS, TokenType.KEY)  # the types that let in; a refresh token is for /refresh alone
@@ -120,6 +123,17 @@ def _strings(value: object, depth: int = 0) -> Iterator[str]:
         for key, item in value.items():
             yield key
             yield from _strings(item, depth + 1)
+
+
+def api_blueprint(name: str, tag: str, *errors: int, secured: bool = True) -> APIBlueprint:
+    """The routes of one file under one heading of /docs. errors: the statuses that they may have beside their own."""
+    return APIBlueprint(
+        name,
+        __name__,
+        abp_tags=[Tag(name=tag)],
+        abp_security=SECURED if secured else [],
+        abp_responses=dict.fromkeys(errors, ErrorBody),
+    )
 
 
 def needs(permission: Permission) -> Callable[[View], View]:
@@ -249,6 +263,10 @@ def _finish(response: Response) -> Response:
     headers["Referrer-Policy"] = "no-referrer"
     headers["Content-Security-Policy"] = _POLICY
     headers["X-Request-Id"] = log.id
+    if (made := log.generation) and made.cache:
+        headers["X-Cache"] = made.cache
+        if made.sanitised:
+            headers["X-Sanitised"] = str(made.sanitised)
     for each in log.remaining:  # in the names that OpenAI's clients know
         headers[f"X-RateLimit-Limit-{each.kind}"] = str(each.limit)
         headers[f"X-RateLimit-Remaining-{each.kind}"] = str(each.left)

@@ -7,8 +7,6 @@ import time
 from secrets import token_hex
 
 from flask import Response, jsonify, request
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 
 from accounts.credentials import ApiKey, Session
 from accounts.guard import TooManyFailures
@@ -19,7 +17,7 @@ from api import accounts, bearer
 from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
-from api.middleware import SECURED, Reply, count_request, enter, needs, principal, public
+from api.middleware import SECURED, Reply, api_blueprint, count_request, enter, needs, principal, public
 from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
 from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
@@ -27,12 +25,7 @@ from errors import NotFound, Unauthorized
 _DEVICE_AGE = 180 * 86_400  # seconds
 _LOOPBACK = re.compile(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?")
 
-blueprint = APIBlueprint(
-    "auth",
-    __name__,
-    abp_tags=[Tag(name="Log in")],
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 413, 415, 422, 429, 503)},
-)
+blueprint = api_blueprint("auth", "Log in", 400, 401, 403, 413, 415, 422, 429, 503, secured=False)
 
 
 @blueprint.post("/login", responses={200: TokensOut})

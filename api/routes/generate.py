@@ -8,28 +8,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flask import Response
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 
 from accounts.roles import Permission, allowed
 from api import bearer, sse
 from api.audit_events import record
 from api.context import services
-from api.errors import ErrorBody, payload
-from api.generation import Generation, headers, read_all, respond, start
-from api.middleware import SECURED, TOKENS, Reply, enter, needs, principal, public
+from api.errors import payload
+from api.generation import Generation, read_all, start
+from api.middleware import SECURED, TOKENS, Reply, api_blueprint, enter, needs, principal, public
 from api.schemas.native import GenerateBody, GenerateOut, IdPath, RequestsOut, TicketOut, TicketQuery
 from errors import NotFound, ServiceError
 from model.types import Chunk, Done, Event, Status
 
 TICKET_SECONDS = 60
 
-blueprint = APIBlueprint(
-    "generate",
-    __name__,
-    abp_tags=[Tag(name="Generate")],
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)},
-)
+blueprint = api_blueprint("generate", "Generate", 400, 401, 403, 404, 408, 413, 415, 422, 429, 503, secured=False)
 
 
 @blueprint.post("/generate", security=SECURED, responses={200: GenerateOut})
@@ -39,7 +32,7 @@ def generate(body: GenerateBody) -> Reply:
     generation = start(body)
     done, texts = read_all(generation), generation.texts()
     out = {"model": generation.request.model, "response": texts["answer"], "reasoning": texts["reasoning"]}
-    return {**out, **_ending(generation, done)}, 200, headers(generation)
+    return {**out, **_ending(generation, done)}
 
 
 @blueprint.post("/stream", security=SECURED, responses={200: sse.DOCUMENTED})
@@ -102,7 +95,7 @@ def _shown(generation: Generation) -> dict[str, Any]:
 
 def _stream(body: GenerateBody) -> Response:
     generation = start(body)
-    return respond(generation, NativeDialect(generation))
+    return sse.respond(generation.events, NativeDialect(generation), generation.close)
 
 
 def _ending(generation: Generation, done: Done) -> dict[str, Any]:

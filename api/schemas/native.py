@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, RootModel, model_validator
 
-from model.types import FinishReason, Sampling, ServedBy
+from model.types import BackendStatus, FinishReason, Sampling, ServedBy
 
 Role = Literal["system", "user", "assistant"]
 
@@ -134,13 +134,9 @@ class RequestsOut(BaseModel):
 
 
 class HealthOut(BaseModel):
-    status: Literal["ok"] = "ok"
+    status: Literal["ok"]
     version: str
 
 
-class ReadyOut(BaseModel):
-    ready: bool
-    stage: str
-    percent: int
-    reason: str | None
-    details: dict[str, str | int | float | bool]
+class ReadyOut(RootModel[BackendStatus]):
+    """Whether a request can be answered with text now, and the stage of the model."""
