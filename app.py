@@ -67,8 +67,9 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     middleware.register(app)
     errors.register(app)
     bearer.register(app, services.policy)
-    for routes in (health, auth, admin, audit, generate, openai, page):
+    for routes in (health, auth, admin, audit, generate, openai):
         app.register_api(routes.blueprint)
+    app.register_blueprint(page.blueprint)
     for commands in (cli.users, cli.keys):
         app.cli.add_command(commands)
     if prefix := settings.url_prefix:  # with and without it: a proxy may strip it, and probes ask without

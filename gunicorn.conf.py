@@ -34,7 +34,6 @@ except SettingsError as error:
 
 STALLED_READ, STALLED_WRITE = 10, 20  # seconds without a byte; nginx gives a whole body 10, too
 UNREAD = 16 << 10  # bytes that may wait for a reader that has stopped: with megabytes it would hold its slot
-HANG_UP = 2.0  # seconds in which a client may read our last bytes and close
 SHUTDOWN_DELAY = 2.0  # seconds in which clients may read why, before a process whose model hangs is replaced
 
 
@@ -45,7 +44,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         kept = super().handle(conn)
         if not kept:  # gunicorn lets clients read our last bytes on the loop that accepts: there it then ends at once
             with suppress(OSError):
-                close_graceful(conn.sock.dup(), HANG_UP, max_drain=sys.maxsize)
+                close_graceful(conn.sock.dup(), max_drain=sys.maxsize)
                 conn.sock.shutdown(socket.SHUT_RD)
         return kept
 

@@ -13,7 +13,7 @@ from api.errors import payload
 from api.generation import Generation, read_all, start
 from api.middleware import Reply, api_blueprint, needs
 from api.schemas.chat import IGNORED, ChatBody, ChatOut, ModelOut, ModelsOut
-from api.schemas.native import ModelPath
+from api.schemas.native import IdPath
 from errors import ServiceError, UnknownModel
 from model.types import Chunk, Done, Event, Usage
 
@@ -49,7 +49,7 @@ def models() -> Reply:
 
 @blueprint.get("/v1/models/<path:id>", responses={200: ModelOut})
 @needs(Permission.READ_MODELS)
-def model(path: ModelPath) -> Reply:
+def model(path: IdPath) -> Reply:
     """One model; a name of the hub has a slash in it."""
     if path.id != services().model:
         raise UnknownModel("This model is not served here.", param="model")

@@ -80,15 +80,7 @@ class GenerateBody(Strict):
 
 
 class IdPath(BaseModel):
-    id: str = Field(min_length=1, max_length=128)
-
-
-class ModelPath(BaseModel):
     id: str = Field(min_length=1, max_length=256)
-
-
-class FilePath(BaseModel):
-    name: str
 
 
 class TicketQuery(BaseModel):
@@ -121,6 +113,8 @@ class GenerateOut(BaseModel):
 
 
 class RequestOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     user: str
     model: str
