@@ -155,7 +155,7 @@ class RequestLog:
             "request", request_id=self.id, method=self.method, route=self.route, path=self.path, status=status,
             duration_ms=duration, user=self.user, user_id=self.user_id, key=self.key, cache=made and made.cache,
             prompt_tokens=done and done.usage.prompt_tokens, completion_tokens=done and done.usage.completion_tokens,
-            finish_reason=done and done.finish_reason.value, error=self.error,
+            finish_reason=done and done.finish_reason.value, error=self.error or (made and made.error),
         )  # fmt: skip
 
 

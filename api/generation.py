@@ -15,7 +15,7 @@ from flask import request
 from accounts.credentials import Principal
 from api import sse
 from api.audit_events import GenerationAudit
-from api.context import RequestLog, current, services
+from api.context import current, services
 from api.middleware import limits, principal, recheck
 from api.schemas.native import GenerateBody
 from errors import ClientGone, InvalidRequest, ServiceError
@@ -31,7 +31,7 @@ class Generation:
     """A generation under way. `close` gives everything back, any number of times; `cancel` lets its events end soon.
 
     events: None for each silence of a few seconds; Done comes when the end is in the audit log. state: loading, queued
-    or running. tokens: sent so far. begun: it counts as a request. failed: the service did, not the client.
+    or running. begun: it counts as a request. error: the code of what ended it early.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Generation:
     chunks: list[Chunk] = field(default_factory=list)
     done: Done | None = None
     begun: bool = False
-    failed: bool = False
+    error: str | None = None
 
     def observe(self, event: Event | None) -> None:
         if isinstance(event, Chunk):
@@ -60,6 +60,7 @@ class Generation:
 
     @property
     def tokens(self) -> int:
+        """How many were sent so far."""
         return len(self.chunks)
 
     def texts(self) -> dict[Channel, str]:
@@ -72,8 +73,9 @@ class Generation:
         if not self.begun or self.cache == "hit":
             return Counts(int(self.begun))
         usage = self.done.usage if self.done else Usage(len(self.request.prompt_ids), self.tokens)
-        prompt = 0 if self.failed and not usage.completion_tokens else usage.prompt_tokens
-        return Counts(1, prompt, usage.cached_tokens, usage.completion_tokens, int(self.failed))
+        failed = self.error not in (None, ClientGone.code)  # the service did, not the client
+        prompt = 0 if failed and not usage.completion_tokens else usage.prompt_tokens
+        return Counts(1, prompt, usage.cached_tokens, usage.completion_tokens, int(failed))
 
 
 def start(body: GenerateBody) -> Generation:
@@ -101,7 +103,7 @@ def start(body: GenerateBody) -> Generation:
             held.callback(found.running.pop, prepared.id, None)
             watched = sse.watched(stream, sse.client_check(request.environ), recheck(caller))
             keep = partial(found.cache.put, key) if key is not None else None
-            generation.events = _observed(watched, generation, keep, audit, log)
+            generation.events = _observed(watched, generation, keep, audit)
         generation.begun = True
         generation.close = held.pop_all().close
         return generation
@@ -186,7 +188,6 @@ def _observed(
     generation: Generation,
     keep: Callable[[dict[str, Any]], None] | None,
     audit: GenerationAudit,
-    log: RequestLog,
 ) -> Iterator[Event | None]:
     """The events, counted, recorded, and kept in the cache once they have ended well."""
     try:
@@ -199,8 +200,7 @@ def _observed(
                         keep({"texts": generation.texts(), **asdict(event)})
                 yield event
     except ServiceError as error:
-        log.error = error.code
-        generation.failed = not isinstance(error, ClientGone)
+        generation.error = error.code
         raise
 
 

@@ -67,7 +67,7 @@ def stream_ticket(query: TicketQuery) -> Reply:
 @needs(Permission.MANAGE_USERS)
 def running() -> Reply:
     """The generations under way, oldest first: whose they are and how far, never what they say."""
-    return {"requests": [_shown(each) for each in list(services().running.values())]}
+    return RequestsOut(requests=list(services().running.values())).model_dump()
 
 
 @blueprint.delete("/requests/<id>", security=SECURED, responses={204: None})
@@ -86,11 +86,6 @@ def cancel(path: IdPath) -> Reply:
     for each in mine:
         each.cancel()
     return Response(status=204)
-
-
-def _shown(generation: Generation) -> dict[str, Any]:
-    shown = {name: getattr(generation, name) for name in ("id", "user", "started", "state", "tokens")}
-    return {**shown, "model": generation.request.model}
 
 
 def _stream(body: GenerateBody) -> Response:

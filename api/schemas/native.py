@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, RootModel, model_validator
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, RootModel, model_validator
 
 from model.types import BackendStatus, FinishReason, Sampling, ServedBy
 
@@ -113,11 +113,13 @@ class GenerateOut(BaseModel):
 
 
 class RequestOut(BaseModel):
+    """A Generation."""
+
     model_config = ConfigDict(from_attributes=True)
 
     id: str
     user: str
-    model: str
+    model: str = Field(validation_alias=AliasPath("request", "model"))
     started: float
     state: str = Field(description="loading, queued or running.")
     tokens: int
