@@ -8,7 +8,7 @@ from secrets import token_hex
 
 from flask import Response, jsonify, request
 
-from accounts.credentials import ApiKey, Session
+from accounts.credentials import Session
 from accounts.guard import TooManyFailures
 from accounts.roles import Permission
 from accounts.tokens import TokenType
@@ -18,7 +18,7 @@ from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
 from api.middleware import SECURED, Reply, api_blueprint, count_request, enter, needs, principal, public
-from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
+from api.schemas.accounts import KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
 from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
 
@@ -73,15 +73,14 @@ def change_password(body: PasswordBody) -> Reply:
 def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
     key, token = accounts.add_key(principal(), principal(), body.name, body.expires_in_days)
-    return {**_shown(key), "key": token}, 201
+    return {**KeyOut.model_validate(key).model_dump(), "key": token}, 201
 
 
 @blueprint.get("/keys", security=SECURED, responses={200: KeysOut})
 @needs(Permission.MANAGE_KEYS)
 def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
-    keys = services().credentials.keys(principal().user_id, time.time())
-    return {"keys": [_shown(key) for key in keys]}
+    return KeysOut(keys=services().credentials.keys(principal().user_id, time.time())).model_dump()
 
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
@@ -129,7 +128,3 @@ def _tokens(user_id: str, session: Session) -> dict[str, object]:
     access = bearer.mint(TokenType.ACCESS, user_id, token_hex(16), time.time() + seconds, sid=session.id)
     renewal = bearer.mint(TokenType.REFRESH, user_id, session.refresh, session.expires, sid=session.id)
     return TokensOut(access_token=access, refresh_token=renewal, expires_in=seconds).model_dump()
-
-
-def _shown(key: ApiKey) -> dict[str, object]:
-    return {"id": key.id, "name": key.name, "created_at": key.created, "expires_at": key.expires}

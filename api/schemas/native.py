@@ -113,7 +113,7 @@ class GenerateOut(BaseModel):
 
 
 class RequestOut(BaseModel):
-    """A Generation."""
+    """A generation under way."""
 
     model_config = ConfigDict(from_attributes=True)
 
