@@ -29,8 +29,7 @@ from telemetry import configure_logging
 try:
     settings = Settings.from_environment()
 except SettingsError as error:
-    print(error, file=sys.stderr)
-    sys.exit(1)
+    sys.exit(str(error))
 
 STALLED_READ, STALLED_WRITE = 10, 20  # seconds without a byte; nginx gives a whole body 10, too
 UNREAD = 16 << 10  # bytes that may wait for a reader that has stopped: with megabytes it would hold its slot
@@ -105,8 +104,7 @@ def on_starting(server: Any) -> None:
     try:
         check(settings)
     except SettingsError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(str(error))
 
 
 def post_worker_init(worker: Any) -> None:

@@ -37,7 +37,7 @@ class GenerationAudit:
     """
 
     def __init__(self, generation: Generation, caller: Principal, log: RequestLog) -> None:
-        self._audit, self._began = services().audit, time.monotonic()
+        self._audit, self._began = services().audit, log.started
         self._contents = services().contents if services().settings.audit_content else None
         self._generation, self._raw, self._role = generation, _plain(generation.request), caller.role
         self._started = self._ended = False
