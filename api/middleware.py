@@ -263,8 +263,8 @@ def _finish(response: Response) -> Response:
     headers["Referrer-Policy"] = "no-referrer"
     headers["Content-Security-Policy"] = _POLICY
     headers["X-Request-Id"] = log.id
-    if (made := log.generation) and made.cache:
-        headers["X-Cache"] = made.cache
+    if response.status_code == 200 and (made := log.generation):
+        headers["X-Cache"] = str(made.cache)
         if made.sanitised:
             headers["X-Sanitised"] = str(made.sanitised)
     for each in log.remaining:  # in the names that OpenAI's clients know
