@@ -10,7 +10,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException  # type: ignore[import-untyped]
+from gunicorn.util import close_graceful  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
 from api.context import LOGINS, NAME, Services, max_generations
@@ -29,12 +29,10 @@ from telemetry import configure_logging
 try:
     settings = Settings.from_environment()
 except SettingsError as error:
-    print(error, file=sys.stderr)
-    sys.exit(1)
+    sys.exit(str(error))
 
 STALLED_READ, STALLED_WRITE = 10, 20  # seconds without a byte; nginx gives a whole body 10, too
 UNREAD = 16 << 10  # bytes that may wait for a reader that has stopped: with megabytes it would hold its slot
-HANG_UP = 2.0  # seconds in which a client may read our last bytes and close
 SHUTDOWN_DELAY = 2.0  # seconds in which clients may read why, before a process whose model hangs is replaced
 
 
@@ -43,9 +41,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         kept = super().handle(conn)
-        if not kept:
+        if not kept:  # gunicorn lets clients read our last bytes on the loop that accepts: there it then ends at once
             with suppress(OSError):
-                _hang_up(conn.sock, time.monotonic() + HANG_UP)
+                close_graceful(conn.sock.dup(), max_drain=sys.maxsize)
+                conn.sock.shutdown(socket.SHUT_RD)
         return kept
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, error: Exception) -> None:
@@ -60,17 +59,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         with suppress(OSError):  # it is gone, or does not read
             client.sendall(f"{head}Cache-Control: no-store\r\nConnection: close\r\n\r\n{body}".encode())
-
-
-def _hang_up(client: socket.socket, end: float) -> None:
-    """Let the client read our last bytes and close, until `end`: gunicorn does this on the loop that accepts."""
-    client.shutdown(socket.SHUT_WR)
-    with suppress(TimeoutError):
-        while (left := end - time.monotonic()) > 0:
-            client.settimeout(left)
-            if not client.recv(UNREAD):
-                break
-    client.shutdown(socket.SHUT_RD)
 
 
 class _Log(Logger):  # type: ignore[misc]
@@ -116,8 +104,7 @@ def on_starting(server: Any) -> None:
     try:
         check(settings)
     except SettingsError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(str(error))
 
 
 def post_worker_init(worker: Any) -> None:

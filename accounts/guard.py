@@ -15,7 +15,7 @@ from typing import Any
 from limits import RateLimitItem, RateLimitItemPerSecond
 from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import MovingWindowRateLimiter
-from redis import ConnectionPool
+from redis import Redis
 
 from crypto import mac
 from errors import Overloaded, RateLimited, Unauthorized
@@ -45,14 +45,14 @@ class LoginGuard:
     key: signs device cookies. places: attempts that may wait at once; an address may hold as many as it leaves free.
     """
 
-    def __init__(self, key: bytes, places: int, shared: tuple[ConnectionPool, Ask] | None = None) -> None:
+    def __init__(self, key: bytes, places: int, shared: tuple[Redis, Ask] | None = None) -> None:
         self._key, self._places = key, places
         self._held: Counter[str] = Counter()
         self._busy: set[str] = set()  # names whose password is being checked
         self._changed = Condition()
         self._local = MovingWindowRateLimiter(MemoryStorage())
         if shared:
-            self._shared = MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=shared[0]))
+            self._shared = MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=shared[0].connection_pool))
         self._ask = shared[1] if shared else lambda *_: None
 
     @contextmanager

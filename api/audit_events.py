@@ -6,21 +6,22 @@ import hashlib
 import json
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from flask import has_request_context, request
 
 from accounts.credentials import Principal
 from api.context import RequestLog, current, services
-from api.schemas.native import ChatMessage
 from audit.log import AuditUnavailable
 from crypto import SealBroken
 from errors import ServiceError
-from model.types import Chunk, Done, Event, GenerateRequest, Message
+from model.types import GenerateRequest
+
+if TYPE_CHECKING:
+    from api.generation import Generation
 
 
 def record(user: str | None, event: str, **fields: object) -> None:
@@ -35,101 +36,75 @@ class GenerationAudit:
     As a context: an error that leaves it is the outcome; leaving without an end is `client_gone`.
     """
 
-    def __init__(
-        self,
-        wanted: GenerateRequest,
-        sent: Sequence[ChatMessage],
-        caller: Principal,
-        log: RequestLog,
-        cache: str | None,
-    ) -> None:
-        self._audit, self._cache, self._began = services().audit, cache, time.monotonic()
+    def __init__(self, generation: Generation, caller: Principal, log: RequestLog) -> None:
+        self._audit, self._began = services().audit, log.started
         self._contents = services().contents if services().settings.audit_content else None
-        self._texts: dict[str, list[str]] = {"answer": [], "reasoning": []}
-        self._id, self._ended = wanted.id, False
+        self._generation, self._raw, self._role = generation, _plain(generation.request), caller.role
+        self._started = self._ended = False
+        wanted = generation.request
         self._common = {"id": wanted.id, **_origin(log), "user": log.user, "model": wanted.model}
-        chosen = {"max_new_tokens": wanted.max_new_tokens, **asdict(wanted.sampling)}
-        raw, cleaned = _plain(sent), _plain(wanted.messages)
-        start: dict[str, object] = {
-            "kind": "start",
-            **self._common,
-            "role": caller.role,
-            "parameters": {**chosen, "stops": len(wanted.stop)},  # the strings are the user's words
-            "raw_sha256": _digest(raw),
-            "input_sha256": _digest(cleaned),
-            **self._sealed("input", {"raw": raw, "sanitised": cleaned}),
-        }
-        self._unwritten = [start]
 
-    def write(self, *events: dict[str, object]) -> None:
-        """Make the start durable, with what follows it. Raises AuditUnavailable."""
-        unwritten, self._unwritten = self._unwritten, []
-        self._audit.append(*unwritten, *events)
+    def start(self) -> None:
+        """Make the start durable. Raises AuditUnavailable."""
+        self._started = True
+        self._audit.append(self._start())
 
-    def observe(self, event: Event | None) -> None:
-        """Take note of an event before it is sent; a Done is durable when it returns. Raises AuditUnavailable."""
-        if isinstance(event, Chunk):
-            self._texts[event.channel].append(event.text)
-        elif isinstance(event, Done):
-            self._end(event.finish_reason.value, event)
+    def end(self, fault: str | None = None) -> None:
+        """Make the end durable, and the start with it where it is not yet; only once. Raises AuditUnavailable."""
+        if not self._ended:
+            self._ended = True
+            self._audit.append(*([] if self._started else [self._start()]), self._end(fault))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, AuditUnavailable):
+            return
         if isinstance(error, Exception):
-            self._end(error.code if isinstance(error, ServiceError) else "internal_error")
+            self.end(error.code if isinstance(error, ServiceError) else "internal_error")
             return
         with suppress(AuditUnavailable):  # the client has gone
-            self._end("client_gone")
+            self.end("client_gone")
 
-    def _end(self, outcome: str, done: Done | None = None) -> None:
-        if self._ended:
-            return
-        self._ended = True
+    def _start(self) -> dict[str, object]:
+        wanted, cleaned = self._generation.request, _plain(self._generation.request)
+        chosen = {"max_new_tokens": wanted.max_new_tokens, **asdict(wanted.sampling)}
+        return {
+            "kind": "start",
+            **self._common,
+            "role": self._role,
+            "parameters": {**chosen, "stops": len(wanted.stop)},  # the strings are the user's words
+            "raw_sha256": _digest(self._raw),
+            "input_sha256": _digest(cleaned),
+            **self._sealed("input", {"raw": self._raw, "sanitised": cleaned}),
+        }
+
+    def _end(self, fault: str | None) -> dict[str, object]:
+        texts, done = self._generation.texts(), self._generation.done
         figures: dict[str, object] = {}
         if done is not None:
             usage = done.usage
             tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
             tokens |= {"cached": usage.cached_tokens, "reasoning": usage.reasoning_tokens}
             figures = {"served_by": done.served_by, "tokens": tokens}
-        texts = {channel: "".join(parts) for channel, parts in self._texts.items()}
-        end = {
+        return {
             "kind": "end",
             **self._common,
-            "outcome": outcome,
-            "cache": self._cache,
+            "outcome": fault or (done and done.finish_reason.value),
+            "cache": self._generation.cache,
             "output_sha256": hashlib.sha256(texts["answer"].encode()).hexdigest(),
             "reasoning_sha256": hashlib.sha256(texts["reasoning"].encode()).hexdigest(),
             "duration_ms": round((time.monotonic() - self._began) * 1000),
             **figures,
             **self._sealed("output", texts),
         }
-        self.write(end)
 
     def _sealed(self, part: str, texts: object) -> dict[str, str]:
         if self._contents is None:
             return {}
-        sealed = self._contents.seal(json.dumps(texts).encode(), _context(self._id, part))
+        sealed = self._contents.seal(json.dumps(texts).encode(), _context(self._generation.request.id, part))
         return {part: b64encode(sealed).decode()}
-
-
-def start(
-    wanted: GenerateRequest, sent: Sequence[ChatMessage], caller: Principal, log: RequestLog, cache: str | None
-) -> GenerationAudit:
-    """The audit of a generation whose start is durable. Raises AuditUnavailable."""
-    audit = GenerationAudit(wanted, sent, caller, log, cache)
-    audit.write()
-    return audit
-
-
-def record_hit(
-    wanted: GenerateRequest, sent: Sequence[ChatMessage], caller: Principal, log: RequestLog, events: Sequence[Event]
-) -> None:
-    """Start and end of a cached answer (the last of `events` is its Done) in one commit. Raises AuditUnavailable."""
-    audit = GenerationAudit(wanted, sent, caller, log, "hit")
-    for event in events:
-        audit.observe(event)
 
 
 def unsealed(id: str, part: str, sealed: str | None) -> Any:
@@ -154,5 +129,5 @@ def _digest(plain: list[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def _plain(messages: Sequence[ChatMessage | Message]) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in messages]
+def _plain(wanted: GenerateRequest) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in wanted.messages]

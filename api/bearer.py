@@ -24,7 +24,6 @@ def register(app: Flask, policy: TokenPolicy) -> None:
     app.config.update(
         JWT_SECRET_KEY=policy.key,
         JWT_ALGORITHM="HS256",
-        JWT_TOKEN_LOCATION=["headers"],
         JWT_ENCODE_ISSUER=NAME,
         JWT_DECODE_ISSUER=NAME,
         JWT_ENCODE_AUDIENCE=NAME,

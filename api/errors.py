@@ -22,13 +22,7 @@ _TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     503: "overloaded_error",
 }  # fmt: skip
-_MESSAGES = {
-    404: "There is nothing at this address.",
-    405: "This method is not allowed here.",
-    408: "The request took too long to arrive.",
-    413: "The body is too large.",
-    415: "Send JSON with Content-Type: application/json and no Content-Encoding.",
-}
+_MESSAGES = {404: "There is nothing at this address.", 405: "This method is not allowed here."}
 
 
 class ErrorDetail(BaseModel):

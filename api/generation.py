@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from secrets import token_hex
 from typing import Any, Literal
 
-from flask import Response, request
+from flask import request
 
 from accounts.credentials import Principal
-from api import audit_events, sse
+from api import sse
 from api.audit_events import GenerationAudit
-from api.context import RequestLog, current, services
+from api.context import current, services
 from api.middleware import limits, principal, recheck
 from api.schemas.native import GenerateBody
 from errors import ClientGone, InvalidRequest, ServiceError
-from model.types import Chunk, Done, Event, FinishReason, GenerateRequest, Message, Status, Usage
+from model.types import Channel, Chunk, Done, Event, FinishReason, GenerateRequest, Message, Status, Usage
 from quotas.usage import Counts, Reservation
 
 CacheUse = Literal["hit", "miss", "off"]
@@ -32,65 +31,71 @@ class Generation:
     """A generation under way. `close` gives everything back, any number of times; `cancel` lets its events end soon.
 
     events: None for each silence of a few seconds; Done comes when the end is in the audit log. state: loading, queued
-    or running. tokens: sent so far. begun: it counts as a request. failed: the service did, not the client.
+    or running. begun: it counts as a request. error: the code of what ended it early.
     """
 
     id: str
     user: str
     request: GenerateRequest
-    sanitised: int
-    cache: CacheUse
+    sanitised: int = 0
+    cache: CacheUse | None = None
     events: Iterator[Event | None] = field(init=False)
     close: Callable[[], None] = field(init=False)
     cancel: Callable[[], None] = field(init=False)
     started: float = field(default_factory=time.time)
     state: str = "queued"
-    tokens: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
     done: Done | None = None
     begun: bool = False
-    failed: bool = False
+    error: str | None = None
 
     def observe(self, event: Event | None) -> None:
         if isinstance(event, Chunk):
-            self.state, self.tokens = "running", self.tokens + 1
+            self.state = "running"
+            self.chunks.append(event)
         elif isinstance(event, Status):
             self.state = event.stage
         else:
             self.done = event or self.done
+
+    @property
+    def tokens(self) -> int:
+        """How many were sent so far."""
+        return len(self.chunks)
+
+    def texts(self) -> dict[Channel, str]:
+        """What was said so far."""
+        channels: tuple[Channel, ...] = ("reasoning", "answer")
+        return {name: "".join(chunk.text for chunk in self.chunks if chunk.channel == name) for name in channels}
 
     def counts(self) -> Counts:
         """What the user pays: Done's figures, else what came. Cached answers, and failures without text, are free."""
         if not self.begun or self.cache == "hit":
             return Counts(int(self.begun))
         usage = self.done.usage if self.done else Usage(len(self.request.prompt_ids), self.tokens)
-        prompt = 0 if self.failed and not usage.completion_tokens else usage.prompt_tokens
-        return Counts(1, prompt, usage.cached_tokens, usage.completion_tokens, int(self.failed))
+        failed = self.error not in (None, ClientGone.code)  # the service did, not the client
+        prompt = 0 if failed and not usage.completion_tokens else usage.prompt_tokens
+        return Counts(1, prompt, usage.cached_tokens, usage.completion_tokens, int(failed))
 
 
 def start(body: GenerateBody) -> Generation:
     """Start what `body` asks for in the name of the caller. Raises ServiceError."""
-    caller, log, sent, found = principal(), current(), body.conversation(), services()
-    wanted = _wanted(body, caller, log.id)
+    caller, log, found = principal(), current(), services()
+    generation = log.generation = Generation(log.id, caller.name, _wanted(body, caller, log.id))
+    audit, allowed = GenerationAudit(generation, caller, log), limits(caller)
     with ExitStack() as held:
         held.enter_context(found.generations.take())
-        try:
-            held.enter_context(found.streams.hold(caller.user_id, limits().streams))
-            prepared, sanitised = _prepare(body, wanted)
-            cache, key, remembered = _look_up(body, prepared)
-            reservation = _reserve(prepared) if remembered is None else None
-        except ServiceError:
-            with audit_events.start(wanted, sent, caller, log, None):
-                raise
-        log.cache = cache
-        generation = Generation(log.id, caller.name, prepared, sanitised, cache)
-        held.callback(lambda: found.usage.record(caller.user_id, wanted.model, generation.counts(), reservation))
+        held.push(audit)
+        held.enter_context(found.streams.hold(caller.user_id, allowed.streams))
+        generation.request, generation.sanitised = prepared, _ = _prepare(body, generation.request)
+        generation.cache, key, remembered = _look_up(body, prepared)
+        reservation = _reserve(prepared, allowed.tokens_per_day) if remembered is None else None
+        held.callback(lambda: found.usage.record(caller.user_id, prepared.model, generation.counts(), reservation))
         if remembered is not None:
-            events = [*_replay(remembered)]
-            audit_events.record_hit(prepared, sent, caller, log, events)
-            log.done = next(event for event in events if isinstance(event, Done))
-            generation.events = iter(events)
+            generation.events = iter(_replay(remembered, generation))
+            audit.end()
         else:
-            audit = held.push(audit_events.start(prepared, sent, caller, log, cache))
+            audit.start()
             stream = found.backend.submit(prepared)
             held.callback(stream.close)
             generation.cancel = stream.close
@@ -98,36 +103,20 @@ def start(body: GenerateBody) -> Generation:
             held.callback(found.running.pop, prepared.id, None)
             watched = sse.watched(stream, sse.client_check(request.environ), recheck(caller))
             keep = partial(found.cache.put, key) if key is not None else None
-            generation.events = _observed(watched, generation, keep, audit, log)
+            generation.events = _observed(watched, generation, keep, audit)
         generation.begun = True
         generation.close = held.pop_all().close
-        return generation
-    raise AssertionError("unreachable")  # for mypy: an ExitStack may swallow exceptions, this one does not
+    return generation
 
 
-def read_all(generation: Generation) -> tuple[str, str, Done]:
-    """The text, reasoning and end of the whole answer. Raises what the generation raises, and ClientGone."""
-    texts: dict[str, list[str]] = {"answer": [], "reasoning": []}
+def read_all(generation: Generation) -> Done:
+    """The end of the whole answer, whose texts are then there. Raises what the generation raises, and ClientGone."""
     with closing(generation):
-        for event in generation.events:
-            if isinstance(event, Chunk):
-                texts[event.channel].append(event.text)
-            elif isinstance(event, Done):
-                return "".join(texts["answer"]), "".join(texts["reasoning"]), event
-    raise ServiceError("The answer ended early.")
-
-
-def respond(generation: Generation, dialect: sse.Dialect) -> Response:
-    """The answer as server-sent events."""
-    response = sse.respond(generation.events, dialect, generation.close)
-    response.headers.extend(headers(generation))
-    return response
-
-
-def headers(generation: Generation) -> dict[str, str]:
-    """What the answer's headers say in every dialect."""
-    removed = {"X-Sanitised": str(generation.sanitised)} if generation.sanitised else {}
-    return {"X-Cache": generation.cache, **removed}
+        for _ in generation.events:
+            pass
+    if generation.done is None:
+        raise ServiceError("The answer ended early.")
+    return generation.done
 
 
 def _wanted(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
@@ -172,12 +161,12 @@ def _clean(message: Message) -> tuple[Message, int]:
     return Message(message.role, text), removed
 
 
-def _reserve(prepared: GenerateRequest) -> Reservation | None:
+def _reserve(prepared: GenerateRequest, tokens_per_day: int) -> Reservation | None:
     """The most that it may take, set aside from its caller's tokens of today. Raises LimitExceeded."""
-    if not limits().tokens_per_day:
+    if not tokens_per_day:
         return None
     most = len(prepared.prompt_ids) + prepared.max_new_tokens
-    reservation = services().usage.reserve(prepared.owner, most, limits().tokens_per_day)
+    reservation = services().usage.reserve(prepared.owner, most, tokens_per_day)
     current().remaining.append(reservation.remaining)
     return reservation
 
@@ -188,7 +177,7 @@ def _look_up(body: GenerateBody, prepared: GenerateRequest) -> tuple[CacheUse, s
         return "off", None, None
     cache, owner = services().cache, None if services().settings.cache_shared else prepared.owner
     ending = (astuple(prepared.sampling), prepared.max_new_tokens, prepared.stop)
-    key = cache.key("answer-1", services().backend.fingerprint(), owner, prepared.prompt_ids, *ending)
+    key = cache.key("answer-2", services().backend.fingerprint(), owner, prepared.prompt_ids, *ending)
     found = cache.get(key)
     return ("miss" if found is None else "hit"), key, found
 
@@ -198,36 +187,26 @@ def _observed(
     generation: Generation,
     keep: Callable[[dict[str, Any]], None] | None,
     audit: GenerationAudit,
-    log: RequestLog,
 ) -> Iterator[Event | None]:
     """The events, counted, recorded, and kept in the cache once they have ended well."""
-    chunks: list[Chunk] = []
     try:
         with audit:
             for event in watched:
                 generation.observe(event)
-                audit.observe(event)
-                if isinstance(event, Chunk):
-                    chunks.append(event)
-                elif isinstance(event, Done):
-                    log.done = event
+                if isinstance(event, Done):
+                    audit.end()
                     if keep is not None and event.finish_reason is not FinishReason.CANCELLED:
-                        keep(_remember(chunks, event))
+                        keep({"texts": generation.texts(), **asdict(event)})
                 yield event
     except ServiceError as error:
-        log.error = error.code
-        generation.failed = not isinstance(error, ClientGone)
+        generation.error = error.code
         raise
 
 
-def _remember(chunks: list[Chunk], done: Done) -> dict[str, Any]:
-    runs = groupby(chunks, key=lambda chunk: chunk.channel)
-    texts = [[channel, "".join(chunk.text for chunk in run)] for channel, run in runs]
-    ending = {"finish_reason": done.finish_reason, "usage": asdict(done.usage), "served_by": done.served_by}
-    return {"texts": texts, **ending}
-
-
-def _replay(kept: dict[str, Any]) -> Iterator[Chunk | Done]:
-    for channel, text in kept["texts"]:
-        yield Chunk(text, channel)
-    yield Done(FinishReason(kept["finish_reason"]), Usage(**kept["usage"]), kept["served_by"])
+def _replay(kept: dict[str, Any], generation: Generation) -> list[Event]:
+    """The events of a kept answer, which the generation has seen then."""
+    done = Done(FinishReason(kept["finish_reason"]), Usage(**kept["usage"]), kept["served_by"])
+    events: list[Event] = [*(Chunk(text, channel) for channel, text in kept["texts"].items() if text), done]
+    for event in events:
+        generation.observe(event)
+    return events

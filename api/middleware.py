@@ -6,15 +6,18 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import structlog
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import DefaultJSONProvider
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from werkzeug.exceptions import ClientDisconnected
 from werkzeug.wrappers import Response as WerkzeugResponse
@@ -23,14 +26,17 @@ from accounts.credentials import Principal
 from accounts.roles import Permission, allowed
 from accounts.tokens import TokenType
 from api import bearer
-from api.context import current, services
+from api.context import RequestLog, current, services
+from api.errors import ErrorBody
 from errors import Forbidden, InvalidRequest, Malformed, Stalled, TooLarge, Unauthorized, UnsupportedMedia
 from quotas.limits import Limits
+from telemetry import request_id
 
 # What a view returns; flask's own type cannot be looked at while running, and flask-openapi3 looks.
-Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int] | tuple[dict[str, Any], int, dict[str, str]]
+Reply = WerkzeugResponse | dict[str, Any] | tuple[dict[str, Any], int]
 View = TypeVar("View", bound=Callable[..., Any])
 
+TOKENS = (TokenType.ACCESS, TokenType.KEY)  # the types that let in; a refresh token is for /refresh alone
 SECURED: list[dict[str, list[str]]] = [{"bearer": []}]
 _LARGE = ("/generate", "/stream", "/v1/")  # where MAX_BODY holds; elsewhere a password is the most
 _SMALL_BODY = 64 << 10
@@ -101,17 +107,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _no_constant(name: str) -> object:
-    raise Malformed(f"{name} is not JSON.")
-
-
-def _bounded(digits: str) -> int:
-    if len(digits) > 40:  # Python reads up to 4,300 digits, in quadratic time
-        raise Malformed("A number has too many digits.")
-    return int(digits)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_bounded)
+# Python would take NaN, which is no int; a number of 4,300 digits is a ValueError, too.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=int)
 
 
 def _strings(value: object, depth: int = 0) -> Iterator[str]:
@@ -126,6 +123,17 @@ def _strings(value: object, depth: int = 0) -> Iterator[str]:
         for key, item in value.items():
             yield key
             yield from _strings(item, depth + 1)
+
+
+def api_blueprint(name: str, tag: str, *errors: int, secured: bool = True) -> APIBlueprint:
+    """The routes of one file under one heading of /docs. errors: the statuses that they may have beside their own."""
+    return APIBlueprint(
+        name,
+        __name__,
+        abp_tags=[Tag(name=tag)],
+        abp_security=SECURED if secured else [],
+        abp_responses=dict.fromkeys(errors, ErrorBody),
+    )
 
 
 def needs(permission: Permission) -> Callable[[View], View]:
@@ -145,11 +153,11 @@ def public(view: View) -> View:
 
 
 def register(app: Flask) -> None:
-    """Put the guards before every view of `app`, and the safe headers on every answer."""
+    """Put the guards before every view of `app`, and an id, the safe headers and a line in the log on every answer."""
     app.request_class = StrictRequest
     app.json = StrictJSON(app)
-    app.before_request(_check)  # one, because Flask looks at each anew for every request
-    app.after_request(_harden)
+    app.before_request(_begin)  # one, because Flask looks at each anew for every request
+    app.after_request(_finish)
 
 
 def principal() -> Principal:
@@ -158,11 +166,14 @@ def principal() -> Principal:
     return caller
 
 
-def enter_as(caller: Principal) -> None:
-    """Let `caller` in, for this request."""
+def enter(claims: Mapping[str, Any]) -> Principal:
+    """Let in whose token made these claims, for this request. Raises Unauthorized when it is no longer good."""
+    caller = services().credentials.find(claims, time.time())
+    if caller is None:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
     g.principal = caller
     current().user, current().user_id, current().key = caller.name, caller.user_id, caller.key_id
-    allow(caller)
+    return caller
 
 
 def recheck(caller: Principal) -> Callable[[], None]:
@@ -176,23 +187,21 @@ def recheck(caller: Principal) -> Callable[[], None]:
     return check
 
 
-def allow(caller: Principal) -> None:
-    """Remember what the caller of this request may have."""
-    g.limits = services().limits.of(caller.role, **asdict(caller.limits))
+def limits(caller: Principal) -> Limits:
+    """What the caller may have."""
+    return services().limits.of(caller.role, **asdict(caller.limits))
 
 
-def limits() -> Limits:
-    """What the caller of this request may have."""
-    found: Limits = g.limits
-    return found
-
-
-def count_request(user_id: str) -> None:
+def count_request(caller: Principal) -> None:
     """Raises LimitExceeded."""
-    current().remaining.append(services().rate.hit(user_id, limits().rpm))
+    current().remaining.append(services().rate.hit(caller.user_id, limits(caller).rpm))
 
 
-def _check() -> None:
+def _begin() -> None:
+    id = request_id(request.headers.get("X-Request-Id"))
+    route = request.url_rule.rule if request.url_rule else None
+    g.request_log = RequestLog(id, request.method[:16], route, request.path[:256])
+    structlog.contextvars.bind_contextvars(request_id=id)
     if request.method not in _METHODS:  # what a client makes up must not become a label
         request.prom_do_not_track = True  # type: ignore[attr-defined]
     _check_host()
@@ -220,11 +229,8 @@ def _check_host() -> None:
 def _check_caller(view: Callable[..., Any]) -> None:
     if getattr(view, "public", False):
         return
-    caller = services().credentials.find(bearer.claims(TokenType.ACCESS, TokenType.KEY), time.time())
-    if caller is None:
-        raise Unauthorized("The token is no longer valid.", code="invalid_token")
-    enter_as(caller)
-    count_request(caller.user_id)
+    caller = enter(bearer.claims(*TOKENS))
+    count_request(caller)
     permission = getattr(view, "permission", None)
     if permission is None or not allowed(caller.role, permission, caller.scopes):
         raise Forbidden("Your role or key does not allow this.")
@@ -248,12 +254,22 @@ def ip_address(name: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
-def _harden(response: Response) -> Response:
-    headers = response.headers
+def _finish(response: Response) -> Response:
+    headers, log = response.headers, current()
     if response.status_code in (429, 503):  # also where nothing below could tell when to come back
         headers.setdefault("Retry-After", "1")
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "no-referrer"
     headers["Content-Security-Policy"] = _POLICY
+    headers["X-Request-Id"] = log.id
+    if response.status_code == 200 and (made := log.generation):
+        headers["X-Cache"] = str(made.cache)
+        if made.sanitised:
+            headers["X-Sanitised"] = str(made.sanitised)
+    for each in log.remaining:  # in the names that OpenAI's clients know
+        headers[f"X-RateLimit-Limit-{each.kind}"] = str(each.limit)
+        headers[f"X-RateLimit-Remaining-{each.kind}"] = str(each.left)
+        headers[f"X-RateLimit-Reset-{each.kind}"] = f"{each.reset:.3f}s"
+    response.call_on_close(lambda: log.write(response.status_code))
     return response

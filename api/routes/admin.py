@@ -6,25 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 from flask import Response
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 
 from accounts.passwords import generate
 from accounts.roles import Permission
 from accounts.users import User, UserLimits
 from api import accounts
 from api.context import services
-from api.errors import ErrorBody
-from api.middleware import SECURED, Reply, needs, principal
+from api.middleware import Reply, api_blueprint, needs, principal
 from api.schemas import accounts as schemas
 
-blueprint = APIBlueprint(
-    "admin",
-    __name__,
-    abp_tags=[Tag(name="Accounts")],
-    abp_security=SECURED,
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)},
-)
+blueprint = api_blueprint("admin", "Accounts", 400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
 
 
 @blueprint.get("/admin/users", responses={200: schemas.UsersOut})

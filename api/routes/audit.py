@@ -16,15 +16,13 @@ from typing import Annotated, Any, Literal
 
 import click
 from flask import Response
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field
 
 from accounts.roles import Permission
 from api.audit_events import record, unsealed
 from api.context import services
 from api.errors import ErrorBody
-from api.middleware import SECURED, Reply, needs, principal
+from api.middleware import Reply, api_blueprint, needs, principal
 from api.schemas.native import IdPath
 from audit.log import AuditFilter, AuditLog
 from audit.records import stamp
@@ -42,13 +40,7 @@ _PAGE = 500  # records read at a time
 _EXPORTING = 300.0  # seconds that one export may take: its thread serves others then
 _exports = BoundedSemaphore(2)
 
-blueprint = APIBlueprint(
-    "audit",
-    __name__,
-    abp_tags=[Tag(name="Audit")],
-    abp_security=SECURED,
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 422, 429, 503)},
-)
+blueprint = api_blueprint("audit", "Audit", 400, 401, 403, 422, 429, 503)
 blueprint.cli.help = "Check the audit log."
 
 

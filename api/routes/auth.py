@@ -7,10 +7,8 @@ import time
 from secrets import token_hex
 
 from flask import Response, jsonify, request
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 
-from accounts.credentials import ApiKey, Session
+from accounts.credentials import Session
 from accounts.guard import TooManyFailures
 from accounts.roles import Permission
 from accounts.tokens import TokenType
@@ -19,20 +17,15 @@ from api import accounts, bearer
 from api.audit_events import record
 from api.context import current, services
 from api.errors import ErrorBody
-from api.middleware import SECURED, Reply, allow, count_request, needs, principal, public
-from api.schemas.accounts import KeyBody, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
+from api.middleware import SECURED, Reply, api_blueprint, count_request, enter, needs, principal, public
+from api.schemas.accounts import KeyBody, KeyOut, KeysOut, LoginBody, NewKeyOut, PasswordBody, TokensOut
 from api.schemas.native import IdPath
 from errors import NotFound, Unauthorized
 
 _DEVICE_AGE = 180 * 86_400  # seconds
 _LOOPBACK = re.compile(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?")
 
-blueprint = APIBlueprint(
-    "auth",
-    __name__,
-    abp_tags=[Tag(name="Log in")],
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 413, 415, 422, 429, 503)},
-)
+blueprint = api_blueprint("auth", "Log in", 400, 401, 403, 413, 415, 422, 429, 503, secured=False)
 
 
 @blueprint.post("/login", responses={200: TokensOut})
@@ -48,14 +41,13 @@ def login(body: LoginBody) -> Reply:
 @public  # it asks for a refresh token instead
 def refresh() -> Reply:
     """New tokens for a refresh token (in the Authorization header), which is then spent."""
-    claims, credentials = bearer.claims(TokenType.REFRESH), services().credentials
-    if caller := credentials.find(claims, time.time()):
-        allow(caller)
-        count_request(caller.user_id)
-        if session := credentials.rotate(claims["sid"], claims["jti"], time.time()):
-            current().user, current().user_id = caller.name, caller.user_id
-            return _tokens(caller.user_id, session)
-    raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    claims = bearer.claims(TokenType.REFRESH)
+    caller = enter(claims)
+    count_request(caller)
+    session = services().credentials.rotate(claims["sid"], claims["jti"], time.time())
+    if session is None:
+        raise Unauthorized("The token is no longer valid.", code="invalid_token")
+    return _tokens(caller.user_id, session)
 
 
 @blueprint.post("/logout", security=SECURED, responses={204: None})
@@ -81,15 +73,14 @@ def change_password(body: PasswordBody) -> Reply:
 def add_key(body: KeyBody) -> Reply:
     """A long-lived token for a program, shown this once."""
     key, token = accounts.add_key(principal(), principal(), body.name, body.expires_in_days)
-    return {**_shown(key), "key": token}, 201
+    return {**KeyOut.model_validate(key).model_dump(), "key": token}, 201
 
 
 @blueprint.get("/keys", security=SECURED, responses={200: KeysOut})
 @needs(Permission.MANAGE_KEYS)
 def list_keys() -> Reply:
     """One's own keys that still work, without the tokens."""
-    keys = services().credentials.keys(principal().user_id, time.time())
-    return {"keys": [_shown(key) for key in keys]}
+    return KeysOut(keys=services().credentials.keys(principal().user_id, time.time())).model_dump()
 
 
 @blueprint.delete("/keys/<id>", security=SECURED, responses={204: None, 404: ErrorBody})
@@ -137,7 +128,3 @@ def _tokens(user_id: str, session: Session) -> dict[str, object]:
     access = bearer.mint(TokenType.ACCESS, user_id, token_hex(16), time.time() + seconds, sid=session.id)
     renewal = bearer.mint(TokenType.REFRESH, user_id, session.refresh, session.expires, sid=session.id)
     return TokensOut(access_token=access, refresh_token=renewal, expires_in=seconds).model_dump()
-
-
-def _shown(key: ApiKey) -> dict[str, object]:
-    return {"id": key.id, "name": key.name, "created_at": key.created, "expires_at": key.expires}

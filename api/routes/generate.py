@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flask import Response
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 
 from accounts.roles import Permission, allowed
-from api import sse, tickets
+from api import bearer, sse
 from api.audit_events import record
 from api.context import services
-from api.errors import ErrorBody, payload
-from api.generation import Generation, headers, read_all, respond, start
-from api.middleware import SECURED, Reply, needs, principal, public
+from api.errors import payload
+from api.generation import Generation, read_all, start
+from api.middleware import SECURED, TOKENS, Reply, api_blueprint, enter, needs, principal, public
 from api.schemas.native import GenerateBody, GenerateOut, IdPath, RequestsOut, TicketOut, TicketQuery
 from errors import NotFound, ServiceError
 from model.types import Chunk, Done, Event, Status
 
-blueprint = APIBlueprint(
-    "generate",
-    __name__,
-    abp_tags=[Tag(name="Generate")],
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)},
-)
+TICKET_SECONDS = 60
+
+blueprint = api_blueprint("generate", "Generate", 400, 401, 403, 404, 408, 413, 415, 422, 429, 503, secured=False)
 
 
 @blueprint.post("/generate", security=SECURED, responses={200: GenerateOut})
@@ -33,9 +30,9 @@ blueprint = APIBlueprint(
 def generate(body: GenerateBody) -> Reply:
     """The whole answer at once."""
     generation = start(body)
-    text, reasoning, done = read_all(generation)
-    out = {"model": generation.request.model, "response": text, "reasoning": reasoning}
-    return {**out, **_ending(generation, done)}, 200, headers(generation)
+    done, texts = read_all(generation), generation.texts()
+    out = {"model": generation.request.model, "response": texts["answer"], "reasoning": texts["reasoning"]}
+    return {**out, **_ending(generation, done)}
 
 
 @blueprint.post("/stream", security=SECURED, responses={200: sse.DOCUMENTED})
@@ -49,22 +46,28 @@ def stream_body(body: GenerateBody) -> Reply:
 @needs(Permission.GENERATE)
 def ticket(body: GenerateBody) -> Reply:
     """A single-use ticket for `GET /stream`, because EventSource cannot send a token."""
-    return {"ticket": tickets.issue(body), "expires_in": tickets.SECONDS}
+    caller, expires = principal(), min(time.time() + TICKET_SECONDS, principal().expires)
+    content = json.dumps([bearer.claims(*TOKENS), body.model_dump(exclude_unset=True)])
+    return {"ticket": services().tickets.put(caller.user_id, content.encode(), expires), "expires_in": TICKET_SECONDS}
 
 
 @blueprint.get("/stream", responses={200: sse.DOCUMENTED, 204: None})
 @public
 def stream_ticket(query: TicketQuery) -> Reply:
     """The answer to the body that the ticket was made for; 204 for a used ticket, so that EventSource stops."""
-    body = tickets.redeem(query.ticket)
-    return Response(status=204) if body is None else _stream(body)
+    content = services().tickets.take(query.ticket)
+    if content is None:
+        return Response(status=204)
+    claims, body = json.loads(content)
+    enter(claims)
+    return _stream(GenerateBody.model_validate(body))
 
 
 @blueprint.get("/admin/requests", security=SECURED, responses={200: RequestsOut})
 @needs(Permission.MANAGE_USERS)
 def running() -> Reply:
     """The generations under way, oldest first: whose they are and how far, never what they say."""
-    return {"requests": [_shown(each) for each in list(services().running.values())]}
+    return RequestsOut(requests=list(services().running.values())).model_dump()
 
 
 @blueprint.delete("/requests/<id>", security=SECURED, responses={204: None})
@@ -85,14 +88,9 @@ def cancel(path: IdPath) -> Reply:
     return Response(status=204)
 
 
-def _shown(generation: Generation) -> dict[str, Any]:
-    shown = {name: getattr(generation, name) for name in ("id", "user", "started", "state", "tokens")}
-    return {**shown, "model": generation.request.model}
-
-
 def _stream(body: GenerateBody) -> Response:
     generation = start(body)
-    return respond(generation, NativeDialect(generation))
+    return sse.respond(generation.events, NativeDialect(generation), generation.close)
 
 
 def _ending(generation: Generation, done: Done) -> dict[str, Any]:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import wraps
 
 from flask import current_app, request
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
 from sqlalchemy import text
 
 from api.context import services
-from api.errors import ErrorBody
-from api.middleware import Reply, ip_address, public
+from api.middleware import Reply, api_blueprint, ip_address, public
 from api.schemas.native import HealthOut, ReadyOut
 from errors import Forbidden, StoreUnavailable
 from version import VERSION
 
 _PING = text("SELECT count(*) FROM alembic_version")  # SQLite answers SELECT 1 without its file
-blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="Operations")], abp_responses={400: ErrorBody})
+blueprint = api_blueprint("health", "Operations", 400, secured=False)
 
 
 @blueprint.get("/healthz", responses={200: HealthOut})
 @public
 def healthz() -> Reply:
     """The process answers. Touches nothing else: a restart does not help a process that waits for its disk."""
-    return HealthOut(version=VERSION).model_dump()
+    return {"status": "ok", "version": VERSION}
 
 
 @blueprint.get("/readyz", responses={200: ReadyOut, 503: ReadyOut})
@@ -33,17 +31,12 @@ def healthz() -> Reply:
 def readyz() -> Reply:
     """Whether a request can be answered with text now; if not, the reason, and the stage of the model."""
     status, problem = services().backend.status(), _problem()
-    details = dict(status.details)
+    if problem:
+        stage = "unavailable" if status.ready else status.stage
+        status = replace(status, ready=False, stage=stage, reason=status.reason or problem)
     if cache_problem := services().cache.problem():  # costs speed only
-        details["cache_problem"] = cache_problem
-    out = ReadyOut(
-        ready=status.ready and problem is None,
-        stage="unavailable" if status.ready and problem else status.stage,
-        percent=status.percent,
-        reason=status.reason or problem,
-        details=details,
-    )
-    return out.model_dump(), 200 if out.ready else 503
+        status = replace(status, details={**status.details, "cache_problem": cache_problem})
+    return asdict(status), 200 if status.ready else 503
 
 
 def _problem() -> str | None:

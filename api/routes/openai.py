@@ -6,28 +6,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.tag import Tag
-
 from accounts.roles import Permission
 from api import sse
 from api.context import services
-from api.errors import ErrorBody, payload
-from api.generation import Generation, headers, read_all, respond, start
-from api.middleware import SECURED, Reply, needs
+from api.errors import payload
+from api.generation import Generation, read_all, start
+from api.middleware import Reply, api_blueprint, needs
 from api.schemas.chat import IGNORED, ChatBody, ChatOut, ModelOut, ModelsOut
-from api.schemas.native import ModelPath
+from api.schemas.native import IdPath
 from errors import ServiceError, UnknownModel
 from model.types import Chunk, Done, Event, Usage
 
 _REASONING = ("reasoning_content", "reasoning")  # clients look for either
-blueprint = APIBlueprint(
-    "openai",
-    __name__,
-    abp_tags=[Tag(name="OpenAI-compatible")],
-    abp_security=SECURED,
-    abp_responses={code: ErrorBody for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)},
-)
+blueprint = api_blueprint("openai", "OpenAI-compatible", 400, 401, 403, 404, 408, 413, 415, 429, 503)
 
 
 @blueprint.post(
@@ -40,13 +31,13 @@ def chat(body: ChatBody) -> Reply:
     """Chat completion, streamed when `stream` is true."""
     generation = start(body.generate())
     if body.stream:
-        return respond(generation, ChatDialect(generation, body.include_usage))
-    text, reasoning, done = read_all(generation)
-    said = {"role": "assistant", "content": text, "refusal": None}
-    message = said | dict.fromkeys(_REASONING, reasoning or None)
+        return sse.respond(generation.events, ChatDialect(generation, body.include_usage), generation.close)
+    done, texts = read_all(generation), generation.texts()
+    said = {"role": "assistant", "content": texts["answer"], "refusal": None}
+    message = said | dict.fromkeys(_REASONING, texts["reasoning"] or None)
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(done)}
     head = _head(generation, "chat.completion", int(time.time()))
-    return {**head, "choices": [choice], "usage": _usage(done.usage)}, 200, headers(generation)
+    return {**head, "choices": [choice], "usage": _usage(done.usage)}
 
 
 @blueprint.get("/v1/models", responses={200: ModelsOut})
@@ -58,7 +49,7 @@ def models() -> Reply:
 
 @blueprint.get("/v1/models/<path:id>", responses={200: ModelOut})
 @needs(Permission.READ_MODELS)
-def model(path: ModelPath) -> Reply:
+def model(path: IdPath) -> Reply:
     """One model; a name of the hub has a slash in it."""
     if path.id != services().model:
         raise UnknownModel("This model is not served here.", param="model")

@@ -7,11 +7,9 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from flask import Response, redirect, request
-from flask_openapi3.blueprint import APIBlueprint
+from flask import Blueprint, Response, redirect, request
 
 from api.middleware import Reply, public
-from api.schemas.native import FilePath
 from errors import NotFound
 
 WEB, DOCS = Path(__file__).parents[2] / "web", Path(__file__).parents[1] / "static"
@@ -21,38 +19,38 @@ _TYPES = {  # the machine's own table may differ, and nosniff is strict
     ".svg": "image/svg+xml", ".webmanifest": "application/manifest+json",
 }  # fmt: skip
 
-blueprint = APIBlueprint("page", __name__)
+blueprint = Blueprint("page", __name__)
 
 
-@blueprint.get("/", doc_ui=False)
+@blueprint.get("/")
 @public
 def home() -> Reply:
     return _send(WEB, "index.html") if "index.html" in _files(WEB) else redirect("docs")
 
 
-@blueprint.get("/web/<path:name>", doc_ui=False)
+@blueprint.get("/web/<path:name>")
 @public
-def part(path: FilePath) -> Reply:
-    return _send(WEB, path.name)
+def part(name: str) -> Reply:
+    return _send(WEB, name)
 
 
-@blueprint.get(f"/{_WORKER}", doc_ui=False)
+@blueprint.get(f"/{_WORKER}")
 @public
 def worker() -> Reply:
     """At the root, because a service worker controls only what lies below its own address."""
     return _send(WEB, _WORKER)
 
 
-@blueprint.get("/docs", doc_ui=False)
+@blueprint.get("/docs")
 @public
 def docs() -> Reply:
     return _send(DOCS, "docs.html")
 
 
-@blueprint.get("/docs/<name>", doc_ui=False)
+@blueprint.get("/docs/<name>")
 @public
-def docs_file(path: FilePath) -> Reply:
-    return _send(DOCS, path.name)
+def docs_file(name: str) -> Reply:
+    return _send(DOCS, name)
 
 
 @cache

@@ -41,10 +41,12 @@ class KeyBody(Strict):
 
 
 class KeyOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     name: str
-    created_at: float
-    expires_at: float
+    created_at: float = Field(validation_alias="created")
+    expires_at: float = Field(validation_alias="expires")
 
 
 class NewKeyOut(KeyOut):

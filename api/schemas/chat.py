@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from api import sse
 from api.schemas import native
@@ -18,43 +18,40 @@ IGNORED = frozenset(
 _IGNORED_IN_MESSAGES = frozenset({"name", "refusal", "reasoning", "reasoning_content", "annotations", "audio"})
 
 
-def _without(fields: object, ignored: frozenset[str]) -> object:
-    if not isinstance(fields, dict):
-        return fields
-    empty = {"tool_calls", "function_call"}  # clients send them back as null
-    return {k: v for k, v in fields.items() if k not in ignored and not (k in empty and v is None)}
+class _Dialect(Strict):
+    """Drops what is ignored before anything else is refused."""
+
+    ignored: ClassVar[frozenset[str]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        empty = {"tool_calls", "function_call"}  # clients send them back as null
+        return {k: v for k, v in fields.items() if k not in cls.ignored and not (k in empty and v is None)}
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
 
 
 def _text(content: object) -> object:
     """A string, or a list of text parts put together; pictures and sounds are refused, and never fetched."""
     if not isinstance(content, list):
         return content
-    if not all(isinstance(part, dict) and set(part) == {"type", "text"} and part["type"] == "text" for part in content):
-        raise ValueError("Only text parts are served: {'type': 'text', 'text': '...'}.")
-    if not all(isinstance(part["text"], str) for part in content):
-        raise ValueError("The text of a part must be a string.")
-    return "".join(part["text"] for part in content)
+    try:
+        return "".join(TextPart.model_validate(part).text for part in content)
+    except ValidationError:
+        raise ValueError("Only text parts are served: {'type': 'text', 'text': '...'}.") from None
 
 
-_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-Text = Annotated[
-    str, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]})
-]
+class ChatTurn(_Dialect):
+    ignored = _IGNORED_IN_MESSAGES
 
-
-class ChatTurn(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop(cls, fields: object) -> object:
-        return _without(fields, _IGNORED_IN_MESSAGES)
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart])]
 
     def message(self) -> ChatMessage:
         role: native.Role = "system" if self.role == "developer" else self.role
@@ -70,8 +67,10 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
-class ChatBody(Strict):
+class ChatBody(_Dialect):
     """Defaults are this service's own (temperature 0.6, 256 tokens), not OpenAI's."""
+
+    ignored = IGNORED
 
     messages: list[ChatTurn] = Field(min_length=1, max_length=256)
     model: str = Field(min_length=1, max_length=256)
@@ -91,11 +90,6 @@ class ChatBody(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop(cls, fields: object) -> object:
-        return _without(fields, IGNORED)
 
     def generate(self) -> GenerateBody:
         """The same request in our dialect; what was not sent keeps our default."""

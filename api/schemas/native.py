@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, RootModel, model_validator
 
-from model.types import FinishReason, Sampling, ServedBy
+from model.types import BackendStatus, FinishReason, Sampling, ServedBy
 
 Role = Literal["system", "user", "assistant"]
 
@@ -80,15 +80,7 @@ class GenerateBody(Strict):
 
 
 class IdPath(BaseModel):
-    id: str = Field(min_length=1, max_length=128)
-
-
-class ModelPath(BaseModel):
     id: str = Field(min_length=1, max_length=256)
-
-
-class FilePath(BaseModel):
-    name: str
 
 
 class TicketQuery(BaseModel):
@@ -121,9 +113,13 @@ class GenerateOut(BaseModel):
 
 
 class RequestOut(BaseModel):
+    """A generation under way."""
+
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     user: str
-    model: str
+    model: str = Field(validation_alias=AliasPath("request", "model"))
     started: float
     state: str = Field(description="loading, queued or running.")
     tokens: int
@@ -134,13 +130,9 @@ class RequestsOut(BaseModel):
 
 
 class HealthOut(BaseModel):
-    status: Literal["ok"] = "ok"
+    status: Literal["ok"]
     version: str
 
 
-class ReadyOut(BaseModel):
-    ready: bool
-    stage: str
-    percent: int
-    reason: str | None
-    details: dict[str, str | int | float | bool]
+class ReadyOut(RootModel[BackendStatus]):
+    """Whether a request can be answered with text now, and the stage of the model."""

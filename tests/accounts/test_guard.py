@@ -47,7 +47,7 @@ def guard(request: pytest.FixtureRequest) -> LoginGuard:
 
 def sharing(url: str) -> LoginGuard:
     link = RedisLink(url)
-    return LoginGuard(b"key", 16, (link.redis.connection_pool, link.ask))
+    return LoginGuard(b"key", 16, (link.redis, link.ask))
 
 
 def wrong(guard: LoginGuard, address: str, name: str, **cookies: str) -> bool:

@@ -69,7 +69,7 @@ def make_app(tmp_path: Path, backend: ScriptedBackend, monkeypatch: pytest.Monke
     """An app with other settings than usual."""
 
     cheap = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
-    monkeypatch.setattr("app.Passwords", lambda: Passwords(cheap))
+    monkeypatch.setattr("api.context.Passwords", lambda: Passwords(cheap))
 
     def make(**settings: Any) -> Flask:
         return create_app(Settings(**{"data_dir": tmp_path, "admin_password": PASSWORD, **settings}), backend)

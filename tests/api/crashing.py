@@ -10,6 +10,7 @@ from werkzeug.serving import make_server
 
 import app
 from accounts.passwords import Passwords
+from api import context
 from audit.log import AuditLog
 from audit.verify import verify
 from crypto import KeyRing
@@ -22,7 +23,7 @@ from tests.audit.logs import find
 def serve(folder: Path, password: str, port: Connection) -> None:
     """Tells its port, and answers until it is killed."""
     cheap = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
-    app.Passwords = lambda: Passwords(cheap)  # type: ignore[assignment]
+    context.Passwords = lambda: Passwords(cheap)  # type: ignore[assignment, misc]
     settings = Settings(data_dir=folder, admin_password=password, user_rpm=100_000, user_streams=100, log_level="error")
     server = make_server("127.0.0.1", 0, app.create_app(settings, ScriptedBackend()), threaded=True)
     port.send(server.port)

@@ -232,7 +232,7 @@ def test_a_ticket_dies_with_the_session_that_made_it(admin: Client, nobody: Clie
 
 
 def test_an_old_ticket_is_no_ticket(admin: Client, nobody: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.tickets.SECONDS", -1)
+    monkeypatch.setattr("api.routes.generate.TICKET_SECONDS", -1)
     ticket = admin.post("/stream/ticket", HI).json["ticket"]
     assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == 204
 

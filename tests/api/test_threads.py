@@ -39,7 +39,7 @@ def test_a_place_is_free_again_whatever_happened_on_it() -> None:
 def test_more_generations_than_there_are_threads_are_503_and_a_closed_one_makes_room(
     make_app: Callable[..., Flask], backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.max_generations", lambda settings: 3)
+    monkeypatch.setattr("api.context.max_generations", lambda settings: 3)
     admin = Client(make_app()).login()
     running = [admin.post("/stream", SILENT) for _ in range(3)]
     refused = admin.post("/stream", SILENT)

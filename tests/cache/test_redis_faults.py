@@ -60,7 +60,7 @@ def cache(link: RedisLink, proxy: FaultProxy) -> Iterator[RedisLink]:
 
 def cost(link: RedisLink) -> float:
     """Seconds that Redis takes from one request."""
-    cache, rate = link, RequestRate((link.redis.connection_pool, link.ask))
+    cache, rate = link, RequestRate((link.redis, link.ask))
     started = time.perf_counter()
     rate.hit("ann", 1000)
     assert cache.get("k") is None

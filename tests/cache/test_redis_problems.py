@@ -81,7 +81,7 @@ def certificate(folder: Path) -> list[str]:
 def problems(url: str) -> tuple[str | None, list[str]]:
     """What a link says after three requests, and the problems in the log."""
     link = RedisLink(url)
-    cache, rate = link, RequestRate((link.redis.connection_pool, link.ask))
+    cache, rate = link, RequestRate((link.redis, link.ask))
     with capture_logs() as lines:
         for number in range(3):
             rate.hit("ann", 100)
@@ -141,7 +141,7 @@ def with_acl(serve: Serve, folder: Path, commands: str) -> str:
 
 def test_a_user_who_may_not_count(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     link = connect(with_acl(serve, tmp_path, "+get +set +ping"))
-    rate, cache = RequestRate((link.redis.connection_pool, link.ask)), link
+    rate, cache = RequestRate((link.redis, link.ask)), link
     for left in range(9, 0, -1):
         assert rate.hit("ann", 10).left == left
     cache.put("k", b"value", 60)
@@ -153,11 +153,11 @@ def test_the_acl_of_make_secrets_allows_all_that_is_asked(serve: Serve, connect:
     script = (Path(__file__).parents[2] / "ops/make-secrets").read_text()
     user = next(line for line in script.splitlines() if line.startswith("user app on "))
     link = connect(with_acl(serve, tmp_path, user.partition("-@all")[2]))
-    rate, cache = RequestRate((link.redis.connection_pool, link.ask)), link
+    rate, cache = RequestRate((link.redis, link.ask)), link
     assert link.ask(link.redis.ping)
     cache.put("k", b"value", 60)
     assert rate.hit("ann", 2).left == 1 and cache.get("k") == b"value" and link.problem() is None
-    guard = LoginGuard(b"key", 16, (link.redis.connection_pool, link.ask))
+    guard = LoginGuard(b"key", 16, (link.redis, link.ask))
     tickets = Tickets(Encryptor(bytes(32)), (link.redis, link.ask))
     with suppress(Unauthorized), guard.attempt("198.51.100.1", "ann", {}):
         raise Unauthorized("wrong")
