@@ -70,7 +70,7 @@ def _flask(settings: Settings, services: Services, metrics: Metrics) -> Flask:
     for routes in (health, auth, admin, audit, generate, openai):
         app.register_api(routes.blueprint)
     app.register_blueprint(page.blueprint)
-    for commands in (cli.users, cli.keys):
+    for commands in (cli.users, cli.keys, cli.version):
         app.cli.add_command(commands)
     if prefix := settings.url_prefix:  # with and without it: a proxy may strip it, and probes ask without
         app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {prefix: app.wsgi_app})  # type: ignore[method-assign]

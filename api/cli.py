@@ -18,6 +18,7 @@ from api.context import services
 from errors import ServiceError
 from quotas.limits import MAX_COUNT, MAX_TOKENS
 from settings import Settings, SettingsError
+from version import VERSION
 
 _AS_ROLE = "role"  # the value for a limit that is again what the role has
 
@@ -55,6 +56,12 @@ keys = _Group("keys", help="API keys of an account.")
 name_argument = click.argument("name")
 role_type = click.Choice([role.value for role in Role])
 ask_option = click.option("--ask", is_flag=True, help="Ask for the password (or read a line) instead of making one up.")
+
+
+@click.command()
+def version() -> None:
+    """Print the version of the service."""
+    click.echo(VERSION)
 
 
 @users.command("list")

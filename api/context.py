@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from cache.responses import ResponseCache
 from cache.sqlite_cache import SqliteCache
 from crypto import Encryptor, derive, key_ring, signing_secret
 from db import Database
-from errors import Overloaded
+from errors import Overloaded, StoreUnavailable
 from model.types import Backend
 from model.weights.catalogue import find
 from quotas.limits import ConcurrencyLimit, Limits, LimitTable, Remaining, RequestRate
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 NAME = "flask-llm"
 LOGINS = 16  # requests that check a password, running or waiting: two compute a hash at a time
 PREPARING = 2  # long prompts being cleaned and tokenised, so that the model thread gets the interpreter's lock
+SET_ASIDE = 64 << 20  # bytes of the disk under DATA_DIR for logins, revocations and the ends of what runs
 _SETTLED_BY = 60  # seconds after REQUEST_TIMEOUT by which every reservation of a living process is settled
 
 
@@ -107,6 +109,11 @@ class Services:
         self.generations = Capacity(max_generations(settings))
         self.preparing = Capacity(PREPARING)
         self.running: dict[str, Generation] = {}
+
+    def check_space(self) -> None:
+        """Raises StoreUnavailable while a generation's records would take what is set aside on the disk."""
+        if shutil.disk_usage(self.settings.data_dir).free < SET_ASIDE:
+            raise StoreUnavailable("the disk is full")
 
 
 def services() -> Services:

@@ -81,6 +81,7 @@ class Generation:
 def start(body: GenerateBody) -> Generation:
     """Start what `body` asks for in the name of the caller. Raises ServiceError."""
     caller, log, found = principal(), current(), services()
+    found.check_space()
     generation = log.generation = Generation(log.id, caller.name, _wanted(body, caller, log.id))
     audit, allowed = GenerationAudit(generation, caller, log), limits(caller)
     with ExitStack() as held:

@@ -42,6 +42,7 @@ def readyz() -> Reply:
 def _problem() -> str | None:
     """Why requests are refused although the model is ready, None if they are not."""
     try:
+        services().check_space()
         with services().database.reading() as connection:
             connection.execute(_PING)
     except StoreUnavailable as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 
-from api.context import Services
+from api.context import SET_ASIDE, Services
 from api.middleware import public
 from model.types import BackendStatus
 from tests.api.conftest import Client
@@ -36,6 +38,26 @@ def test_not_ready_when_the_database_does_not_answer(nobody: Client, services: S
     assert (answer.status_code, answer.json["ready"], answer.json["stage"]) == (503, False, "unavailable")
     assert answer.json["reason"] == "the database does not answer (SQLITE_NOTADB)"
     assert nobody.get("/healthz").status_code == 200
+
+
+def test_a_full_disk_leaves_room_for_revoking_and_heals(
+    admin: Client,
+    add_user: Callable[..., Client],
+    services: Services,
+    backend: ScriptedBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    user = add_user("ann")
+    whole = shutil.disk_usage(services.settings.data_dir)
+    free = [SET_ASIDE - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: whole._replace(free=free[0]))
+    refused = user.post("/generate", {"prompt": "hi"})
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "store_unavailable") and not backend.submitted
+    assert admin.get("/readyz").json["reason"] == "the disk is full"
+    assert admin.ask("PATCH", "/admin/users/ann", {"disabled": True}).status_code == 200
+    assert user.get("/v1/models").status_code == 401
+    free[0] = SET_ASIDE
+    assert admin.post("/generate", {"prompt": "hi"}).status_code == 200 and admin.get("/readyz").status_code == 200
 
 
 def test_not_ready_when_the_audit_cannot_be_written(
