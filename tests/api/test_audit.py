@@ -14,8 +14,10 @@ from tests.api.conftest import Client, assert_refused
 
 
 @pytest.mark.parametrize("route", list(WAYS))
-@pytest.mark.promise("P12", counted="every route, hits and streams too: a start, and an end with hashes and tokens")
-def test_every_way_to_have_text_made_is_on_record(admin: Client, services: Services, route: str) -> None:
+@pytest.mark.promise("P12", counted="with hashes and tokens, hits and streams too")
+def test_every_way_to_have_text_made_is_on_record(
+    admin: Client, services: Services, counted: Callable[..., None], route: str
+) -> None:
     for streamed in (False, True) if route.startswith("/v1") else (None,):
         extra = {} if streamed is None else {"stream": streamed}
         assert admin.post(route, {**WAYS[route], **extra}, headers={"X-Request-Id": "mine"}).text
@@ -28,6 +30,7 @@ def test_every_way_to_have_text_made_is_on_record(admin: Client, services: Servi
     assert last_start["parameters"]["temperature"] == 0 and last_start["role"] == "admin"
     assert last_end["outcome"] == "stop" and last_end["output_sha256"] == sha256("why is the sky blue")
     assert last_end["tokens"]["completion"] == 5 and last_end["served_by"] == "local"
+    counted(starts=len(records(services, "start")), ends=len(records(services, "end")))
     assert whole(services)
 
 

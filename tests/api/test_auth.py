@@ -18,6 +18,7 @@ from tests.api.scripted import ScriptedBackend
 from tests.api.test_generate import events
 
 HI = {"prompt": "hi there"}
+WRONG = (401, "wrong_credentials", "Wrong user name or password.")
 
 
 def log_in(nobody: Client, name: str = "admin") -> dict[str, Any]:
@@ -35,7 +36,7 @@ def test_login_gives_the_contracts_tokens(nobody: Client) -> None:
     assert with_token(nobody, tokens["access_token"]).post("/generate", HI).status_code == 200
 
 
-@pytest.mark.promise("P22", injected="unknown names, look-alikes, wrong passwords", counted="equal answers")
+@pytest.mark.promise("P22", injected="unknown names, look-alikes, wrong passwords")
 @pytest.mark.parametrize(
     ("name", "password"),
     [
@@ -50,11 +51,14 @@ def test_login_gives_the_contracts_tokens(nobody: Client) -> None:
     ],
     ids=ascii,
 )
-def test_wrong_name_and_wrong_password_are_answered_alike(nobody: Client, name: str, password: str) -> None:
+def test_wrong_name_and_wrong_password_are_answered_alike(
+    nobody: Client, counted: Callable[..., None], name: str, password: str
+) -> None:
     answer = nobody.post("/login", {"username": name, "password": password})
-    assert answer.status_code == 401
     error = answer.json["error"]
-    assert (error["code"], error["message"]) == ("wrong_credentials", "Wrong user name or password.")
+    said = (answer.status_code, error["code"], error["message"])
+    counted(equal_answers=int(said == WRONG))
+    assert said == WRONG
 
 
 def test_a_disabled_user_cannot_log_in(nobody: Client, services: Services, add_user: Callable[..., Client]) -> None:
@@ -63,26 +67,36 @@ def test_a_disabled_user_cannot_log_in(nobody: Client, services: Services, add_u
     assert nobody.post("/login", {"username": "bob", "password": PASSWORD}).status_code == 401
 
 
-@pytest.mark.promise("P22", injected="six wrong passwords from one address", counted="429 there, 200 from another")
-def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(nobody: Client) -> None:
+@pytest.mark.promise("P22", injected="six wrong passwords from one address")
+def test_the_sixth_wrong_password_is_429_and_another_address_is_not_locked_out(
+    nobody: Client, counted: Callable[..., None]
+) -> None:
     body = {"username": "admin", "password": "wrong password"}
-    assert [nobody.post("/login", body).status_code for _ in range(6)] == [401] * 5 + [429]
+    guesses = [nobody.post("/login", body).status_code for _ in range(6)]
     right = {"username": "admin", "password": PASSWORD}
-    assert nobody.post("/login", right).status_code == 429
-    assert nobody.post("/login", right, environ_base={"REMOTE_ADDR": "192.0.2.7"}).status_code == 200
+    here = nobody.post("/login", right).status_code
+    elsewhere = nobody.post("/login", right, environ_base={"REMOTE_ADDR": "192.0.2.7"}).status_code
+    counted(guesses=guesses.count(401), locked_out=[*guesses, here].count(429), let_in=[here, elsewhere].count(200))
+    assert (guesses, here, elsewhere) == ([401] * 5 + [429], 429, 200)
 
 
 @pytest.mark.promise(
-    "P22", injected="five wrong passwords by a colleague behind the same address", counted="200 for a known device"
+    "P22", injected="five wrong passwords by a colleague behind the same address", counted="by a known device"
 )
-def test_a_device_that_has_logged_in_before_is_let_in_by_its_cookie(nobody: Client) -> None:
+def test_a_device_that_has_logged_in_before_is_let_in_by_its_cookie(
+    nobody: Client, counted: Callable[..., None]
+) -> None:
     right = {"username": "admin", "password": PASSWORD}
     name, value = nobody.post("/login", right).headers["Set-Cookie"].partition(";")[0].split("=")
     for _ in range(5):
         nobody.post("/login", {"username": "admin", "password": "wrong password"})
-    assert_refused(nobody.post("/login", right), 429)
-    assert nobody.post("/login", right, headers={"Cookie": f"{name}={value}"}).status_code == 200
-    assert_refused(nobody.post("/login", right, headers={"Cookie": f"{name}={value}x"}), 429)
+    cookies = ("", f"{name}={value}", f"{name}={value}x")
+    unknown, known, forged = (nobody.post("/login", right, headers={"Cookie": cookie}) for cookie in cookies)
+    statuses = [answer.status_code for answer in (unknown, known, forged)]
+    counted(let_in=statuses.count(200), locked_out=statuses.count(429))
+    assert known.status_code == 200
+    assert_refused(unknown, 429)
+    assert_refused(forged, 429)
 
 
 @pytest.mark.parametrize(("host", "secure"), [("localhost", False), ("127.0.0.1:5000", False), ("[::1]:1", False)])
@@ -112,11 +126,12 @@ def test_the_record_tells_which_key_acted(admin: Client, services: Services) -> 
     assert (start["user"], start["key"], start["user_id"]) == ("admin", made["id"], services.users.get("admin").id)
 
 
-@pytest.mark.promise("P22", injected="a new X-Forwarded-For for each guess", counted="the sixth is 429")
-def test_a_forged_forwarded_address_does_not_give_more_guesses(nobody: Client) -> None:
+@pytest.mark.promise("P22", injected="a new X-Forwarded-For for each guess")
+def test_a_forged_forwarded_address_does_not_give_more_guesses(nobody: Client, counted: Callable[..., None]) -> None:
     body = {"username": "admin", "password": "wrong password"}
     tries = [nobody.post("/login", body, headers={"X-Forwarded-For": f"192.0.2.{n}"}).status_code for n in range(6)]
-    assert tries[-1] == 429
+    counted(guesses=tries.count(401), locked_out=tries.count(429))
+    assert tries == [401] * 5 + [429]
 
 
 def test_behind_a_trusted_proxy_the_forwarded_address_counts(make_app: Callable[..., Any]) -> None:
@@ -126,22 +141,24 @@ def test_behind_a_trusted_proxy_the_forwarded_address_counts(make_app: Callable[
     assert tries == [401] * 6
 
 
-@pytest.mark.promise("P18", injected="a refresh token used twice", counted="every token of the session 401")
-def test_refresh_rotates_and_a_reused_token_ends_the_family(nobody: Client) -> None:
+@pytest.mark.promise("P18", injected="a refresh token used twice")
+def test_refresh_rotates_and_a_reused_token_ends_the_family(nobody: Client, counted: Callable[..., None]) -> None:
     first = log_in(nobody)
     second = with_token(nobody, first["refresh_token"]).post("/refresh").json
     assert with_token(nobody, second["access_token"]).get("/keys").status_code == 200
-    assert with_token(nobody, first["refresh_token"]).post("/refresh").status_code == 401
-    assert with_token(nobody, second["refresh_token"]).post("/refresh").status_code == 401
-    assert with_token(nobody, second["access_token"]).get("/keys").status_code == 401
+    refreshed = [with_token(nobody, each["refresh_token"]).post("/refresh").status_code for each in (first, second)]
+    statuses = [*refreshed, with_token(nobody, second["access_token"]).get("/keys").status_code]
+    counted(refused_tokens=statuses.count(401))
+    assert statuses == [401] * 3
 
 
-@pytest.mark.promise("P18", injected="one refresh token sent twice at once", counted="one 200, one 401")
-def test_of_two_refreshes_at_once_one_succeeds(nobody: Client) -> None:
+@pytest.mark.promise("P18", injected="one refresh token sent twice at once")
+def test_of_two_refreshes_at_once_one_succeeds(nobody: Client, counted: Callable[..., None]) -> None:
     for _ in range(5):
         holder = with_token(nobody, log_in(nobody)["refresh_token"])
         with ThreadPoolExecutor(2) as pool:
             statuses = sorted(pool.map(lambda _, who=holder: who.post("/refresh").status_code, range(2)))
+        counted(refreshed=statuses.count(200), refused=statuses.count(401))
         assert statuses == [200, 401]
 
 
@@ -179,10 +196,10 @@ def test_a_key_makes_no_keys_and_nobody_revokes_anothers(admin: Client, add_user
     assert add_user("eve").ask("DELETE", f"/keys/{made['id']}").status_code == 404
 
 
-@pytest.mark.promise("P18", injected="their owner disabled, demoted or deleted", counted="token, key and ticket 401")
+@pytest.mark.promise("P18", injected="their owner disabled, demoted or deleted", counted="of token, key and ticket")
 @pytest.mark.parametrize("change", ["disable", "demote", "delete"])
 def test_tokens_keys_and_tickets_die_with_their_owners_rights(
-    services: Services, add_user: Callable[..., Client], change: str
+    services: Services, add_user: Callable[..., Client], counted: Callable[..., None], change: str
 ) -> None:
     bob = add_user("bob")
     key = Client(bob.app, bob.post("/keys", {"name": "ci"}).json["key"])
@@ -193,22 +210,28 @@ def test_tokens_keys_and_tickets_die_with_their_owners_rights(
         services.users.change("bob", role="auditor")
     else:
         services.users.delete("bob")
-    assert bob.post("/generate", HI).status_code == 401
-    assert key.post("/generate", HI).status_code == 401
-    assert Client(bob.app).get("/stream", query_string={"ticket": ticket}).status_code == 401
+    answers = [
+        bob.post("/generate", HI),
+        key.post("/generate", HI),
+        Client(bob.app).get("/stream", query_string={"ticket": ticket}),
+    ]
+    statuses = [answer.status_code for answer in answers]
+    counted(refused=statuses.count(401))
+    assert statuses == [401] * 3
 
 
-@pytest.mark.promise("P18", injected="a state store that fails", counted="503, never let in")
+@pytest.mark.promise("P18", injected="a state store that fails")
 def test_when_the_store_does_not_answer_nobody_gets_in(
-    admin: Client, services: Services, monkeypatch: pytest.MonkeyPatch
+    admin: Client, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
 ) -> None:
     def broken(*_: object) -> None:
         raise StoreUnavailable("the database does not answer (SQLITE_IOERR)")
 
     monkeypatch.setattr("db.Database.reading", broken)
     answer = admin.post("/generate", HI)
+    counted(refused=int(answer.status_code == 503), generations=len(backend.submitted))
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "store_unavailable")
-    assert "SQLITE" not in answer.text
+    assert "SQLITE" not in answer.text and backend.submitted == []
 
 
 def test_a_ticket_opens_its_stream_once(
@@ -224,11 +247,15 @@ def test_a_ticket_opens_its_stream_once(
     assert len(backend.submitted) == 1
 
 
-@pytest.mark.promise("P18", injected="a logout after the ticket was made", counted="401")
-def test_a_ticket_dies_with_the_session_that_made_it(admin: Client, nobody: Client) -> None:
+@pytest.mark.promise("P18", injected="a logout after the ticket was made")
+def test_a_ticket_dies_with_the_session_that_made_it(
+    admin: Client, nobody: Client, counted: Callable[..., None]
+) -> None:
     ticket = admin.post("/stream/ticket", HI).json["ticket"]
     admin.post("/logout")
-    assert nobody.get("/stream", query_string={"ticket": ticket}).status_code == 401
+    status = nobody.get("/stream", query_string={"ticket": ticket}).status_code
+    counted(refused_ticket=int(status == 401))
+    assert status == 401
 
 
 def test_an_old_ticket_is_no_ticket(admin: Client, nobody: Client, monkeypatch: pytest.MonkeyPatch) -> None:

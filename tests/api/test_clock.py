@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import datetime, tzinfo
 
 import pytest
@@ -29,33 +31,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.mark.promise(
-    "P18", injected="the clock 200 days ahead, and back", counted="old tokens 401, new ones good, no revoked one back"
-)
-def test_a_clock_that_jumps_ahead_ends_sessions_and_revives_none(clock: Clock, nobody: Client) -> None:
+@pytest.mark.promise("P18", injected="the clock 200 days ahead, and back", counted="new logins are let in")
+def test_a_clock_that_jumps_ahead_ends_sessions_and_revives_none(
+    clock: Clock, nobody: Client, counted: Callable[..., None]
+) -> None:
     early, revoked = nobody.login(), nobody.login()
     revoked.post("/logout").close()
     clock.offset = 200 * DAY
-    assert [each.get("/keys").status_code for each in (early, revoked)] == [401, 401]
+    ahead = [each.get("/keys").status_code for each in (early, revoked)]
     later = nobody.login()
     assert later.post("/generate", {"prompt": "hi", "temperature": 0}).status_code == 200
     clock.offset = 0
-    assert revoked.get("/keys").status_code == 401, "forgotten as expired, and then not expired"
-    assert later.get("/keys").status_code == 401, "made in the future"
+    # One was forgotten as expired and is not expired any more, the other was made in the future.
+    back = [each.get("/keys").status_code for each in (revoked, later)]
+    counted(refused_tokens=[*ahead, *back].count(401))
+    assert (ahead, back) == ([401, 401], [401, 401])
     assert nobody.login().get("/keys").status_code == 200
 
 
-@pytest.mark.promise(
-    "P18", injected="the clock one day back", counted="every route answers without a 5xx, a new login works"
-)
-def test_a_clock_that_jumps_back_breaks_nothing(clock: Clock, nobody: Client) -> None:
+@pytest.mark.promise("P18", injected="the clock one day back", counted="new logins are let in")
+def test_a_clock_that_jumps_back_breaks_nothing(clock: Clock, nobody: Client, counted: Callable[..., None]) -> None:
     before = nobody.login()
     key = Client(nobody.app, before.post("/keys", {"name": "app"}).json["key"])
     clock.offset = -DAY
+    statuses = Counter[int]()
     for caller in (before, key):
         for path in ("/generate", "/stream", "/stream/ticket"):
             with caller.post(path, {"prompt": "hi", "temperature": 0}) as answer:
-                assert answer.status_code in (200, 401)
+                statuses[answer.status_code] += 1
+    counted(requests=statuses.total(), server_errors=sum(statuses[status] for status in statuses if status >= 500))
+    assert set(statuses) <= {200, 401}
     now = nobody.login()
     assert now.post("/generate", {"prompt": "hi", "temperature": 0}).status_code == 200
     ticket = now.post("/stream/ticket", {"prompt": "hi"}).json["ticket"]

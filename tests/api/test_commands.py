@@ -148,18 +148,19 @@ def test_a_lost_password_is_replaced_without_a_running_service(
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Error: This is the last admin")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("--app", "app", "users", "disable", "ann"), ("--app", "app", "keys", "add", "--user", "a", "--name", "b")],
-)
 def test_a_command_with_a_wrong_data_dir_says_so_and_makes_nothing(
-    tmp_path: Path, flask: Callable[..., subprocess.CompletedProcess[str]], words: tuple[str, ...]
+    tmp_path: Path, flask: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     secret = tmp_path / "handed over"
     secret.write_text("ab" * 32)
     handed_over = {"JWT_SECRET_FILE": str(secret), "KEY_FILE": str(secret)}
-    for folder, more in ((tmp_path / "missing", {}), (tmp_path, {}), (tmp_path / "missing", handed_over)):
-        done = flask(*words, DATA_DIR=str(folder), **more)
+    disable, add = ("users", "disable", "ann"), ("keys", "add", "--user", "a", "--name", "b")
+    for words, folder, more in (
+        (disable, tmp_path / "missing", {}),
+        (add, tmp_path, {}),
+        (add, tmp_path / "missing", handed_over),
+    ):
+        done = flask("--app", "app", *words, DATA_DIR=str(folder), **more)
         assert done.returncode == 1 and done.stdout == ""
         assert re.fullmatch(rf"DATA_DIR: no service has run with {folder} [^\n]+\n", done.stderr)
     assert list(tmp_path.iterdir()) == [secret]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jwt
@@ -64,13 +64,15 @@ def check(case: Case, answer: Answer) -> None:
 
 
 @pytest.mark.promise(
-    "P1", injected="each line of tests/corpus", counted="status, code, under 2 s, same process, no model"
+    "P1", injected="each line of tests/corpus", counted="each in 2 s, one process, what is refused reaches no model"
 )
 @pytest.mark.parametrize("case", lines(*PLACES))
-def test_a_line_of_the_corpus(server: Server, case: Case) -> None:
+def test_a_line_of_the_corpus(server: Server, counted: Callable[..., None], case: Case) -> None:
     before, started = submitted(server), time.monotonic()
     answer = send(server, case.request, server.token)
     assert time.monotonic() - started < SOON
+    counted(served=int(answer.status < 400), refused=int(400 <= answer.status < 500))
+    counted(server_errors=int(answer.status >= 500))
     check(case, answer)
     if answer.status >= 400:
         assert submitted(server) == before, "it reached the model"
@@ -80,17 +82,22 @@ def test_a_line_of_the_corpus(server: Server, case: Case) -> None:
 
 @pytest.mark.promise("P1", injected="each odd text of the corpus, streamed", counted="the joined events are the text")
 @pytest.mark.parametrize("case", [line for line in lines("text") if line.values[0].says is not None])
-def test_odd_text_survives_a_stream(server: Server, case: Case) -> None:
+def test_odd_text_survives_a_stream(server: Server, counted: Callable[..., None], case: Case) -> None:
     found = events(send(server, {**case.request, "path": "/stream"}, server.token).text)
-    assert "".join(data["text"] for name, data in found if name == "message") == grown(case.says)
+    said = "".join(data["text"] for name, data in found if name == "message")
+    counted(unchanged_texts=int(said == grown(case.says)))
+    assert said == grown(case.says)
     assert found[-1][0] == "done"
 
 
-@pytest.mark.promise("P1", injected="each bad chat of the corpus, as a stream", counted="refused before a 200 is sent")
+@pytest.mark.promise("P1", injected="each bad chat of the corpus, as a stream", counted="before a 200 is sent")
 @pytest.mark.parametrize("case", [line for line in lines("v1") if "messages" in line.values[0].request.get("json", {})])
-def test_a_bad_chat_is_refused_before_its_stream_begins(server: Server, case: Case) -> None:
+def test_a_bad_chat_is_refused_before_its_stream_begins(
+    server: Server, counted: Callable[..., None], case: Case
+) -> None:
     chat = {**case.request["json"], "stream": case.request["json"].get("stream", True)}
     answer = send(server, {**case.request, "json": chat}, server.token)
+    counted(refused=int(answer.status >= 400))
     check(case, answer)
     assert set(answer.error) == {"message", "type", "param", "code"}, "OpenAI's shape"
 
@@ -110,12 +117,16 @@ def _number(value: Any) -> Any:
     return float(value["float"]) if isinstance(value, dict) and set(value) == {"float"} else value
 
 
-@pytest.mark.promise("P23", injected="each forged token of the corpus", counted="401, before the body is looked at")
+@pytest.mark.promise("P23", injected="each forged token of the corpus", counted="before the body is looked at")
 @pytest.mark.parametrize("case", lines("jwt"))
-def test_a_forged_token(server: Server, case: Case) -> None:
-    check(case, send(server, {"json": {"no": "valid body"}}, forged(server.token, case.request["forge"])))
+def test_a_forged_token(server: Server, counted: Callable[..., None], case: Case) -> None:
+    answer = send(server, {"json": {"no": "valid body"}}, forged(server.token, case.request["forge"]))
+    counted(refused=int(answer.status == 401))
+    check(case, answer)
 
 
-@pytest.mark.promise("P23", injected="nothing: the forger's own token", counted="let in")
-def test_the_unchanged_token_is_good(server: Server) -> None:
-    assert send(server, {"json": {"no": "valid body"}}, forged(server.token, {})).status == 422
+@pytest.mark.promise("P23", injected="nothing: the forger's own token", counted="its body is looked at")
+def test_the_unchanged_token_is_good(server: Server, counted: Callable[..., None]) -> None:
+    status = send(server, {"json": {"no": "valid body"}}, forged(server.token, {})).status
+    counted(let_in=int(status == 422))
+    assert status == 422

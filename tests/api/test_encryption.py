@@ -44,12 +44,15 @@ def test_losing_the_keys_loses_the_cache_and_not_the_service(make_app: Callable[
     assert Client(after.app, key).post("/generate", BODY).headers["X-Cache"] == "hit", "API keys too"
 
 
-@pytest.mark.promise("P14", injected="the key file deleted between two starts", counted="verifying says so")
-def test_losing_the_keys_is_seen_in_the_audit(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+@pytest.mark.promise("P14", injected="the key file deleted between two starts")
+def test_losing_the_keys_is_seen_in_the_audit(
+    make_app: Callable[..., Flask], tmp_path: Path, counted: Callable[..., None]
+) -> None:
     served(make_app)
     (tmp_path / "keys").unlink()
     after = served(make_app)
     result = after.app.test_cli_runner().invoke(args=["audit", "verify"])
+    counted(unsigned_record=result.output.count("not signed with a known key"))
     assert result.exit_code == 1 and "not signed with a known key" in result.output
 
 

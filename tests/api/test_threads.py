@@ -51,24 +51,27 @@ def test_more_generations_than_there_are_threads_are_503_and_a_closed_one_makes_
         stream.close()
 
 
-@pytest.mark.promise("P8", injected="a megabyte of words, as HTML", counted="refused before any work on its text")
+@pytest.mark.promise("P8", injected="a megabyte of words, as HTML")
 def test_a_prompt_that_cannot_fit_is_refused_by_its_length_alone(
-    app: Flask, admin: Client, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+    app: Flask, admin: Client, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
 ) -> None:
     worked: list[object] = []
+    refusals = []
     monkeypatch.setattr(ScriptedBackend, "prepare", lambda _, request: worked.append(request))
     monkeypatch.setattr("api.generation._clean", worked.append)
     for path, param in (("/generate", "prompt"), ("/stream", "prompt")):
         refused = admin.post(path, ENORMOUS)
+        refusals.append(refused.status_code)
         error = refused.json["error"]
         assert (refused.status_code, error["code"], error["param"]) == (422, "context_length_exceeded", param)
         assert "maximum context length" in error["message"] and str(CONTEXT * 16) in error["message"]
+    counted(refused=refusals.count(422), prepared_texts=len(worked), generations=len(backend.submitted))
     assert worked == [] and backend.submitted == []
 
 
-@pytest.mark.promise("P8", injected="8 long prompts at once", counted="two prepared at a time, short ones meanwhile")
+@pytest.mark.promise("P8", injected="8 long prompts at once", counted="a short one is served meanwhile")
 def test_long_prompts_are_prepared_two_at_a_time_and_short_ones_do_not_wait(
-    make_app: Callable[..., Flask], backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
 ) -> None:
     admin = Client(make_app(user_streams=20)).login()
     working, most, go, prepare = [], [0], Event(), ScriptedBackend.prepare
@@ -87,8 +90,9 @@ def test_long_prompts_are_prepared_two_at_a_time_and_short_ones_do_not_wait(
         eventually(lambda: len(working) == PREPARING)
         assert admin.post("/generate", {"prompt": "hi"}).status_code == 200
         go.set()
-        assert [each.result() for each in long] == [200] * 8
-    assert most == [PREPARING]
+        statuses = [each.result() for each in long]
+    counted(long_prompts=statuses.count(200), prepared_at_once=most[0])
+    assert statuses == [200] * 8 and most == [PREPARING]
 
 
 def test_a_prompt_that_finds_no_place_in_its_time_is_503(
@@ -110,8 +114,12 @@ def test_a_prompt_that_finds_no_place_in_its_time_is_503(
         assert [each.result() for each in first] == [200] * PREPARING
 
 
-@pytest.mark.promise("P2", injected="one client posting 1 MB bodies in a loop", counted="a stream's gaps under twice")
-def test_a_client_that_posts_megabytes_does_not_stretch_anothers_stream(admin: Client) -> None:
+@pytest.mark.promise(
+    "P2", injected="one client posting 1 MB bodies in a loop", counted="a text beside them takes under twice its time"
+)
+def test_a_client_that_posts_megabytes_does_not_stretch_anothers_stream(
+    admin: Client, counted: Callable[..., None]
+) -> None:
     def gaps() -> float:
         """The time that 40 words take whose script waits 50 ms between two."""
         started = time.monotonic()
@@ -131,6 +139,7 @@ def test_a_client_that_posts_megabytes_does_not_stretch_anothers_stream(admin: C
     finally:
         stop.set()
         flooding.join()
+    counted(refused_bodies=posted.count(422))
     assert beside < 2 * alone and len(posted) >= 3 and set(posted) == {422}
 
 
@@ -158,11 +167,9 @@ def test_more_logins_than_may_wait_are_503_and_count_as_no_guess(
     assert login(99) == 200
 
 
-@pytest.mark.promise(
-    "P22", injected="24 logins with made-up names at once from one address", counted="200 from another"
-)
+@pytest.mark.promise("P22", injected="logins with made-up names at once from one address", counted="from another")
 def test_made_up_names_from_one_address_leave_places_for_others(
-    nobody: Client, monkeypatch: pytest.MonkeyPatch
+    nobody: Client, monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
 ) -> None:
     waiting, go = [], Event()
     verify = Passwords.verify
@@ -182,17 +189,18 @@ def test_made_up_names_from_one_address_leave_places_for_others(
     with ThreadPoolExecutor(24) as pool:
         hostile = [pool.submit(login, f"name{number}", "192.0.2.1") for number in range(24)]
         eventually(lambda: len(waiting) == LOGINS // 2)
-        assert login("admin", "192.0.2.2") == 200
+        another = login("admin", "192.0.2.2")
         go.set()
         statuses = sorted(each.result() for each in hostile)
-    assert statuses == [401] * (LOGINS // 2) + [503] * (24 - LOGINS // 2)
+    counted(let_in=int(another == 200), refused=statuses.count(401), shed=statuses.count(503))
+    assert another == 200 and statuses == [401] * (LOGINS // 2) + [503] * (24 - LOGINS // 2)
 
 
-@pytest.mark.promise("P8", injected="60 clients that wait for an answer", counted="health still answers")
-def test_health_answers_while_everybody_else_waits(tmp_path: Path) -> None:
+@pytest.mark.promise("P8", injected="clients that wait for an answer", counted="health answers all the same")
+def test_health_answers_while_everybody_else_waits(tmp_path: Path, counted: Callable[..., None]) -> None:
     few = {"SLOTS": "1", "MAX_QUEUE": "1", "USER_STREAMS": "1000"}
     with Server(tmp_path, PASSWORD, **few) as server, ExitStack() as waiting:
-        for _ in range(60):
-            waiting.enter_context(closing(server.connect("POST", "/generate", SILENT)))
+        clients = [waiting.enter_context(closing(server.connect("POST", "/generate", SILENT))) for _ in range(60)]
         eventually(lambda: server.open_streams() == 18)
+        counted(clients=len(clients), generations=server.open_streams())
         assert server.ask("GET", "/healthz") == {"status": "ok", "version": VERSION}

@@ -132,23 +132,28 @@ def test_limits_are_changed_one_by_one_and_null_gives_the_roles_back(admin: Clie
     assert services.users.get("bob").limits == UserLimits(2, None, 99)
 
 
-@pytest.mark.promise(
-    "P24", injected="each act on accounts, by a user, an auditor and an admin's API key", counted="403, nothing changed"
-)
+@pytest.mark.promise("P24", injected="each act on accounts, by a user, an auditor and an admin's API key")
 @pytest.mark.parametrize("role", [Role.USER, Role.AUDITOR])
 def test_only_admins_manage_accounts_and_no_key_does(
-    admin: Client, add_user: Callable[..., Client], services: Services, role: Role
+    admin: Client, add_user: Callable[..., Client], services: Services, counted: Callable[..., None], role: Role
 ) -> None:
     other = add_user("ann", role)
     key = Client(admin.app, admin.post("/keys", {"name": "ci"}).json["key"])
-    before = [services.users.get(name) for name in ("admin", "ann")]
+    before, answers = [services.users.get(name) for name in ("admin", "ann")], []
     for caller in (other, key):
-        assert_refused(caller.get("/admin/users"), 403)
-        assert_refused(caller.get("/admin/users/ann"), 403)
-        assert_refused(caller.post("/admin/users", {"username": "eve", "role": "admin"}), 403)
-        assert_refused(patch(caller, "ann", {"role": "admin"}), 403)
-        assert_refused(caller.ask("DELETE", "/admin/users/admin"), 403)
-    assert [services.users.get(name) for name in ("admin", "ann")] == before and services.users.count() == 2
+        answers += [
+            caller.get("/admin/users"),
+            caller.get("/admin/users/ann"),
+            caller.post("/admin/users", {"username": "eve", "role": "admin"}),
+            patch(caller, "ann", {"role": "admin"}),
+            caller.ask("DELETE", "/admin/users/admin"),
+        ]
+    after = [services.users.get(name) for name in ("admin", "ann")]
+    changed = sum(old != new for old, new in zip(before, after, strict=True))
+    counted(refused=sum(answer.status_code == 403 for answer in answers), changed_accounts=changed)
+    for answer in answers:
+        assert_refused(answer, 403)
+    assert changed == 0 and services.users.count() == 2
 
 
 def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user: Callable[..., Client]) -> None:
@@ -159,27 +164,31 @@ def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user
     assert_refused(boss.login("boss").get("/admin/users"), 403)
 
 
-@pytest.mark.promise("P18", injected="an account disabled and let in again", counted="its old token and key 401")
+@pytest.mark.promise("P18", injected="an account disabled and let in again", counted="its old token and key")
 def test_what_ended_with_the_rights_does_not_come_back_with_them(
-    admin: Client, add_user: Callable[..., Client]
+    admin: Client, add_user: Callable[..., Client], counted: Callable[..., None]
 ) -> None:
     bob = add_user("bob")
     key = Client(bob.app, bob.post("/keys", {"name": "ci"}).json["key"])
     for disabled in (True, False):
         patch(admin, "bob", {"disabled": disabled})
-    assert_refused(bob.post("/generate", HI), 401)
-    assert_refused(key.post("/generate", HI), 401)
+    answers = [caller.post("/generate", HI) for caller in (bob, key)]
+    counted(refused=sum(answer.status_code == 401 for answer in answers))
+    for answer in answers:
+        assert_refused(answer, 401)
     assert bob.login("bob").post("/generate", HI).status_code == 200
 
 
-@pytest.mark.promise("P18", injected="a new password", counted="old token and old password 401")
+@pytest.mark.promise("P18", injected="a new password", counted="the old token and password")
 def test_a_password_that_an_admin_sets_ends_the_sessions_of_the_old_one(
-    admin: Client, add_user: Callable[..., Client], nobody: Client
+    admin: Client, add_user: Callable[..., Client], nobody: Client, counted: Callable[..., None]
 ) -> None:
     bob = add_user("bob")
     assert patch(admin, "bob", {"password": NEW}).status_code == 200
-    assert_refused(bob.post("/generate", HI), 401)
-    assert nobody.post("/login", {"username": "bob", "password": PASSWORD}).status_code == 401
+    answers = [bob.post("/generate", HI), nobody.post("/login", {"username": "bob", "password": PASSWORD})]
+    counted(refused=sum(answer.status_code == 401 for answer in answers))
+    for answer in answers:
+        assert_refused(answer, 401)
     assert nobody.login("bob", NEW).post("/generate", HI).status_code == 200
 
 
@@ -187,21 +196,26 @@ def change_password(caller: Client, current: str, new: str) -> Any:
     return caller.post("/password", {"current_password": current, "new_password": new})
 
 
-@pytest.mark.promise("P18", injected="a new password, for each role", counted="every earlier token 401")
+@pytest.mark.promise("P18", injected="a new password, for each role", counted="earlier tokens and the old password")
 @pytest.mark.parametrize("role", list(Role))
 def test_everybody_changes_their_own_password_which_ends_every_session(
-    nobody: Client, add_user: Callable[..., Client], role: Role
+    nobody: Client, add_user: Callable[..., Client], counted: Callable[..., None], role: Role
 ) -> None:
     bob = add_user("bob", role)
     login = nobody.post("/login", {"username": "bob", "password": PASSWORD}).json
     answer = change_password(bob, PASSWORD, NEW)
     assert answer.status_code == 200
-    for old in (bob, Client(bob.app, login["access_token"])):
-        assert_refused(old.get("/v1/models"), 401)
-    assert_refused(Client(bob.app, login["refresh_token"]).post("/refresh"), 401)
+    old = [
+        bob.get("/v1/models"),
+        Client(bob.app, login["access_token"]).get("/v1/models"),
+        Client(bob.app, login["refresh_token"]).post("/refresh"),
+        nobody.post("/login", {"username": "bob", "password": PASSWORD}),
+    ]
+    counted(refused=sum(each.status_code == 401 for each in old))
+    for refused in old:
+        assert_refused(refused, 401)
     assert Client(bob.app, answer.json["access_token"]).get("/v1/models").status_code == 200
     assert Client(bob.app, answer.json["refresh_token"]).post("/refresh").status_code == 200
-    assert_refused(nobody.post("/login", {"username": "bob", "password": PASSWORD}), 401)
 
 
 def test_a_password_change_leaves_ones_keys(admin: Client) -> None:
@@ -210,18 +224,22 @@ def test_a_password_change_leaves_ones_keys(admin: Client) -> None:
     assert key.post("/generate", HI).status_code == 200
 
 
-@pytest.mark.promise("P22", injected="guesses at /password with a valid token", counted="the sixth 429")
-def test_a_found_token_does_not_change_the_password_nor_guess_it(admin: Client, nobody: Client) -> None:
-    assert [change_password(admin, "wrong", NEW).status_code for _ in range(6)] == [401] * 5 + [429]
+@pytest.mark.promise("P22", injected="guesses at /password with a valid token")
+def test_a_found_token_does_not_change_the_password_nor_guess_it(
+    admin: Client, nobody: Client, counted: Callable[..., None]
+) -> None:
+    guesses = [change_password(admin, "wrong", NEW).status_code for _ in range(6)]
+    counted(guesses=guesses.count(401), locked_out=guesses.count(429))
+    assert guesses == [401] * 5 + [429]
     assert_refused(change_password(admin, PASSWORD, "short"), 422)
     assert_refused(change_password(nobody, PASSWORD, NEW), 401)
     key = Client(admin.app, admin.post("/keys", {"name": "ci"}).json["key"])
     assert_refused(change_password(key, PASSWORD, NEW), 403)
 
 
-@pytest.mark.promise("P18", injected="a password changed while the old one is being checked", counted="401")
+@pytest.mark.promise("P18", injected="a password changed while the old one is being checked")
 def test_a_login_that_races_a_password_change_gets_no_session(
-    nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch
+    nobody: Client, services: Services, monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
 ) -> None:
     """The change comes after the old password was found right, before the session is there."""
     start, injected = Credentials.start_session, []
@@ -231,7 +249,9 @@ def test_a_login_that_races_a_password_change_gets_no_session(
         return start(self, *args)
 
     monkeypatch.setattr(Credentials, "start_session", start_late)
-    assert_refused(nobody.post("/login", {"username": "admin", "password": PASSWORD}), 401)
+    answer = nobody.post("/login", {"username": "admin", "password": PASSWORD})
+    counted(change=len(injected), refused=int(answer.status_code == 401))
+    assert_refused(answer, 401)
     assert len(injected) == 1 and isinstance(injected[0], User)
 
 
