@@ -20,12 +20,14 @@ from errors import Conflict, InvalidRequest, NotFound
 # ASCII only: no letter of another alphabet can pass for one of these, and no control character gets in.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 
-# migrations/versions/ makes the tables; times are Unix seconds.
+# Sorted by their bytes, as SQLite does, whatever the locale of the server.
+_NAME = sa.String(64).with_variant(sa.String(64, collation="C"), "postgresql")
+# Times are Unix seconds.
 users = sa.Table(
     "users",
     metadata,
     sa.Column("id", sa.String(32), primary_key=True),  # random: the next account of a name inherits nothing
-    sa.Column("name", sa.String(64), nullable=False, unique=True),
+    sa.Column("name", _NAME, nullable=False, unique=True),
     sa.Column("role", sa.String(16), nullable=False),
     sa.Column("password_hash", sa.Text, nullable=False),
     sa.Column("disabled", sa.Boolean, nullable=False, default=False),
