@@ -39,7 +39,7 @@ class Database:
             if self.is_sqlite and address.database:
                 _make_private(Path(address.database))
             self._writer = _engine(address, timeout)
-            self._reader = _engine(address, timeout, isolation_level="AUTOCOMMIT")
+            self._reader = _engine(address, timeout, isolation_level="AUTOCOMMIT", pool_reset_on_return=None)
         # SQLite's waiting writers poll, and may miss their turn for most of a second beside busy threads.
         self._alone: AbstractContextManager[object] = threading.Lock() if self.is_sqlite else nullcontext()
         if self.is_sqlite:

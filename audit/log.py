@@ -46,10 +46,8 @@ _since_boot = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 _log = structlog.get_logger("audit")
 
 
-class AuditUnavailable(StoreUnavailable):
+class AuditUnavailable(StoreUnavailable, code="audit_unavailable"):
     """The events are not durable: what they report must not be answered as if it had happened."""
-
-    code = "audit_unavailable"
 
     def __init__(self, detail: str) -> None:
         super().__init__(f"the audit log cannot be written ({detail})")

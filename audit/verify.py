@@ -82,24 +82,21 @@ def disagreement(connection: Connection, head: Head | None, kept: Head | None) -
     A log that has not begun has no record and no head, but for one in the file that counts none.
     """
     last = newest(connection)
-    why, is_copy = "", False
-    if head is None and last is None and not (kept and kept.seq):
-        pass
-    elif head is None:
-        why = "the head in the database is missing, or not signed with a known key"
-    elif last is None or (last.seq, last.mac) != (head.seq, head.mac):
-        why = f"record {head.seq}, the last by the database's head, is not the last of the table"
-    elif kept is None:
-        why = "the head file is missing, or not signed with a known key"
-        is_copy = connection.dialect.name != "sqlite"  # another machine begins to write to a shared database
-    elif kept.log != head.log:
-        why = "the head file belongs to another log"
-    elif kept.seq > head.seq:
+    if head is None:
+        begins = last is None and not (kept and kept.seq)
+        return "" if begins else "the head in the database is missing, or not signed with a known key", False
+    if last != (head.seq, head.mac):
+        return f"record {head.seq}, the last by the database's head, is not the last of the table", False
+    if kept is None:  # as where another machine begins to write to a shared database
+        return "the head file is missing, or not signed with a known key", connection.dialect.name != "sqlite"
+    if kept.log != head.log:
+        return "the head file belongs to another log", False
+    if kept.seq > head.seq:
         why = f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy"
-        is_copy = abs(kept.time - head.time) <= _COPYING
-    elif kept.seq >= head.first and (newest(connection, kept.seq)) != (kept.seq, kept.mac):
-        why = f"record {kept.seq} is not the one that the head file remembers"
-    return why, is_copy
+        return why, abs(kept.time - head.time) <= _COPYING
+    if kept.seq >= head.first and newest(connection, kept.seq) != (kept.seq, kept.mac):
+        return f"record {kept.seq} is not the one that the head file remembers", False
+    return "", False
 
 
 def _problems(row: Any, before: int, mac: str, keys: MacKeys) -> Iterator[str]:

@@ -64,10 +64,8 @@ class LimitExceeded(RateLimited):
         self.remaining = remaining
 
 
-class QuotaExceeded(LimitExceeded):
+class QuotaExceeded(LimitExceeded, code="insufficient_quota"):  # the code that OpenAI's clients know
     """Nothing is left until tomorrow."""
-
-    code = "insufficient_quota"  # the code that OpenAI's clients know
 
 
 Hit = tuple[bool, int, float]  # whether it was counted, how many more fit, seconds until one more fits

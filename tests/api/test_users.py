@@ -91,7 +91,7 @@ WRONG: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("body", WRONG.values(), ids=WRONG)
 def test_a_wrong_account_is_422_and_not_made(admin: Client, services: Services, body: dict[str, Any]) -> None:
     assert_refused(admin.post("/admin/users", body), 422)
-    assert services.users.count() == 1
+    assert len(services.users.page()) == 1
 
 
 @pytest.mark.parametrize("body", [{"role": "root"}, {"disabled": "yes"}, {"password": "short"}, {"username": "new"}])
@@ -148,7 +148,7 @@ def test_only_admins_manage_accounts_and_no_key_does(
         assert_refused(caller.post("/admin/users", {"username": "eve", "role": "admin"}), 403)
         assert_refused(patch(caller, "ann", {"role": "admin"}), 403)
         assert_refused(caller.ask("DELETE", "/admin/users/admin"), 403)
-    assert [services.users.get(name) for name in ("admin", "ann")] == before and services.users.count() == 2
+    assert [services.users.get(name) for name in ("admin", "ann")] == before and len(services.users.page()) == 2
 
 
 def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user: Callable[..., Client]) -> None:
@@ -247,7 +247,7 @@ def test_no_admin_makes_changes_or_removes_an_auditor(
     for body in ({"password": NEW}, {"role": "user"}, {"disabled": True}, {"limits": {"rpm": 1}}):
         assert_refused(patch(admin, "eve", body), 403)
     assert_refused(admin.ask("DELETE", "/admin/users/eve"), 403)
-    assert [services.users.get(name) for name in ("eve", "bob")] == before and services.users.count() == 4
+    assert [services.users.get(name) for name in ("eve", "bob")] == before and len(services.users.page()) == 4
 
 
 @pytest.mark.parametrize(
