@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from accounts.roles import Role
@@ -167,5 +167,6 @@ def _find(connection: Connection, name: str) -> User:
     return _user(row)
 
 
-def _user(row: Row[Any]) -> User:
-    return User(*row[:5], UserLimits(*row[5:]))
+def _user(row: Any) -> User:
+    id, name, role, password_hash, disabled, *limits = row
+    return User(id, name, role, password_hash, disabled, UserLimits(*limits))
