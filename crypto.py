@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -82,11 +83,11 @@ class MacKeys:
         return mac(self._keys[key], *parts)
 
 
+@dataclass(frozen=True)
 class KeyRing:
     """One or more master keys, newest first; each purpose has keys of its own."""
 
-    def __init__(self, masters: Sequence[bytes]) -> None:
-        self._masters = tuple(masters)
+    masters: Sequence[bytes] = field(repr=False)
 
     @classmethod
     def parse(cls, text: bytes, source: Path) -> KeyRing:
@@ -103,10 +104,10 @@ class KeyRing:
         return cls.parse(_read_or_create(path, secrets.token_hex(32).encode() + b"\n"), path)
 
     def encryptor(self, purpose: str) -> Encryptor:
-        return Encryptor(*(derive(master, purpose) for master in self._masters))
+        return Encryptor(*(derive(master, purpose) for master in self.masters))
 
     def mac_keys(self, purpose: str) -> MacKeys:
-        return MacKeys([derive(master, purpose) for master in self._masters])
+        return MacKeys([derive(master, purpose) for master in self.masters])
 
 
 def load_or_create_key(path: Path) -> bytes:

@@ -12,13 +12,13 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from errors import StoreUnavailable
 
-metadata = MetaData()  # each feature declares its tables on it; migrations/ makes them
+metadata = MetaData()  # each feature declares its tables on it
 
 _BUSY = 5.0  # seconds to wait for another writer; ours hold the lock for milliseconds
 _POOL = 20  # connections kept open; more are opened while more threads ask at once
@@ -39,7 +39,7 @@ class Database:
             if self.is_sqlite and address.database:
                 _make_private(Path(address.database))
             self._writer = _engine(address, timeout)
-            self._reader = _engine(address, timeout, isolation_level="AUTOCOMMIT")
+            self._reader = _engine(address, timeout, isolation_level="AUTOCOMMIT", pool_reset_on_return=None)
         # SQLite's waiting writers poll, and may miss their turn for most of a second beside busy threads.
         self._alone: AbstractContextManager[object] = threading.Lock() if self.is_sqlite else nullcontext()
         if self.is_sqlite:
@@ -63,13 +63,17 @@ class Database:
             yield connection
 
     def upgrade(self) -> None:
-        """Bring the tables up to date; one process at a time does it."""
+        """Make the tables of all imported features, or bring older ones up to date; one process at a time does it."""
         with failures(), self._writer.begin() as connection:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-            command.upgrade(config, "head")
+            if inspect(connection).has_table("alembic_version"):
+                command.upgrade(config, "head")
+            else:  # a new database needs none of the steps
+                metadata.create_all(connection)
+                command.stamp(config, "head")
 
     def close(self) -> None:
         """Close every connection. A later call opens new ones."""

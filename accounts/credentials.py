@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from secrets import token_hex
 from typing import Any
@@ -13,13 +12,12 @@ from sqlalchemy import Connection, Row, Select, Table, bindparam, delete, insert
 
 from accounts.users import User, UserLimits, api_keys, sessions, users
 from db import Database
-from errors import InvalidRequest, StoreUnavailable
+from errors import InvalidRequest
 
 MAX_KEYS = 100  # of one user, at the same time
 MAX_SESSIONS = 100  # of one user; the oldest ends when another begins
 _SESSION_TTL = 30 * 86_400  # seconds, however often it is refreshed
 _PRUNED = 100  # expired rows that one write takes along
-_LAST_USED_STEP = 60.0  # seconds; a synced write for every request would cost more than the figure is worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +54,12 @@ class ApiKey:
     name: str
     created: float
     expires: float
-    last_used: float | None = None
 
 
 _WHO = (users.c.id.label("user_id"), users.c.name.label("user"), *users.c["role", "streams", "rpm", "tokens_per_day"])
 _SESSION = select(sessions.c.id, *_WHO).join_from(sessions, users)
 _SESSION = _SESSION.where(sessions.c.id == bindparam("id"), sessions.c.expires > bindparam("now"), ~users.c.disabled)
-_KEY = select(*api_keys.c["id", "scopes", "last_used"], *_WHO).join_from(api_keys, users)
+_KEY = select(*api_keys.c["id", "scopes"], *_WHO).join_from(api_keys, users)
 _KEY = _KEY.where(api_keys.c.expires > bindparam("now"), api_keys.c.role == users.c.role, ~users.c.disabled)
 _KEY_BY_HASH = _KEY.where(api_keys.c.jti_hash == bindparam("hash"))
 _KEY_BY_ID = _KEY.where(api_keys.c.id == bindparam("id"))
@@ -87,13 +84,9 @@ class Credentials:
             return None
         limits = UserLimits(row.streams, row.rpm, row.tokens_per_day)
         caller = Principal(row.user_id, row.user, row.role, limits, float(claims["exp"]))
-        if not is_key:
-            return replace(caller, session_id=row.id)
-        if now - (row.last_used or 0) >= _LAST_USED_STEP:
-            used = update(api_keys).where(api_keys.c.id == row.id).values(last_used=now)
-            with suppress(StoreUnavailable), self._db.transaction() as connection:  # a full disk refuses no good key
-                connection.execute(used)
-        return replace(caller, key_id=row.id, scopes=row.scopes.split())
+        if is_key:
+            return replace(caller, key_id=row.id, scopes=row.scopes.split())
+        return replace(caller, session_id=row.id)
 
     def still_stands(self, caller: Principal, now: float) -> bool:
         """Whether the caller's session or key is still good, and its owner still holds the same role."""
@@ -169,10 +162,9 @@ class Credentials:
 
 
 def _keys(connection: Connection, user_id: str, now: float) -> list[ApiKey]:
-    mine = select(*api_keys.c["id", "name", "created", "expires", "last_used"]).where(
-        api_keys.c.user_id == user_id, api_keys.c.expires > now
-    )
-    return [ApiKey(*row) for row in connection.execute(mine.order_by(api_keys.c.created))]
+    mine = select(*api_keys.c["id", "name", "created", "expires"]).order_by(api_keys.c.created)
+    good = mine.where(api_keys.c.user_id == user_id, api_keys.c.expires > now)
+    return [ApiKey(*row) for row in connection.execute(good)]
 
 
 def _prune(connection: Connection, table: Table, now: float) -> None:

@@ -80,18 +80,18 @@ class LoginGuard:
     def device_cookie(self, name: str, device: str = "") -> tuple[str, str]:
         """Name and value of the cookie that tells a device, by default a new one, where `name` has logged in."""
         device = device or token_hex(16)
-        owner = name.encode("utf-8", "surrogatepass")
-        return f"device_{mac(self._key, b'name', owner)[:16]}", f"{device}.{mac(self._key, owner, device.encode())}"
+        return f"device_{self._mac('name', name)[:16]}", f"{device}.{self._mac(name, device)}"
 
     def _buckets(self, network: str, name: str, cookies: Mapping[str, str]) -> list[tuple[RateLimitItem, str]]:
         """What counts an attempt: the device that a valid cookie names, else the address and the name."""
-        owner = name.encode("utf-8", "surrogatepass")
         sent = cookies.get(self.device_cookie(name)[0], "")
         device = sent.partition(".")[0]
         if sent.isascii() and compare_digest(sent, self.device_cookie(name, device)[1]):
-            return [(_DEVICE, mac(self._key, owner, device.encode()))]
-        pair = mac(self._key, network.encode(), owner)
-        return [(_PAIR, pair), (_NAME, mac(self._key, owner)), (_ADDRESS, mac(self._key, network.encode()))]
+            return [(_DEVICE, self._mac(name, device))]
+        return [(_PAIR, self._mac(network, name)), (_NAME, self._mac(name)), (_ADDRESS, self._mac(network))]
+
+    def _mac(self, *parts: str) -> str:
+        return mac(self._key, *(part.encode("utf-8", "surrogatepass") for part in parts))
 
     @contextmanager
     def _turn(self, network: str, name: str) -> Iterator[None]:

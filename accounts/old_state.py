@@ -16,8 +16,7 @@ from db import Database, failures
 # (user_id, day since 1970 in UTC, tokens): settled ones, and those that were reserved when the service ended.
 Days = list[tuple[str, int, int]]
 _USERS = "SELECT * FROM users"
-_KEYS = """SELECT id, owner AS user_id, jti_hash, name, scopes, role, created, expires, last_used FROM api_keys
-    WHERE NOT revoked"""
+_KEYS = "SELECT id, owner AS user_id, jti_hash, name, scopes, role, created, expires FROM api_keys WHERE NOT revoked"
 _DAYS = """SELECT owner, day, sum(tokens) AS tokens FROM
     (SELECT owner, day, tokens FROM days UNION ALL SELECT owner, day, tokens FROM reservations) GROUP BY owner, day"""
 

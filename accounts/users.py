@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from accounts.roles import Role
@@ -20,12 +20,14 @@ from errors import Conflict, InvalidRequest, NotFound
 # ASCII only: no letter of another alphabet can pass for one of these, and no control character gets in.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 
-# migrations/versions/ makes the tables; times are Unix seconds.
+# Sorted by their bytes, as SQLite does, whatever the locale of the server.
+_NAME = sa.String(64).with_variant(sa.String(64, collation="C"), "postgresql")
+# Times are Unix seconds.
 users = sa.Table(
     "users",
     metadata,
     sa.Column("id", sa.String(32), primary_key=True),  # random: the next account of a name inherits nothing
-    sa.Column("name", sa.String(64), nullable=False, unique=True),
+    sa.Column("name", _NAME, nullable=False, unique=True),
     sa.Column("role", sa.String(16), nullable=False),
     sa.Column("password_hash", sa.Text, nullable=False),
     sa.Column("disabled", sa.Boolean, nullable=False, default=False),
@@ -54,7 +56,6 @@ api_keys = sa.Table(
     sa.Column("role", sa.String(16), nullable=False),
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("expires", sa.Double, nullable=False, index=True),
-    sa.Column("last_used", sa.Double),
 )
 
 
@@ -100,7 +101,8 @@ class Users:
             words = "A user name is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter or a digit."
             raise InvalidRequest(words, param="username")
         user = User(token_hex(16), name, role, password_hash, limits=limits)
-        columns = {"id": user.id, "name": name, "role": role, "password_hash": password_hash, **asdict(limits)}
+        columns = asdict(user)
+        columns |= columns.pop("limits")
         with self._db.transaction() as connection:
             try:
                 connection.execute(insert(users), columns)
@@ -124,10 +126,6 @@ class Users:
         names = select(users).where(users.c.name > after).order_by(users.c.name).limit(count)
         with self._db.reading() as connection:
             return [_user(row) for row in connection.execute(names)]
-
-    def count(self) -> int:
-        with self._db.reading() as connection:
-            return int(connection.scalar(select(func.count()).select_from(users)) or 0)
 
     def change(self, name: str, **columns: object) -> User:
         """Change some columns, all or none. Returns the account as it is then.
@@ -170,5 +168,5 @@ def _find(connection: Connection, name: str) -> User:
 
 
 def _user(row: Any) -> User:
-    limits = UserLimits(row.streams, row.rpm, row.tokens_per_day)
-    return User(row.id, row.name, row.role, row.password_hash, row.disabled, limits)
+    id, name, role, password_hash, disabled, *limits = row
+    return User(id, name, role, password_hash, disabled, UserLimits(*limits))

@@ -62,7 +62,7 @@ def add_key(by: Principal | None, owner: User | Principal, name: str, days: int)
 
 def add_first_admin(found: Services, given: str | None) -> None:
     """Make `admin` in a database without accounts; `given` is ADMIN_PASSWORD. Raises SettingsError when it is weak."""
-    if found.users.count():
+    if found.users.page(count=1):
         return
     password = given or generate()
     try:

@@ -46,10 +46,8 @@ _since_boot = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 _log = structlog.get_logger("audit")
 
 
-class AuditUnavailable(StoreUnavailable):
+class AuditUnavailable(StoreUnavailable, code="audit_unavailable"):
     """The events are not durable: what they report must not be answered as if it had happened."""
-
-    code = "audit_unavailable"
 
     def __init__(self, detail: str) -> None:
         super().__init__(f"the audit log cannot be written ({detail})")
@@ -61,7 +59,6 @@ class _Batch:
     """Events that are committed together."""
 
     events: list[Event] = field(default_factory=list)
-    led: bool = False
     done: threading.Event = field(default_factory=threading.Event)
     fault: str | None = "the disk does not answer"
 
@@ -77,8 +74,8 @@ class AuditFilter:
     until: str | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        given = [(name, getattr(self, name)) for name in ("user", "kind", "request")]
-        found = [audit.c[name] == value for name, value in given if value is not None]
+        names = ("user", "kind", "request")
+        found = [audit.c[name] == value for name in names if (value := getattr(self, name)) is not None]
         found += [audit.c.time >= self.since] if self.since else []
         return found + ([audit.c.time < self.until] if self.until else [])
 
@@ -166,8 +163,8 @@ class AuditLog:
         """
         with self._mutex:
             batch = self._filling
+            leads = not batch.events
             batch.events.extend(events)
-            leads, batch.led = not batch.led, True
         if leads:
             self._write(batch)
         batch.done.wait(_PATIENCE)
@@ -216,53 +213,50 @@ class AuditLog:
             with self.database.transaction() as connection:
                 if not self.database.is_sqlite:
                     connection.execute(_LOCK)
-                head, remarks = self._found(connection)
+                head, remarks = self._found(connection, file)
                 head = self._timed(head)
-                # The first record goes alone: until the head file is there, it is the one that may lack it.
-                begins = any(remark["kind"] in ("log", "imported") for remark in remarks)
-                news = remarks if begins else [*remarks, *self._closing(connection), *events]
-                is_new_day = head.clock - head.day >= DAY and not begins
+                writer, ended = self._writers(connection)
+                news = [*remarks, *self._closing(connection, ended), *events]
+                is_new_day = head.clock - head.day >= DAY
                 if is_new_day or self._left is None:
                     self._doomed = self._too_old(connection, head)
                 if is_new_day:
                     head = replace(head, day=head.clock)
                     news.append({"kind": "day", "clock": head.clock})
-                head = self._pruned(connection, self._added(connection, news, head))
+                head = self._pruned(connection, self._added(connection, news, head, writer))
                 signed = head.signed(self.keys)
                 self._run(connection, _MOVE_HEAD, [(signed,)])
             self._left, self._signed = head, signed
             self._lost.clear()
-            if remarks and remarks[0]["kind"] == "imported":
-                with suppress(OSError):
-                    (self._folder / "audit").rename(self._folder / "audit.imported")
+            if any(remark["kind"] == "imported" for remark in remarks):
+                old_log.set_aside(self._folder)
             write_head(file, signed)
-        if begins:
-            self._commit(events)
-        else:
-            self._tell(head)
+        self._tell(head)
 
     def _run(self, connection: Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
         if rows:
             connection.exec_driver_sql(statement if self.database.is_sqlite else statement.replace("?", "%s"), rows)
 
-    def _found(self, connection: Connection) -> tuple[Head, list[Event]]:
-        """The head to go on from, and what is to be said about how the log was found."""
+    def _found(self, connection: Connection, file: int) -> tuple[Head, list[Event]]:
+        """The head to go on from, and what is to be said about how the log was found. file: the locked head file."""
         log, state = connection.exec_driver_sql(_HEAD).one_or_none() or ("", None)
         if self._left is not None and state == self._signed:
             return self._left, []
         head = Head.parse(state, self.keys)
         if self._left and head and head.log == self._left.log and head.seq >= self._left.seq:
             return head, []  # another process wrote meanwhile
-        kept, last = Head.read(self.head_path, self.keys), newest(connection)
-        if log and state is None and last is None and kept is None:
-            return old_log.take_over(connection, log, self._folder, self.head_path, self.keys)
         if not log:
             log = token_hex(8)
             connection.execute(insert(audit_head).values(log=log))
+        kept = Head.read(self.head_path, self.keys)
         why, is_copy = disagreement(connection, head, kept)
+        if head is None and not why:
+            begun = old_log.take_over(connection, log, self._folder, self.head_path, self.keys)
+            write_head(file, Head(log).signed(self.keys))  # before the first record: from now on it is never missing
+            return begun
         if head is None:
-            first = connection.scalar(select(func.min(audit.c.seq))) or 1
-            head = Head(log, last.seq if last else 0, last.mac if last else "", first)
+            last, first = newest(connection), connection.scalar(select(func.min(audit.c.seq)))
+            head = Head(log, last.seq if last else 0, last.mac if last else "", first or 1)
         remark = {"kind": "restored" if is_copy else "damaged", "why": why, "after": head.seq}
         if kept and kept.log == log:  # no number is used twice
             head = replace(head, seq=max(head.seq, kept.seq))
@@ -281,9 +275,8 @@ class AuditLog:
         self._ticked = ticks
         return replace(head, clock=clock, time=wall)
 
-    def _closing(self, connection: Connection) -> list[Event]:
+    def _closing(self, connection: Connection, ended: list[str]) -> list[Event]:
         """Ends for generations that have lost theirs: their process is gone, or a write failed."""
-        ended = self._ended(connection)
         if not ended and not self._lost:
             return []
         lacking = audit_open.c.id.in_(self._lost) | audit_open.c.writer.in_(ended)
@@ -291,19 +284,21 @@ class AuditLog:
         rows = connection.execute(starts.order_by(audit_open.c.seq)).all()
         return [_end(row.id, row.body, "aborted" if row.writer in ended else "audit_unavailable") for row in rows]
 
-    def _ended(self, connection: Connection) -> list[str]:
-        """The writers that have ended, looked for when this process begins or has lost the connection of its lock."""
+    def _writers(self, connection: Connection) -> tuple[str, list[str]]:
+        """This process's name, and the writers that have ended.
+
+        They are looked for when this process begins, or has lost the connection of its lock and with it its name.
+        """
         own = self._writer
         if own and self._left and (self.database.is_sqlite or not own.has_ended(own.name, connection)):
-            return []
-        self._writer = _Writer(self.database, self._folder)
+            return own.name, []
+        self._writer = new = _Writer(self.database, self._folder)
         if own:
-            renamed = update(audit_open).where(audit_open.c.writer == own.name).values(writer=self._writer.name)
-            connection.execute(renamed)
+            connection.execute(update(audit_open).where(audit_open.c.writer == own.name).values(writer=new.name))
         names = connection.scalars(select(audit_open.c.writer).distinct()).all()
-        return [name for name in names if name != self._writer.name and self._writer.has_ended(name, connection)]
+        return new.name, [name for name in names if name != new.name and new.has_ended(name, connection)]
 
-    def _added(self, connection: Connection, events: Sequence[Event], head: Head) -> Head:
+    def _added(self, connection: Connection, events: Sequence[Event], head: Head, writer: str) -> Head:
         rows, mac, started, ended = list[tuple[Any, ...]](), head.mac, dict[str, int](), set[str]()
         for seq, event in enumerate(events, head.seq + 1):
             row = chained(event, seq, stamp(head.time), mac, self.keys)
@@ -313,9 +308,8 @@ class AuditLog:
                 started[event["id"]] = seq
             elif event["kind"] == "end":
                 ended.add(event["id"])
-        name = self._writer.name if self._writer else ""
         self._run(connection, _ADD, rows)
-        self._run(connection, _OPEN, [(id, seq, name) for id, seq in started.items() if id not in ended])
+        self._run(connection, _OPEN, [(id, seq, writer) for id, seq in started.items() if id not in ended])
         self._run(connection, _CLOSE, [(id,) for id in ended if id not in started])
         return replace(head, seq=head.seq + len(rows), mac=mac)
 

@@ -26,23 +26,31 @@ def take_over(
     connection: Connection, log: str, folder: Path, head_path: Path, keys: MacKeys
 ) -> tuple[Head, list[Event]]:
     """The head of a log that begins, and its first event. An old log below `folder` is taken in, if it is whole."""
-    head, first = Head(log, mac=log, anchor=log), {"kind": "log", "log": log, "clock": 0.0}
+    new, first = Head(log, mac=log, anchor=log), {"kind": "log", "log": log, "clock": 0.0}
     if not (folder / "audit").is_dir():
-        return head, [first]
-    step = connection.begin_nested()
+        return new, [first]
+    old_head = Path(f"{head_path}.old")
     try:
-        shutil.copyfile(head_path, f"{head_path}.old")
-        old = _head(head_path.read_bytes(), keys)
-        _insert(connection, folder / "audit", old)
-        head = Head(log, old["seq"], old["tip"], old["first"], old["anchor"], old["clock"], old["opened"], old["time"])
-        report = check_records(connection, keys, head)
-        if report.count or report.last != head.seq:
-            raise ValueError([*report.problems, f"record {head.seq}, the last, is missing"][0])
-        return head, [{"kind": "imported", "log": log, "records": head.seq - head.first + 1}]
+        if not old_head.exists():  # else an import was cut short, and the head file is a new one already
+            shutil.copyfile(head_path, old_head)
+        with connection.begin_nested():
+            old = _head(old_head.read_bytes(), keys)
+            _insert(connection, folder / "audit", old)
+            values = (old[name] for name in ("seq", "tip", "first", "anchor", "clock", "opened", "time"))
+            head = Head(log, *values)
+            report = check_records(connection, keys, head)
+            if report.count or report.last != head.seq:
+                raise ValueError([*report.problems, f"record {head.seq}, the last, is missing"][0])
+        return head, [{"kind": "imported", "log": log, "records": report.records}]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        step.rollback()
         _log.error("the old audit log is damaged: it was not imported and stays", folder=str(folder), why=str(error))
-        return Head(log, mac=log, anchor=log), [{**first, "not_imported": str(error)}]
+        return new, [{**first, "not_imported": str(error)}]
+
+
+def set_aside(folder: Path) -> None:
+    """Rename the old log, once what was taken over is durable."""
+    with suppress(OSError):
+        (folder / "audit").rename(folder / "audit.imported")
 
 
 def _head(slots: bytes, keys: MacKeys) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def _head(slots: bytes, keys: MacKeys) -> dict[str, Any]:
 
 
 def _insert(connection: Connection, folder: Path, old: dict[str, Any]) -> None:
-    opened = {}
+    started = {}
     for path in sorted(path for path in folder.glob("*.jsonl") if old["first"] <= int(path.stem) <= old["seq"]):
         rows, key = [], ""
         for line in path.read_bytes().splitlines():
@@ -66,11 +74,13 @@ def _insert(connection: Connection, folder: Path, old: dict[str, Any]) -> None:
                 break  # written by a process that died before it counted it
             rows.append(row)
             key = row["key"]
-            opened[fields.get("id")] = (fields["kind"], row["seq"], fields.get("writer"))
+            if fields["kind"] == "start":
+                started[fields["id"]] = {name: fields[name] for name in ("id", "seq", "writer")}
+            elif fields["kind"] == "end":
+                started.pop(fields["id"], None)
         connection.execute(insert(audit), rows)
-    for id, (kind, seq, writer) in opened.items():
-        if kind == "start":
-            connection.execute(insert(audit_open).values(id=id, seq=seq, writer=writer))
+    if started:
+        connection.execute(insert(audit_open), list(started.values()))
 
 
 def _row(line: bytes, key: str = "") -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import column, table
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text
 
 from crypto import MacKeys
+from db import metadata
 
 Event = Mapping[str, Any]
 
@@ -25,11 +26,29 @@ _HEAD_SIZE = 512  # bytes: a disk writes a sector of this size whole or not at a
 _HEAD_CONTEXT = b"audit head"
 _encoded = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
-# Made by migrations/versions/0002_audit.py. `body` is the JSON that `mac` covers; it repeats seq and COLUMNS.
-audit = table("audit", *map(column, ("seq", *COLUMNS, "body", "key", "mac")))
-# One row: the log's random id, made with the tables, and the signed head, NULL until the first record.
-audit_head = table("audit_head", column("log"), column("state"))
-audit_open = table("audit_open", column("id"), column("seq"), column("writer"))  # generations with no end as yet
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+    *(Column(name, Text, nullable=name not in ("time", "kind")) for name in COLUMNS),
+    Column("body", LargeBinary, nullable=False),  # the JSON that `mac` covers; it repeats seq and COLUMNS
+    Column("key", Text, nullable=False),
+    Column("mac", Text, nullable=False),
+    Index("audit_by_time", "time", "seq"),
+    Index("audit_by_user", "user", "time", "seq"),
+    Index("audit_by_kind", "kind", "time", "seq"),
+    Index("audit_by_request", "request"),
+)
+# One row: the log's random id, and the signed head.
+audit_head = Table("audit_head", metadata, Column("log", Text, primary_key=True), Column("state", LargeBinary))
+# Generations with no end as yet, and the processes that write them.
+audit_open = Table(
+    "audit_open",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("writer", Text, nullable=False),
+)
 
 
 def stamp(seconds: float) -> str:

@@ -37,8 +37,8 @@ class Report:
 
 
 def newest(connection: Connection, until: int = 1 << 62) -> Any:
-    """seq, mac and kind of the last record up to number `until`, or None."""
-    found = select(audit.c.seq, audit.c.mac, audit.c.kind).where(audit.c.seq <= until)
+    """seq and mac of the last record up to number `until`, or None."""
+    found = select(audit.c.seq, audit.c.mac).where(audit.c.seq <= until)
     return connection.execute(found.order_by(audit.c.seq.desc()).limit(1)).one_or_none()
 
 
@@ -51,11 +51,10 @@ def verify(database: Database, keys: MacKeys, head: Path, at_least: tuple[str, i
     with database.reading() as connection:
         connection.detach()  # it ends with the snapshot
         connection.exec_driver_sql("BEGIN" if database.is_sqlite else "BEGIN ISOLATION LEVEL REPEATABLE READ")
-        log, state = connection.execute(select(audit_head.c.log, audit_head.c.state)).one_or_none() or ("", None)
+        log, state = connection.execute(select(audit_head)).one_or_none() or ("", None)
         last = Head.parse(state, keys)
         report = check_records(connection, keys, last)
-        is_virgin = log and state is None and kept is None and report.records == 0
-        why, is_copy = ("", False) if is_virgin else disagreement(connection, last, kept)
+        why, is_copy = disagreement(connection, last, kept)
     if why:
         report.remarks.append(why) if is_copy else report.blame(why)
     report.log = log
@@ -78,25 +77,26 @@ def check_records(connection: Connection, keys: MacKeys, head: Head | None) -> R
 
 
 def disagreement(connection: Connection, head: Head | None, kept: Head | None) -> tuple[str, bool]:
-    """What is wrong between table, database head and head file; and whether a backup may look like that."""
+    """What is wrong between table, database head and head file; and whether a backup may look like that.
+
+    A log that has not begun has no record and no head, but for one in the file that counts none.
+    """
     last = newest(connection)
-    why, is_copy = "", False
     if head is None:
-        why = "the head in the database is missing, or not signed with a known key"
-    elif last is None or (last.seq, last.mac) != (head.seq, head.mac):
-        why = f"record {head.seq}, the last by the database's head, is not the last of the table"
-    elif kept is None:
-        if last.kind not in ("log", "imported"):  # the file is written a moment after the first record
-            why = "the head file is missing, or not signed with a known key"
-            is_copy = connection.dialect.name != "sqlite"  # another machine begins to write to a shared database
-    elif kept.log != head.log:
-        why = "the head file belongs to another log"
-    elif kept.seq > head.seq:
+        begins = last is None and not (kept and kept.seq)
+        return "" if begins else "the head in the database is missing, or not signed with a known key", False
+    if last != (head.seq, head.mac):
+        return f"record {head.seq}, the last by the database's head, is not the last of the table", False
+    if kept is None:  # as where another machine begins to write to a shared database
+        return "the head file is missing, or not signed with a known key", connection.dialect.name != "sqlite"
+    if kept.log != head.log:
+        return "the head file belongs to another log", False
+    if kept.seq > head.seq:
         why = f"the head file remembers record {kept.seq}, the database ends at {head.seq}: an older copy"
-        is_copy = abs(kept.time - head.time) <= _COPYING
-    elif kept.seq >= head.first and (newest(connection, kept.seq) or (0, ""))[:2] != (kept.seq, kept.mac):
-        why = f"record {kept.seq} is not the one that the head file remembers"
-    return why, is_copy
+        return why, abs(kept.time - head.time) <= _COPYING
+    if kept.seq >= head.first and newest(connection, kept.seq) != (kept.seq, kept.mac):
+        return f"record {kept.seq} is not the one that the head file remembers", False
+    return "", False
 
 
 def _problems(row: Any, before: int, mac: str, keys: MacKeys) -> Iterator[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cache.redis_cache import RedisLink
 from cache.sqlite_cache import SqliteCache
-from crypto import Encryptor
+from crypto import Encryptor, mac
 
 Part = str | int | float | bool | None | list["Part"] | tuple["Part", ...]
 
@@ -31,21 +30,16 @@ class ResponseCache:
 
     def key(self, *parts: Part) -> str:
         """HMAC-SHA256 over the parts as a JSON array: neither 1 and "1" nor ("ab", "c") and ("a", "bc") meet."""
-        return hmac.new(self.mac_key, json.dumps(parts, allow_nan=False).encode(), hashlib.sha256).hexdigest()
+        return mac(self.mac_key, json.dumps(parts, allow_nan=False).encode())
 
     def get(self, key: str) -> dict[str, object] | None:
         """What was put, or None. A value that does not decrypt under this key, or is no JSON object, is a miss."""
-        value = self._opened(key)
-        self.on_lookup("miss" if value is None else "hit")
-        return value
+        sealed, value = self.store.get(key), None
+        with suppress(ValueError):  # the seal, the encoding or the JSON
+            value = sealed and json.loads(self.encryptor.open(sealed, key.encode()))
+        found = value if isinstance(value, dict) else None
+        self.on_lookup("miss" if found is None else "hit")
+        return found
 
     def put(self, key: str, value: dict[str, object]) -> None:
         self.store.put(key, self.encryptor.seal(json.dumps(value, allow_nan=False).encode(), key.encode()), self.ttl)
-
-    def _opened(self, key: str) -> dict[str, object] | None:
-        sealed = self.store.get(key)
-        try:
-            value = None if sealed is None else json.loads(self.encryptor.open(sealed, key.encode()))
-        except ValueError:  # the seal, the encoding or the JSON
-            return None
-        return value if isinstance(value, dict) else None

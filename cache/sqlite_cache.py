@@ -21,23 +21,21 @@ _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _TABLES = """
     PRAGMA journal_mode=WAL;
     PRAGMA synchronous=OFF;
-    -- AUTOINCREMENT: the order of writing, also after the newest entry was deleted.
+    -- number: bytes written before this entry.
     CREATE TABLE IF NOT EXISTS entries (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, expires REAL NOT NULL,
+        number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, expires REAL NOT NULL,
         size INTEGER NOT NULL, value BLOB NOT NULL
     ) STRICT;
     CREATE INDEX IF NOT EXISTS entries_by_expiry ON entries (expires);
-    CREATE TABLE IF NOT EXISTS total (bytes INTEGER NOT NULL) STRICT;
-    INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total);
-    CREATE TRIGGER IF NOT EXISTS grows AFTER INSERT ON entries
-        BEGIN UPDATE total SET bytes = bytes + new.size; END;
-    CREATE TRIGGER IF NOT EXISTS shrinks AFTER DELETE ON entries
-        BEGIN UPDATE total SET bytes = bytes - old.size; END;
 """
+_GET = "SELECT value FROM entries WHERE key = ? AND expires > ?"
+_WRITTEN = "SELECT number + size FROM entries ORDER BY number DESC LIMIT 1"
+_DROP = "DELETE FROM entries WHERE key = ? OR expires <= ? OR number < ?"
+_PUT = "INSERT INTO entries (number, key, expires, size, value) VALUES (?, ?, ?, ?, ?)"
 
 
 class SqliteCache:
-    """At most `max_bytes`; the oldest entries go first. Never raises: a fault is a miss.
+    """The entries among the last `max_bytes` written. Never raises: a fault is a miss.
 
     One connection behind a lock serves all threads: a look-up takes 10 us. A file that is broken is renamed to
     `.broken`, and one that is only busy is left alone: another process may hold either open.
@@ -76,11 +74,9 @@ class SqliteCache:
         size, now = len(key) + len(value), self._clock()
         connection.execute("BEGIN IMMEDIATE")
         with connection:  # ends the transaction
-            connection.execute("DELETE FROM entries WHERE key = ? OR expires <= ?", (key, now))
-            while connection.execute("SELECT bytes FROM total").fetchone()[0] + size > self._max_bytes:
-                if not connection.execute(_DROP_OLDEST).rowcount:
-                    break  # the total is wrong: another program has written to the file
-            connection.execute(_PUT, (key, now + ttl, size, value))
+            (written,) = connection.execute(_WRITTEN).fetchone() or (0,)
+            connection.execute(_DROP, (key, now, written + size - self._max_bytes))
+            connection.execute(_PUT, (written, key, now + ttl, size, value))
         return True
 
     def _use(self, work: Callable[[sqlite3.Connection], Result]) -> Result | None:
@@ -122,8 +118,3 @@ class SqliteCache:
                 for suffix in ("-wal", "-shm", ""):  # a new file must not find the WAL of this one
                     with suppress(FileNotFoundError):
                         os.replace(f"{self._path}{suffix}", f"{self._path}.broken{suffix}")
-
-
-_GET = "SELECT value FROM entries WHERE key = ? AND expires > ?"
-_DROP_OLDEST = "DELETE FROM entries WHERE number = (SELECT min(number) FROM entries)"
-_PUT = "INSERT INTO entries (key, expires, size, value) VALUES (?, ?, ?, ?)"

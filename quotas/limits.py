@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -36,8 +37,8 @@ class LimitTable:
         self._default = default
         self._roles: dict[str, Limits] = {}
         for rule in by_role:
-            (role, limit), number = rule.partition("=")[0].split("."), int(rule.partition("=")[2])
-            self._roles[role] = replace(self._roles.get(role, default), **{limit: number})
+            role, limit, number = re.split("[.=]", rule)
+            self._roles[role] = self.of(role, **{limit: int(number)})
 
     def of(self, role: str, **own: int | None) -> Limits:
         """A user's own limits, and the role's where they are None."""
@@ -62,10 +63,8 @@ class LimitExceeded(RateLimited):
         self.remaining = remaining
 
 
-class QuotaExceeded(LimitExceeded):
+class QuotaExceeded(LimitExceeded, code="insufficient_quota"):  # the code that OpenAI's clients know
     """Nothing is left until tomorrow."""
-
-    code = "insufficient_quota"  # the code that OpenAI's clients know
 
 
 Hit = tuple[bool, int, float]  # whether it was counted, how many more fit, seconds until one more fits

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from secrets import token_hex
 
 import structlog
-from sqlalchemy import BigInteger, Column, Connection, Double, Index, Integer, String, Table, Text, select, text
+from sqlalchemy import BigInteger, Column, Connection, Double, Index, Integer, String, Table, Text, text
 
 from db import Database, metadata
 from errors import StoreUnavailable
@@ -31,11 +31,6 @@ class Counts:
     generated_tokens: int = 0
     errors: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """What counts against a quota."""
-        return self.prompt_tokens + self.generated_tokens
-
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, each) + getattr(other, each) for each in _COUNTS))
 
@@ -54,7 +49,7 @@ class Reservation:
 
 _KEY = ("day", "user_id", "model")
 _COUNTS = tuple(field.name for field in fields(Counts))
-_usage = Table(
+Table(
     "usage",
     metadata,
     Column("day", Integer, primary_key=True),
@@ -150,8 +145,13 @@ class UsageStore:
         with self._writing:
             with self._lock:
                 pending, ended, self._pending, self._ended = self._pending, self._ended, {}, []
+            if not pending and not ended:
+                return
             try:
-                self._write(pending, ended)
+                with self._db.transaction() as connection:
+                    if ended:
+                        connection.execute(_RELEASE, [{"id": id} for id in ended])
+                    _insert(connection, pending)
             except StoreUnavailable:
                 with self._lock:
                     self._add(pending, ended)
@@ -159,18 +159,9 @@ class UsageStore:
 
     def tokens_today(self, user_id: str) -> int:
         """Tokens of today, without those of what still runs."""
-        today = int(self._clock() // _DAY)
-        return sum(counts.tokens for counts in self.usage(today, today, user_id).values())
-
-    def usage(self, from_day: int, to_day: int, user_id: str | None = None) -> Usage:
-        """One user's or everybody's usage of these days, both included, in order."""
         self.flush()
-        rows = select(_usage).where(_usage.c.day.between(from_day, to_day)).order_by(*_usage.primary_key)
-        if user_id is not None:
-            rows = rows.where(_usage.c.user_id == user_id)
         with self._db.reading() as connection:
-            found = connection.execute(rows).all()
-        return {(row.day, row.user_id, row.model): Counts(*row[3:]) for row in found}
+            return int(connection.execute(_SUMS, {"user_id": user_id, "day": int(self._clock() // _DAY)}).one()[0])
 
     def close(self) -> None:
         """Write what is pending; while the database does not answer, try again each second."""
@@ -186,14 +177,6 @@ class UsageStore:
         for key, counts in pending.items():
             self._pending[key] = self._pending.get(key, Counts()) + counts
         self._ended += ended
-
-    def _write(self, pending: Usage, ended: list[str]) -> None:
-        if not pending and not ended:
-            return
-        with self._db.transaction() as connection:
-            if ended:
-                connection.execute(_RELEASE, [{"id": id} for id in ended])
-            _insert(connection, pending)
 
     def _close_later(self) -> None:
         with self._lock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any
@@ -16,7 +15,7 @@ from accounts import credentials as module
 from accounts.credentials import ApiKey, Credentials, Principal, Session
 from accounts.users import User, UserLimits, Users, api_keys, sessions
 from db import Database
-from errors import InvalidRequest, StoreUnavailable
+from errors import InvalidRequest
 
 NOW = 1_800_000_000.0
 DAY = 86_400
@@ -175,31 +174,6 @@ def test_a_key_works_until_it_is_revoked_or_expires(credentials: Credentials, an
 def test_a_key_of_the_time_before_accounts_had_ids_names_its_owner(credentials: Credentials, ann: User) -> None:
     _, jti = new_key(credentials, ann)
     assert credentials.find(key_claims(ann, jti, sub="ann"), NOW) is not None
-
-
-def test_the_last_use_is_noted_once_a_minute(credentials: Credentials, ann: User) -> None:
-    _, jti = new_key(credentials, ann)
-    seen = []
-    for second in (1, 30, 60.5, 61, 70, 121.5):
-        credentials.find(key_claims(ann, jti), NOW + second)
-        seen.append(credentials.keys(ann.id, NOW)[0].last_used)
-    assert [at - NOW for at in seen if at is not None] == [1, 1, 1, 61, 61, 121.5]
-
-
-def test_a_key_works_though_its_use_cannot_be_noted(
-    credentials: Credentials, ann: User, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, jti = new_key(credentials, ann)
-    tried: list[bool] = []
-
-    @contextmanager
-    def full() -> Any:
-        tried.append(True)
-        raise StoreUnavailable("the disk is full")
-        yield
-
-    monkeypatch.setattr(database, "transaction", full)
-    assert credentials.find(key_claims(ann, jti), NOW) is not None and tried == [True]
 
 
 def test_a_user_has_at_most_so_many_keys(

@@ -83,7 +83,7 @@ def test_an_import_that_was_cut_short_begins_again_or_only_renames(database: Dat
 
     with pytest.raises(KeyboardInterrupt):
         import_old_state(database, path, cut)
-    assert path.exists() and Users(database).count() == 0
+    assert path.exists() and len(Users(database).page()) == 0
     import_old_state(database, path, lambda *_: None)
     path.with_name("state.sqlite3.imported").rename(path)  # as if the process had ended before the renaming
     ids = [user.id for user in Users(database).page()]

@@ -91,7 +91,7 @@ WRONG: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("body", WRONG.values(), ids=WRONG)
 def test_a_wrong_account_is_422_and_not_made(admin: Client, services: Services, body: dict[str, Any]) -> None:
     assert_refused(admin.post("/admin/users", body), 422)
-    assert services.users.count() == 1
+    assert len(services.users.page()) == 1
 
 
 @pytest.mark.parametrize("body", [{"role": "root"}, {"disabled": "yes"}, {"password": "short"}, {"username": "new"}])
@@ -153,7 +153,7 @@ def test_only_admins_manage_accounts_and_no_key_does(
     counted(refused=sum(answer.status_code == 403 for answer in answers), changed_accounts=changed)
     for answer in answers:
         assert_refused(answer, 403)
-    assert changed == 0 and services.users.count() == 2
+    assert changed == 0 and len(services.users.page()) == 2
 
 
 def test_a_role_that_was_lost_ends_what_it_could_at_once(admin: Client, add_user: Callable[..., Client]) -> None:
@@ -267,7 +267,7 @@ def test_no_admin_makes_changes_or_removes_an_auditor(
     for body in ({"password": NEW}, {"role": "user"}, {"disabled": True}, {"limits": {"rpm": 1}}):
         assert_refused(patch(admin, "eve", body), 403)
     assert_refused(admin.ask("DELETE", "/admin/users/eve"), 403)
-    assert [services.users.get(name) for name in ("eve", "bob")] == before and services.users.count() == 4
+    assert [services.users.get(name) for name in ("eve", "bob")] == before and len(services.users.page()) == 4
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,15 @@ def test_its_records_are_kept_as_they_were_signed_and_the_chain_goes_on(old: Log
     assert len(old.rows()) == count + 5 and verified(old, again) == []
 
 
+def test_an_import_that_was_cut_short_begins_again(old: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr("audit.log.AuditLog._timed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        opened(old).append(said("never"))
+    audit = opened(old)
+    audit.append(said("after"))
+    assert len(old.rows()) == len(lines(old)) + 4 and verified(old, audit) == []
+
+
 def test_its_age_counts_on(old: Log) -> None:
     audit = opened(old)
     for _ in range(200):

@@ -217,12 +217,18 @@ def test_a_head_file_that_is_behind_is_no_fault(log: Log) -> None:
     assert log.whole and len(log.records()) == 14
 
 
-def test_a_crash_between_the_first_record_and_the_head_file_is_no_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "kinds"), [(1, []), (2, ["log", "started"])])
+def test_a_crash_before_or_between_the_first_writes_of_the_head_file_is_no_fault(
+    tmp_path: Path, before: int, kinds: list[str]
+) -> None:
     log = Log(tmp_path)
     code = "import os, sys; from tests.audit.logs import *; import audit.log\n"
-    code += "audit.log.write_head = lambda *_: os.kill(os.getpid(), 9); Log(Path(sys.argv[1])).open().open()"
-    assert subprocess.run([sys.executable, "-c", code, str(log.folder)], cwd=ROOT).returncode == -9
-    assert [record["kind"] for record in log.records()] == ["log"] and log.whole
+    code += "write, done = audit.log.write_head, []\ndef killed(*given):\n    done.append(given)\n"
+    code += "    write(*given) if len(done) < int(sys.argv[2]) else os.kill(os.getpid(), 9)\n"
+    code += "audit.log.write_head = killed; Log(Path(sys.argv[1])).open().open()"
+    command = [sys.executable, "-c", code, str(log.folder), str(before)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -9
+    assert [record["kind"] for record in log.records()] == kinds and log.whole
     log.open().append(said("a"))
     assert log.whole and log.records("damaged") == []
 
