@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -117,13 +118,17 @@ def hostile_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [*tokens, *nested, *halves, *private, *ready_made, *spaced, "".join(tokens), "<|im_<|im_end|>end|>", "\0"]
 
 
+@cache
+def harmless(prompt: Prompt, role: str) -> tuple[int, ...]:
+    return prompt.render(talk((role, "x"), ("user", "y")))
+
+
 def smuggled(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> list[int]:
     """The control tokens of prompts with this text that are not just those around a harmless one."""
     found = []
     for role in ("user", "system", "assistant"):
         ids = prompt.render(talk((role, f"x{text}x"), ("user", "y")))
-        harmless = prompt.render(talk((role, "x"), ("user", "y")))
-        if controls(tokenizer, ids) != controls(tokenizer, harmless):
+        if controls(tokenizer, ids) != controls(tokenizer, harmless(prompt, role)):
             found += controls(tokenizer, ids)
         assert role != "user" or f"x{text}x" in tokenizer.decode(ids)
     return found
@@ -244,7 +249,7 @@ def test_other_threads_run_beside_a_long_prompt() -> None:
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MULTIPLIES = "{% for m in messages %}{{ m.content * 100000 }}{% endfor %}"
 GROWS = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
-FOLDS = "{{ ('x' * 10 ** 9) * 100 }}"
+FOLDS = "{{ 'x' * 10 ** 11 }}"  # by the compiler, before anything is rendered
 
 
 @pytest.mark.promise("P7", injected="chat templates that loop or multiply")
