@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from errors import DeadlineExceeded, InvalidRequest, ModelUnavailable, UnknownModel
 from model.local import LocalBackend
+from model.text.template import is_harmless
 from model.types import Chunk, Done, FinishReason, GenerateRequest, Message, Sampling, Status, Stream
 from model.weights.catalogue import find
 from model.weights.loader import prepare_tokenizer
@@ -42,6 +43,19 @@ def settings_for(checkpoint: Path, data: Path, **changes: object) -> Settings:
         (data / "compiled").symlink_to(kernels)
     return Settings(**({"model": name, "models_allowed": (name,), "data_dir": data, "quantization": "none",
                         "compile": False, "threads": 1, "slots": 4, "max_context": 512} | changes))  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def templates_are_tried_once() -> Iterator[None]:
+    """In a child process, which takes 1.4 s for every backend."""
+    verdicts: dict[str, bool] = {}
+
+    def remembered(source: str, constants: Mapping[str, str]) -> bool:
+        return verdicts.get(source) or verdicts.setdefault(source, is_harmless(source, constants))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.text.prompt.is_harmless", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")

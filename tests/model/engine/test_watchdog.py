@@ -81,8 +81,9 @@ def test_a_step_that_hangs_is_told_to_everyone_and_a_new_process_is_asked_for(
 
 @pytest.mark.promise("P4", injected="a step that returns after all", counted="nobody is answered twice")
 def test_a_hang_that_ends_by_itself_heals(
-    engine: Engine, loads: Loads, clock: Clock, counted: Callable[..., None]
+    engine: Engine, loads: Loads, clock: Clock, monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
 ) -> None:
+    monkeypatch.setattr("model.engine.engine.LOOK_EVERY", 0.01)
     running = in_a_step(engine, loads)
     clock.offset += 61
     with pytest.raises(ModelUnavailable):
