@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+
+from errors import ServiceError
 from model.engine.engine import Engine
 from model.engine.sequence import Sequence
 from model.types import FinishReason, GenerateRequest, Message, Status
@@ -34,6 +37,13 @@ def read(sequence: Sequence) -> tuple[list[int], FinishReason]:
             return tokens, item
         if not isinstance(item, Status):
             tokens.append(item)
+
+
+def failure(sequence: Sequence) -> ServiceError:
+    """The error that it ends with."""
+    with pytest.raises(ServiceError) as caught:
+        read(sequence)
+    return caught.value
 
 
 def eventually(condition: Callable[[], bool]) -> None:

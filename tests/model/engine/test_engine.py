@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -52,20 +53,23 @@ def test_a_request_waits_in_line_and_hears_its_position() -> None:
         assert [read(sequence)[0] for sequence in waiting] == [continuation([2], 1)] * 2
 
 
-@pytest.mark.promise("P8", injected="one request more than the queue holds", counted="refused at once, with a time")
-def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
+@pytest.mark.promise("P8", injected="one request more than the queue holds", counted="with a time")
+def test_a_full_queue_refuses_with_a_time_to_come_back(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=1)
     gate = Gate(runner)
     with serving(runner, max_queue=2) as engine:
         sequences = [engine.submit(request([1], count=4))]
         assert gate.reached.wait(WAIT)
         sequences += [engine.submit(request([1], count=4)) for _ in range(2)]
-        with pytest.raises(Overloaded) as refused:
-            engine.submit(request([1]))
-        assert refused.value.retry_after and refused.value.retry_after >= 1
+        waits = []
+        for _ in range(5):
+            with pytest.raises(Overloaded) as refused:
+                engine.submit(request([1]))
+            waits.append(refused.value.retry_after)
         gate.open()
-        for sequence in sequences:
-            assert read(sequence)[1] is FinishReason.LENGTH
+        ends = [read(sequence)[1] for sequence in sequences]
+    counted(served=ends.count(FinishReason.LENGTH), refused=len(waits))
+    assert ends == [FinishReason.LENGTH] * 3 and all(wait and wait >= 1 for wait in waits)
 
 
 def test_the_time_to_come_back_grows_with_the_backlog() -> None:
@@ -83,44 +87,40 @@ def test_the_time_to_come_back_grows_with_the_backlog() -> None:
         gate.open()
 
 
-@pytest.mark.promise(
-    "P10",
-    injected="close() in the middle of decoding",
-    counted="steps until the slot is free: at most 2",
-)
-def test_a_closed_stream_frees_its_slot_within_two_steps() -> None:
+@pytest.mark.promise("P10", injected="close() in the middle of decoding")
+def test_a_closed_stream_frees_its_slot_within_two_steps(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=1)
     with serving(runner) as engine:
         closed = engine.submit(request([1], count=4000))
         assert closed.get(WAIT) is not None
         closed.close()
-        steps = len(runner.steps)
+        before = len(runner.steps)
         next_one = engine.submit(request([2], count=1))
         assert read(next_one)[0] == continuation([2], 1)
-        assert len(runner.steps) - steps <= 3  # two at most for the closed one, one for the other
+        steps = len(runner.steps) - before - 1  # one is the other's
+        counted(steps_until_the_slot_is_free=steps)
+        assert steps <= 2
         assert read(closed)[1] is FinishReason.CANCELLED
 
 
-@pytest.mark.promise("P10", injected="close() while queued", counted="its place is free, the others go on")
-def test_a_queued_request_can_be_given_up() -> None:
+@pytest.mark.promise("P10", injected="close() while queued")
+def test_a_queued_request_can_be_given_up(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=1)
     gate = Gate(runner)
     with serving(runner) as engine:
         first = engine.submit(request([1], count=2))
         assert gate.reached.wait(WAIT)
-        queued = engine.submit(request([2]))
-        queued.close()
+        queued = [engine.submit(request([2])) for _ in range(20)]
+        for sequence in queued:
+            sequence.close()
         gate.open()
-        assert read(queued) == ([], FinishReason.CANCELLED)
-        assert read(first)[1] is FinishReason.LENGTH
+        given_up, text = [read(sequence) for sequence in queued], read(first)[0]
+    counted(given_up=len(given_up), tokens_of_theirs=sum(len(tokens) for tokens, _ in given_up), tokens=len(text))
+    assert given_up == [([], FinishReason.CANCELLED)] * 20 and text == continuation([1], 2)
 
 
-@pytest.mark.promise(
-    "P10",
-    injected="close() in the middle of a long prompt",
-    counted="the slot is free before the prompt is computed",
-)
-def test_a_request_in_prefill_can_be_given_up() -> None:
+@pytest.mark.promise("P10", injected="close() in the middle of a long prompt")
+def test_a_request_in_prefill_can_be_given_up(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=2)
     in_prefill, closed = threading.Event(), threading.Event()
 
@@ -138,7 +138,9 @@ def test_a_request_in_prefill_can_be_given_up() -> None:
         long.close()
         closed.set()
         assert read(long) == ([], FinishReason.CANCELLED)
-        assert sum(count for _, _, count in runner.prefilled) < 1999
+        computed = sum(count for _, _, count in runner.prefilled)
+        counted(prompt_tokens=len(long.prompt), prompt_tokens_computed=computed)
+        assert computed < 1999
         streaming.close()
 
 
@@ -178,14 +180,18 @@ def test_the_next_turn_of_a_chat_prefills_only_what_is_new() -> None:
         assert sum(count for _, _, count in runner.prefilled) - before == len(again) - 1 - 104
 
 
-@pytest.mark.promise("P19", injected="the same prompt from another user", counted="no token of its KV reused")
-def test_another_users_prompt_is_computed_from_scratch() -> None:
+@pytest.mark.promise("P19", injected="the same prompt from another user")
+def test_another_users_prompt_is_computed_from_scratch(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=1)
     with serving(runner) as engine:
-        read(engine.submit(request([9] * 100, owner="ann")))
-        other = engine.submit(request([9] * 100, owner="bob"))
-        read(other)
-        assert other.cached == 0
+        first, second, other = (request([9] * 100, owner=owner) for owner in ("ann", "ann", "bob"))
+        reused = []
+        for each in (first, second, other):
+            sequence = engine.submit(each)
+            read(sequence)
+            reused.append(sequence.cached)
+    counted(tokens_reused_by_the_same_user=reused[1], tokens_reused_by_another=reused[2])
+    assert reused == [0, 99, 0]
 
 
 def test_a_prompt_that_cannot_fit_never_takes_a_slot() -> None:

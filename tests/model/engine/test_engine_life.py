@@ -13,7 +13,7 @@ from model.engine.engine import Engine
 from model.types import FinishReason, Status
 from model.weights.catalogue import ModelError
 from telemetry import Metrics
-from tests.model.driving import WAIT, Gate, eventually, read, request
+from tests.model.driving import WAIT, Gate, eventually, failure, read, request
 from tests.model.scripted import ScriptedRunner, continuation
 
 
@@ -104,41 +104,40 @@ def test_a_model_that_does_not_load_says_so_and_is_not_tried_in_a_loop() -> None
     assert not engine.status().ready and "/secret" not in (engine.status().reason or "")
 
 
-@pytest.mark.promise(
-    "P11",
-    injected="a stop in the middle of a stream",
-    counted="it ends, the queue and newcomers are told",
-)
-def test_stopping_lets_running_streams_end_and_refuses_the_rest() -> None:
+@pytest.mark.promise("P11", injected="a stop in the middle of a stream", counted="it ends in full, newcomers are told")
+def test_stopping_lets_running_streams_end_and_refuses_the_rest(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=1)
     gate = Gate(runner)
     engine = Engine(lambda progress: runner, 64, Metrics())
     running = engine.submit(request([1], count=5))
     assert gate.reached.wait(WAIT)
-    queued = engine.submit(request([2]))
+    queued = [engine.submit(request([n])) for n in (2, 3)]
     stopper = threading.Thread(target=engine.stop, args=(WAIT,))
     stopper.start()
     eventually(lambda: engine.status().stage == "stopping")
     with pytest.raises(ModelUnavailable):
-        engine.submit(request([3]))
+        engine.submit(request([4]))
     gate.open()
-    assert read(running) == (continuation([1], 5), FinishReason.LENGTH)
-    with pytest.raises(ModelUnavailable):
-        read(queued)
+    text, ending = read(running)
+    assert (text, ending) == (continuation([1], 5), FinishReason.LENGTH)
+    told = [failure(sequence).code for sequence in queued]
+    counted(tokens_streamed=len(text), queued_requests_told=told.count("stopping"))
+    assert told == ["stopping"] * 2
     stopper.join(WAIT)
     assert engine.status().stage == "stopped" and runner.closed
 
 
-@pytest.mark.promise("P11", injected="a stop, and a stream longer than the grace", counted="it ends with an error")
-def test_streams_that_outlast_the_grace_end_with_an_error() -> None:
-    runner = ScriptedRunner(slots=1)
+@pytest.mark.promise("P11", injected="a stop, and streams longer than the grace")
+def test_streams_that_outlast_the_grace_end_with_an_error(counted: Callable[..., None]) -> None:
+    runner = ScriptedRunner(slots=8)
     runner.before_step = lambda active: time.sleep(0.005)
     engine = Engine(lambda progress: runner, 64, Metrics())
-    endless = engine.submit(request([1], count=4000))
-    assert endless.get(WAIT) is not None
+    endless = [engine.submit(request([n + 1], count=4000)) for n in range(8)]
+    assert all(sequence.get(WAIT) is not None for sequence in endless)
     engine.stop(0.05)
-    with pytest.raises(ModelUnavailable):
-        read(endless)
+    ends = [failure(sequence).code for sequence in endless]
+    counted(streams=len(endless), errors=ends.count("stopping"))
+    assert ends == ["stopping"] * 8
 
 
 def test_stopping_does_not_wait_for_a_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ def _rows(*samplings: Sampling, vocabulary: int = VOCABULARY, seeds: tuple[int, 
 
 def _draws(logits: torch.Tensor, sampling: Sampling, count: int, draw=choose) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """`count` draws from one row's logits, one for each position."""
-    rows = _rows(*[sampling] * count, vocabulary=logits.shape[0])
+    one = _rows(sampling, vocabulary=logits.shape[0])
+    rows = Rows(*(tensor.repeat(count, *[1] * (tensor.dim() - 1)) for tensor in one.tensors()))
     rows.position.copy_(torch.arange(count))
     return draw(logits.expand(count, -1).contiguous(), rows)
 

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -117,28 +118,35 @@ def hostile_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [*tokens, *nested, *halves, *private, *ready_made, *spaced, "".join(tokens), "<|im_<|im_end|>end|>", "\0"]
 
 
-def check_contained(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> None:
-    """The same control tokens as around a harmless text, and the text as it was."""
+@cache
+def harmless(prompt: Prompt, role: str) -> tuple[int, ...]:
+    return prompt.render(talk((role, "x"), ("user", "y")))
+
+
+def smuggled(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> list[int]:
+    """The control tokens of prompts with this text that are not just those around a harmless one."""
+    found = []
     for role in ("user", "system", "assistant"):
-        messages = talk((role, f"x{text}x"), ("user", "y"))
-        ids = prompt.render(messages)
-        assert controls(tokenizer, ids) == controls(tokenizer, prompt.render(talk((role, "x"), ("user", "y"))))
-        if role == "user":
-            assert f"x{text}x" in tokenizer.decode(ids)
+        ids = prompt.render(talk((role, f"x{text}x"), ("user", "y")))
+        if controls(tokenizer, ids) != controls(tokenizer, harmless(prompt, role)):
+            found += controls(tokenizer, ids)
+        assert role != "user" or f"x{text}x" in tokenizer.decode(ids)
+    return found
 
 
 @pytest.mark.promise(
     "P25",
     injected="every added token and marker, whole, split and nested",
-    counted="no control id, the text comes back",
+    counted="each comes back as text",
 )
 @every_template
-def test_no_marker_that_a_user_types_becomes_a_control_token(name: str) -> None:
+def test_no_marker_that_a_user_types_becomes_a_control_token(name: str, counted: Callable[..., None]) -> None:
     hostile = hostile_texts(TOKENIZERS[name])
     added = next(iter(TOKENIZERS[name].get_added_vocab()))
     assert controls(TOKENIZERS[name], TOKENIZERS[name].encode(added)), "the fault is real: the plain tokenizer obeys"
-    for text in hostile:
-        check_contained(TOKENIZERS[name], PROMPTS[name], text)
+    found = [id for text in hostile for id in smuggled(TOKENIZERS[name], PROMPTS[name], text)]
+    counted(texts=len(hostile), control_tokens=len(found))
+    assert found == []
 
 
 def test_a_marker_in_two_messages_stays_in_pieces() -> None:
@@ -154,22 +162,25 @@ pieces = st.sampled_from(
 texts = st.lists(st.one_of(pieces, st.text(max_size=4)), max_size=12).map("".join)
 
 
-@pytest.mark.promise("P25", injected="any text (hypothesis)", counted="no control id")
-@settings(max_examples=200, deadline=None)
-@given(texts)
-def test_no_text_at_all_becomes_a_control_token(text: str) -> None:
-    for name in ("chatml", "r1"):
-        check_contained(TOKENIZERS[name], PROMPTS[name], text)
+@pytest.mark.promise("P25", injected="any text (hypothesis)")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=texts)
+def test_no_text_at_all_becomes_a_control_token(text: str, counted: Callable[..., None]) -> None:
+    found = [id for name in ("chatml", "r1") for id in smuggled(TOKENIZERS[name], PROMPTS[name], text)]
+    counted(texts=len([text]), control_tokens=len(found))
+    assert found == []
 
 
-@pytest.mark.promise("P25", injected="every marker of the real model", counted="no control id, the text comes back")
-def test_the_demo_tokenizer_too(demo_dir: Path) -> None:
+@pytest.mark.promise("P25", injected="every marker of the real model", counted="each comes back as text")
+def test_the_demo_tokenizer_too(demo_dir: Path, counted: Callable[..., None]) -> None:
     tokenizer = load_tokenizer(demo_dir)
     prompt = Prompt(tokenizer, SPEC)
     for messages in BENIGN:
         assert prompt.render(messages) == official(tokenizer, messages)
-    for text in hostile_texts(tokenizer):
-        check_contained(tokenizer, prompt, text)
+    hostile = hostile_texts(tokenizer)
+    found = [id for text in hostile for id in smuggled(tokenizer, prompt, text)]
+    counted(texts=len(hostile), control_tokens=len(found))
+    assert found == []
     assert prompt.think is None and not prompt.think_open
 
 
@@ -238,14 +249,17 @@ def test_other_threads_run_beside_a_long_prompt() -> None:
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MULTIPLIES = "{% for m in messages %}{{ m.content * 100000 }}{% endfor %}"
 GROWS = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
-FOLDS = "{{ ('x' * 10 ** 9) * 100 }}"
+FOLDS = "{{ 'x' * 10 ** 11 }}"  # by the compiler, before anything is rendered
 
 
-@pytest.mark.promise("P7", injected="chat templates that loop or multiply", counted="refused with one line, in seconds")
+@pytest.mark.promise("P7", injected="chat templates that loop or multiply")
 @pytest.mark.parametrize("template", [LOOPS, MULTIPLIES, GROWS, FOLDS])
-def test_a_template_that_never_ends_or_explodes_is_refused(template: str) -> None:
-    with pytest.raises(ModelError, match="takes too much time, memory or text"):
+def test_a_template_that_never_ends_or_explodes_is_refused(template: str, counted: Callable[..., None]) -> None:
+    with pytest.raises(ModelError, match="takes too much time, memory or text") as caught:
         Prompt(with_template(template), UNLISTED)
+    said = str(caught.value).splitlines()
+    counted(lines_said=len(said))
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("template", [STRIPPING, QWEN3])
