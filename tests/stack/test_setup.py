@@ -1,4 +1,4 @@
-"""A newcomer's first minutes: `make` on a machine that is not ready, interrupted, or run twice."""
+"""The first minutes: `make` on a machine that is not ready, interrupted, or run twice."""
 
 from __future__ import annotations
 
