@@ -13,6 +13,7 @@ from tests.api.server import Server, eventually
 from tests.stack.conftest import PASSWORD, SMALL
 
 
+@pytest.mark.timeout(240)  # the model is loaded three times
 @pytest.mark.promise("P12", injected="kill -9 in the middle of the real model's answer, 3 times")
 def test_what_the_model_said_is_on_record_after_a_kill(
     data_dir: Path, tmp_path: Path, counted: Callable[..., None]
