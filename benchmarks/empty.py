@@ -12,7 +12,7 @@ from flask_jwt_extended import JWTManager, create_access_token, jwt_required
 
 
 def create() -> Flask:
-    """An app with `/login`, which gives a token to anybody, and `/empty`, which wants it."""
+    """An app with `/login`, which gives a token to any client, and `/empty`, which wants it."""
     app = Flask(__name__, static_folder=None)
     app.config["JWT_SECRET_KEY"] = secrets.token_hex(32)
     JWTManager(app)

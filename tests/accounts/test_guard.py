@@ -70,12 +70,16 @@ def right(guard: LoginGuard, address: str, name: str, **cookies: str) -> bool:
         return False
 
 
-@pytest.mark.promise("P22", injected="six wrong passwords", counted="the sixth refused, also when it is right")
-def test_the_sixth_attempt_is_refused_and_another_address_or_name_is_not(guard: LoginGuard) -> None:
-    assert [wrong(guard, *ANN) for _ in range(6)] == [True] * 5 + [False]
-    assert not right(guard, *ANN)
-    assert right(guard, "198.51.100.2", "ann") and right(guard, ANN[0], "bob")
-    assert right(guard, "198.51.100.1a", "nn")
+@pytest.mark.promise("P22", injected="six wrong passwords, then the right one")
+def test_the_sixth_attempt_is_refused_and_another_address_or_name_is_not(
+    guard: LoginGuard, counted: Callable[..., None]
+) -> None:
+    checked, let_in = [wrong(guard, *ANN) for _ in range(6)], right(guard, *ANN)
+    others = [right(guard, *other) for other in (("198.51.100.2", "ann"), (ANN[0], "bob"), ("198.51.100.1a", "nn"))]
+    counted(
+        wrong_passwords=len(checked), checked=sum(checked), let_in_afterwards=int(let_in), others_let_in=sum(others)
+    )
+    assert checked == [True] * 5 + [False] and not let_in and others == [True] * 3
 
 
 def test_right_passwords_are_not_counted_and_forgive_the_wrong_ones(guard: LoginGuard) -> None:
@@ -84,8 +88,8 @@ def test_right_passwords_are_not_counted_and_forgive_the_wrong_ones(guard: Login
         assert all(wrong(guard, *ANN) for _ in range(4)) and right(guard, *ANN)
 
 
-@pytest.mark.promise("P22", injected="fifty guesses at the same moment", counted="five are looked at")
-def test_fifty_guesses_at_once_are_five(guard: LoginGuard) -> None:
+@pytest.mark.promise("P22", injected="fifty guesses at the same moment")
+def test_fifty_guesses_at_once_are_five(guard: LoginGuard, counted: Callable[..., None]) -> None:
     def guess(_: int) -> bool:
         while True:
             try:
@@ -94,18 +98,22 @@ def test_fifty_guesses_at_once_are_five(guard: LoginGuard) -> None:
                 continue
 
     with ThreadPoolExecutor(50) as pool:
-        assert sum(pool.map(guess, range(50))) == 5
+        checked = list(pool.map(guess, range(50)))
+    counted(guesses=len(checked), checked=sum(checked))
+    assert sum(checked) == 5
 
 
-@pytest.mark.promise(
-    "P22", injected="five wrong passwords from elsewhere in the same office", counted="let in by cookie"
-)
-def test_a_device_that_has_logged_in_before_gets_through_and_has_five_guesses_of_its_own(guard: LoginGuard) -> None:
+@pytest.mark.promise("P22", injected="five wrong passwords from elsewhere in the same office")
+def test_a_device_that_has_logged_in_before_gets_through_and_has_five_guesses_of_its_own(
+    guard: LoginGuard, counted: Callable[..., None]
+) -> None:
     name, value = guard.device_cookie("ann")
     while wrong(guard, *ANN):
         pass
-    assert right(guard, *ANN, **{name: value})
-    assert [wrong(guard, *ANN, **{name: value}) for _ in range(6)] == [True] * 5 + [False]
+    let_in = right(guard, *ANN, **{name: value})
+    checked = [wrong(guard, *ANN, **{name: value}) for _ in range(6)]
+    counted(logins_by_cookie=int(let_in), wrong_passwords_with_it=len(checked), checked=sum(checked))
+    assert let_in and checked == [True] * 5 + [False]
     assert not right(guard, *ANN, **{name: value})
 
 

@@ -80,7 +80,7 @@ class Door:
             return Answer(response.status, response.headers, response.read())
 
     def login(self, password: str) -> Door:
-        """The same door for admin."""
+        """The same client, signed in as admin."""
         answer = self.ask("POST", "/login", {"username": "admin", "password": password})
         assert answer.status == 200, answer.body
         return Door(self.stack, answer.json["access_token"])

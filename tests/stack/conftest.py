@@ -31,7 +31,7 @@ def need(*programs: str) -> None:
 
 @pytest.fixture(scope="session")
 def closed_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    """nginx with nobody behind it."""
+    """nginx without an app behind it."""
     need("nginx", "openssl")
     folder = tmp_path_factory.mktemp("nginx")
     with (
@@ -62,7 +62,7 @@ def with_model(models: Path, folder: Path, *shared: str) -> Path:
     """Makes a data folder that shares the prepared models (and what else is named) and nothing more."""
     folder.mkdir()
     for name in ("models", *shared):
-        (models / name).mkdir(exist_ok=True)
+        (models / name).mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(models / name)
     return folder
 
@@ -74,6 +74,6 @@ def door(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doo
     folder = tmp_path_factory.mktemp("stack")
     settings = SMALL | {"DATA_DIR": str(with_model(models, folder / "data", "compiled")), "PRELOAD": "true"}
     with (folder / "log").open("wb") as log, Stack(folder / "stack", settings, free_port(), log) as stack:
-        stranger = Door(stack)
-        until(lambda: stranger.direct("/readyz").status == 200, seconds=LOADING)
-        yield stranger.login(PASSWORD)
+        started = Door(stack)
+        until(lambda: started.direct("/readyz").status == 200, seconds=LOADING)
+        yield started.login(PASSWORD)

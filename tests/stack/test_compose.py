@@ -107,10 +107,10 @@ def test_the_app_is_given_settings_that_exist_and_time_to_drain() -> None:
     assert int(SERVICES["nginx"]["stop_grace_period"].removesuffix("s")) > timeout
 
 
-def test_the_image_takes_every_room_of_the_service_and_nothing_else() -> None:
-    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+def test_the_image_takes_every_package_of_the_service_and_nothing_else() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
     taken = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")}
-    assert taken == rooms | {"requirements.txt", "*.py", "web"}
+    assert taken == packages | {"requirements.txt", "*.py", "web"}
 
 
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:

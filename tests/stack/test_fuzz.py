@@ -12,9 +12,10 @@ from contextlib import closing
 import psutil
 import pytest
 
+from ops.stack import ROOT
 from tests.api.server import SECONDS, Server, eventually
 from tests.model.tiny import tiny_checkpoint
-from tests.stack.conftest import LOADING, PASSWORD
+from tests.stack.conftest import LOADING, PASSWORD, with_model
 from tests.stack.fuzz import bodies
 
 CANARY = {"prompt": "why is the sky blue?", "max_new_tokens": 4, "temperature": 0, "cache": False}
@@ -27,6 +28,7 @@ REFUSED = (400, 404, 422)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("fuzz")
     model = str(tiny_checkpoint(folder / "tiny"))
+    with_model(ROOT / "data", folder / "data", "compiled")  # building the kernels anew took longer than the test
     own = {
         "MODEL": model,
         "MODELS_ALLOWED": model,

@@ -1,4 +1,4 @@
-"""A newcomer's first minutes: `make` on a machine that is not ready, interrupted, or run twice."""
+"""The first minutes: `make` on a machine that is not ready, interrupted, or run twice."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ PYTHON = f"{sys.base_prefix}/bin/python3"
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with this Makefile and a service that needs no packages."""
+    """A folder with this Makefile and a service that needs no packages; there is a space in its name."""
     for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)  # where `make test` runs this: its inner make would tell of itself
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "requirements.txt").write_text("# nothing\n")
-    return tmp_path
+    folder = tmp_path / "my checkout"
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "requirements.txt").write_text("# nothing\n")
+    return folder
 
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +37,7 @@ def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def interpreter(checkout: Path, script: str) -> str:
     """An own `python` that runs this shell script and then, if that did not end it, the real one."""
-    path = checkout / "python"
+    path = checkout.parent / "python"
     path.write_text(f'#!/bin/sh\n{script}\nexec {PYTHON} "$@"\n')
     path.chmod(0o755)
     return f"PYTHON={path}"
@@ -70,7 +72,7 @@ def test_packages_that_cannot_be_had_are_one_line_and_no_half_set_up(checkout: P
     assert not (checkout / ".venv/installed").exists()
 
 
-def test_ctrl_c_in_the_middle_and_make_again_just_works(checkout: Path) -> None:
+def test_ctrl_c_in_the_middle_and_make_again_just_works_and_quietly(checkout: Path) -> None:
     python = interpreter(checkout, 'case "$2" in venv) mkdir -p .venv/bin; touch .venv/bin/half; read forever;; esac')
     process = subprocess.Popen(["make", "run", python], cwd=checkout, start_new_session=True, stdin=subprocess.PIPE)
     until((checkout / ".venv/bin/half").exists)
@@ -80,6 +82,11 @@ def test_ctrl_c_in_the_middle_and_make_again_just_works(checkout: Path) -> None:
 
     again = make(checkout, ".venv/installed", f"PYTHON={PYTHON}")
     assert again.returncode == 0, again.stderr
+    assert (
+        again.stdout.splitlines()[0] == "Installing the packages of requirements.txt into .venv, which takes minutes."
+    )
+    assert "-m pip" not in again.stdout + again.stderr and "exit 1" not in again.stdout + again.stderr
+    assert (checkout / ".venv/installed").exists()
     assert not (checkout / ".venv/bin/half").exists() and not (checkout / ".venv/.unfinished").exists()
     assert (
         subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], capture_output=True).returncode == 0
@@ -92,18 +99,6 @@ def test_make_alone_prints_help_and_installs_nothing(checkout: Path) -> None:
     phony = next(line for line in (checkout / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
     assert done.returncode == 0 and not (checkout / ".venv").exists()
     assert targets | {"help", "services", "promises"} == set(phony.split()[1:])
-
-
-def test_a_checkout_in_a_folder_with_a_space_is_set_up_and_quietly(checkout: Path) -> None:
-    spaced = checkout / "my checkout"
-    spaced.mkdir()
-    shutil.copy(checkout / "Makefile", spaced)
-    (spaced / "requirements.txt").write_text("# nothing\n")
-    done = make(spaced, ".venv/installed", f"PYTHON={PYTHON}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "Installing the packages of requirements.txt into .venv, which takes minutes."
-    assert "-m pip" not in done.stdout + done.stderr and "exit 1" not in done.stdout + done.stderr
-    assert (spaced / ".venv/installed").exists()
 
 
 def test_without_a_gpu_the_cpu_build_is_named_and_taken_where_it_is_given(checkout: Path, tmp_path: Path) -> None:

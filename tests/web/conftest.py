@@ -49,7 +49,7 @@ def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The address of the service with the demo model, which loads with the first question."""
     need("openssl")
     folder = tmp_path_factory.mktemp("page")
-    own = {"DATA_DIR": str(with_model(models, folder / "data")), "REDIS_URL": "", "TRUSTED_PROXIES": "0"}
+    own = {"DATA_DIR": str(with_model(models, folder / "data", "compiled")), "REDIS_URL": "", "TRUSTED_PROXIES": "0"}
     settings = SMALL | own | {"ADMIN_PASSWORD": PASSWORD, "USER_RPM": "10000"}
     with (folder / "log").open("wb") as log, Stack(folder / "stack", settings, 0, log, parts=["gunicorn"]) as stack:
         until(lambda: Door(stack).direct("/healthz").status == 200, seconds=LOADING)

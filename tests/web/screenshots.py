@@ -75,7 +75,7 @@ def panels(visitor: Visitor, folder: Path, name: str) -> None:
 
 
 def trouble(visitor: Visitor, folder: Path, name: str) -> None:
-    """Reasoning, waiting, and being turned away."""
+    """Reasoning, waiting, and an error."""
     fresh(visitor)
     visitor.ask("think about a dinner for six").locator("summary").click()
     visitor.ask("refuse")

@@ -1,5 +1,6 @@
-"""The app of these tests: the real one over the scripted backend, with room for long answers. With `folder`, the
-page's files come from there and are read at every request, so that a test may change them.
+"""The app of these tests: the real one over the scripted backend, with a context long enough for any answer.
+
+With `folder`, the page's files come from there and are read at every request, so that a test may change them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def short(visitor: Visitor, tokens: int = 16) -> None:
     visitor.page.locator("#tuning .primary").click()
 
 
-def test_a_first_question_waits_for_the_model_in_words_and_is_answered(visit: Visit, service: str) -> None:
+def test_a_first_question_shows_that_the_model_loads_and_is_answered(visit: Visit, service: str) -> None:
     visitor = visit(service).open().login().inside()
     model = visitor.page.locator("#model")
     expect(model).to_contain_text("smollm2-135m-instruct")

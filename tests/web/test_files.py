@@ -1,4 +1,4 @@
-"""The page's files: vendored ones are unchanged, and our own keep the house's rules."""
+"""The page's files: vendored ones are unchanged, and our own follow the project's rules."""
 
 from __future__ import annotations
 

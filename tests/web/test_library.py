@@ -118,7 +118,7 @@ def test_everything_is_exported_and_imported_at_once(reader: Visitor, tmp_path: 
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"format": "flask-llm conversations 1", "conversations": [{"head": {}, "messages": [{}]}]}']
 )
-def test_a_file_that_is_no_export_is_refused_in_words(reader: Visitor, tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_export_is_refused_with_a_message(reader: Visitor, tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.json").write_text(content)
     reader.page.locator("#import").set_input_files(tmp_path / "bad.json")
     expect(reader.page.locator(".toast")).to_contain_text("bad.json could not be read")

@@ -35,7 +35,7 @@ def logged_in(visitor: Visitor) -> dict[str, str]:
     return answered.value.json()
 
 
-def test_a_wrong_password_is_said_in_words_and_can_be_tried_again(visit: Visit, echo: Server) -> None:
+def test_a_wrong_password_is_shown_as_an_error_and_can_be_tried_again(visit: Visit, echo: Server) -> None:
     visitor = visit(f"http://127.0.0.1:{echo.port}").open().login(password="wrong")
     expect(visitor.page.locator("#login-error")).to_have_text("User name or password is wrong.")
     visitor.login().inside()
