@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -83,11 +82,11 @@ class MacKeys:
         return mac(self._keys[key], *parts)
 
 
-@dataclass(frozen=True)
 class KeyRing:
     """One or more master keys, newest first; each purpose has keys of its own."""
 
-    masters: Sequence[bytes] = field(repr=False)
+    def __init__(self, masters: Sequence[bytes]) -> None:
+        self._masters = tuple(masters)
 
     @classmethod
     def parse(cls, text: bytes, source: Path) -> KeyRing:
@@ -104,10 +103,10 @@ class KeyRing:
         return cls.parse(_read_or_create(path, secrets.token_hex(32).encode() + b"\n"), path)
 
     def encryptor(self, purpose: str) -> Encryptor:
-        return Encryptor(*(derive(master, purpose) for master in self.masters))
+        return Encryptor(*(derive(master, purpose) for master in self._masters))
 
     def mac_keys(self, purpose: str) -> MacKeys:
-        return MacKeys([derive(master, purpose) for master in self.masters])
+        return MacKeys([derive(master, purpose) for master in self._masters])
 
 
 def load_or_create_key(path: Path) -> bytes:

@@ -24,6 +24,7 @@ from tests.api.conftest import PASSWORD, Client, assert_refused
 from tests.api.scripted import MODEL, ScriptedBackend
 from tests.api.server import Server
 from tests.api.test_generate import events
+from tests.quotas.test_usage import usage
 
 WORDS = {"prompt": "one two three", "max_new_tokens": 10, "cache": False}
 PROMPT = len("user:one two three")  # the script's tokens of a prompt are its letters, those of an answer its words
@@ -57,7 +58,8 @@ def spent(services: Services) -> int:
 def recorded(services: Services) -> Counts:
     """All that was recorded for bob today."""
     today = int(time.time() // 86_400)
-    return sum(services.usage.usage(today, today, bob_id(services)).values(), Counts())
+    rows = usage(services.usage, today, today)
+    return sum((counts for (_, user_id, _), counts in rows.items() if user_id == bob_id(services)), Counts())
 
 
 def free(services: Services, limit: int) -> int:
@@ -216,7 +218,7 @@ def test_tokens_that_cannot_be_recorded_end_no_answer_and_count_later(
         raise StoreUnavailable("the database does not answer (SQLITE_FULL)")
 
     with monkeypatch.context() as patched:
-        patched.setattr("quotas.usage.UsageStore._write", full)
+        patched.setattr("quotas.usage._insert", full)
         assert bob.post("/generate", WORDS).json["response"] == "one two three"
         assert "usage is kept in memory" in caplog.text
         assert_refused(bob.post("/generate", WORDS), 429)
@@ -259,7 +261,7 @@ def test_usage_outlives_a_clean_stop_and_a_kill_costs_a_second_of_it(
         os.killpg(server.process.pid, sent) if sent == signal.SIGKILL else server.process.send_signal(sent)
         server.process.wait(20)
     store, today = UsageStore(Database.in_folder(tmp_path / "data"), 1), int(time.time() // 86_400)
-    assert sum(store.usage(today - 1, today).values(), Counts()) == Counts(3, PROMPT, 0, 3)
+    assert sum(usage(store, today - 1, today).values(), Counts()) == Counts(3, PROMPT, 0, 3)
 
 
 @pytest.mark.promise("P17", injected="a Redis that is gone", counted="limits hold")
