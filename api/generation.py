@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from secrets import token_hex
@@ -88,14 +88,17 @@ def start(body: GenerateBody) -> Generation:
         held.enter_context(found.generations.take())
         held.push(audit)
         held.enter_context(found.streams.hold(caller.user_id, allowed.streams))
-        generation.request, generation.sanitised = prepared, _ = _prepare(body, generation.request)
-        generation.cache, key, remembered = _look_up(body, prepared)
-        reservation = _reserve(prepared, allowed.tokens_per_day) if remembered is None else None
-        held.callback(lambda: found.usage.record(caller.user_id, prepared.model, generation.counts(), reservation))
+        generation.request, generation.sanitised = cleaned, _ = _clean(body, generation.request)
+        generation.cache, key, remembered = _look_up(body, cleaned)
+        reservation: Reservation | None = None
+        held.callback(lambda: found.usage.record(caller.user_id, cleaned.model, generation.counts(), reservation))
         if remembered is not None:
             generation.events = iter(_replay(remembered, generation))
             audit.end()
         else:
+            with _place(cleaned):
+                generation.request = prepared = found.backend.prepare(cleaned)
+            reservation = _reserve(prepared, allowed.tokens_per_day)
             audit.start()
             stream = found.backend.submit(prepared)
             held.callback(stream.close)
@@ -133,13 +136,18 @@ def _wanted(body: GenerateBody, caller: Principal, id: str) -> GenerateRequest:
     )
 
 
-def _prepare(body: GenerateBody, wanted: GenerateRequest) -> tuple[GenerateRequest, int]:
-    """The request cleaned and tokenised, and how many elements were removed.
+def _place(wanted: GenerateRequest) -> AbstractContextManager[None]:
+    """Where a prompt is worked on. Long ones take turns: a megabyte holds the interpreter's lock for half a second."""
+    return services().preparing.take(wanted.timeout) if _length(wanted) > _SHORT else nullcontext()
 
-    A megabyte of text holds the interpreter's lock for half a second: what cannot fit is refused by its length alone,
-    and only PREPARING long prompts are worked on at a time.
-    """
-    length, fits = sum(len(message.content) for message in wanted.messages), services().backend.max_characters()
+
+def _length(wanted: GenerateRequest) -> int:
+    return sum(len(message.content) for message in wanted.messages)
+
+
+def _clean(body: GenerateBody, wanted: GenerateRequest) -> tuple[GenerateRequest, int]:
+    """The request cleaned, and how many elements were removed. What cannot fit is refused by its length alone."""
+    length, fits = _length(wanted), services().backend.max_characters()
     param = "prompt" if body.messages is None else "messages"
     if length > fits:
         raise InvalidRequest(
@@ -147,15 +155,15 @@ def _prepare(body: GenerateBody, wanted: GenerateRequest) -> tuple[GenerateReque
             param=param,
             code="context_length_exceeded",
         )
-    with services().preparing.take(wanted.timeout) if length > _SHORT else nullcontext():
-        cleaned = [_clean(message) for message in wanted.messages]
-        if not any(message.content.strip() for message, _ in cleaned):
-            raise InvalidRequest("The prompt is blank, or nothing is left of it once HTML is removed.", param=param)
-        messages = tuple(message for message, _ in cleaned)
-        return services().backend.prepare(replace(wanted, messages=messages)), sum(removed for _, removed in cleaned)
+    with _place(wanted):
+        cleaned = [_cleaned(message) for message in wanted.messages]
+    if not any(message.content.strip() for message, _ in cleaned):
+        raise InvalidRequest("The prompt is blank, or nothing is left of it once HTML is removed.", param=param)
+    messages = tuple(message for message, _ in cleaned)
+    return replace(wanted, messages=messages), sum(removed for _, removed in cleaned)
 
 
-def _clean(message: Message) -> tuple[Message, int]:
+def _cleaned(message: Message) -> tuple[Message, int]:
     if message.role == "assistant":
         return message, 0
     text, removed = services().sanitise(message.content)
@@ -172,13 +180,14 @@ def _reserve(prepared: GenerateRequest, tokens_per_day: int) -> Reservation | No
     return reservation
 
 
-def _look_up(body: GenerateBody, prepared: GenerateRequest) -> tuple[CacheUse, str | None, dict[str, Any] | None]:
+def _look_up(body: GenerateBody, wanted: GenerateRequest) -> tuple[CacheUse, str | None, dict[str, Any] | None]:
     """What the cache is to the request, the key under which its answer is kept, and the answer kept there."""
-    if not (body.cache and prepared.sampling.deterministic) or request.cache_control.no_store:
+    if not (body.cache and wanted.sampling.deterministic) or request.cache_control.no_store:
         return "off", None, None
-    cache, owner = services().cache, None if services().settings.cache_shared else prepared.owner
-    ending = (astuple(prepared.sampling), prepared.max_new_tokens, prepared.stop)
-    key = cache.key("answer-2", services().backend.fingerprint(), owner, prepared.prompt_ids, *ending)
+    cache, owner = services().cache, None if services().settings.cache_shared else wanted.owner
+    model = wanted.model, services().backend.fingerprint()
+    messages = tuple((message.role, message.content) for message in wanted.messages)
+    key = cache.key("answer-2", owner, model, messages, astuple(wanted.sampling), wanted.max_new_tokens, wanted.stop)
     found = cache.get(key)
     return ("miss" if found is None else "hit"), key, found
 

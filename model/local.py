@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 
 from errors import ModelUnavailable, UnknownModel
 from model.engine.engine import Engine
@@ -58,8 +59,8 @@ class LocalBackend:
         return TextStream(self._engine.submit(request), assembler)
 
     def fingerprint(self) -> str:
-        self._rendered(self._settings.request_timeout)
-        return f"{self._files}+{self._settings.quantization}"
+        dated = self._rendered(self._settings.request_timeout).dated
+        return f"{self._files}+{self._settings.quantization}" + (f"+{date.today()}" if dated else "")
 
     def status(self) -> BackendStatus:
         return self._engine.status()

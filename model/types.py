@@ -136,7 +136,7 @@ class Backend(Protocol):
         """Queue a prepared request. Raises Overloaded at once when the queue is full, ModelUnavailable when down."""
 
     def fingerprint(self) -> str:
-        """Model name, revision and quantisation: what a cached text depends on beside the request."""
+        """Revision and quantisation, and the date where prompts hold it: what a text depends on beside the request."""
 
     def status(self) -> BackendStatus: ...
 

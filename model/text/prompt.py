@@ -37,6 +37,7 @@ class Prompt:
     and encoded by a second tokenizer that knows no control token at all.
 
     think, think_open: as in ModelSpec, or what tokenizer and template say. longest: characters of the longest token.
+    dated: the template may write the date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> None:
@@ -52,6 +53,7 @@ class Prompt:
         self.longest = max(map(len, self._plain.get_vocab()))
         self._letters = sorted({ord(letter) for token in self._controls for letter in token if not letter.isspace()})
         self._reserved = set(_PRIVATE.findall(source))
+        self.dated = "strftime_now" in source  # Llama's templates tell the model what day it is
         try:
             self._template = compile_template(source)
             sample = render(self._template, [("user", "x")], self._constants)
