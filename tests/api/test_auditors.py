@@ -77,15 +77,16 @@ def test_the_log_is_found_by_filters_and_pages(admin: Client, auditor: Client, a
 
 def test_the_whole_log_is_exported_as_it_is_signed(admin: Client, auditor: Client, services: Services) -> None:
     admin.post("/generate", {"prompt": "hello"}).close()
-    exported = auditor.get("/admin/audit?format=jsonl")
-    lines = exported.data.splitlines()
+    with auditor.get("/admin/audit?format=jsonl") as exported:
+        lines = exported.data.splitlines()
     assert [re.sub(rb',"mac":"[0-9a-f]{64}"}$', b"}", line) for line in lines] == [
         row.body for row in services.audit.find(AuditFilter(), 1000, newest_first=False)
     ]
     assert exported.headers["Content-Disposition"] == 'attachment; filename="audit.jsonl"'
     with auditor.get(f"/admin/audit?format=jsonl&after={len(lines) - 1}") as rest:
         assert json.loads(rest.data.splitlines()[0])["seq"] == len(lines)
-    rows = list(csv.DictReader(io.StringIO(auditor.get("/admin/audit?format=csv&kind=end").text)))
+    with auditor.get("/admin/audit?format=csv&kind=end") as ends:
+        rows = list(csv.DictReader(io.StringIO(ends.text)))
     assert [(row["user"], row["outcome"]) for row in rows] == [("admin", "stop")]
     assert json.loads(rows[0]["tokens"])["completion"] == 1
 
@@ -93,8 +94,8 @@ def test_the_whole_log_is_exported_as_it_is_signed(admin: Client, auditor: Clien
 @pytest.mark.parametrize("cell", ["=HYPERLINK(1)", "+1", "-1", "@x", "\t=1", "\r=1"])
 def test_no_cell_of_an_export_is_a_formula(admin: Client, auditor: Client, cell: str) -> None:
     admin.post("/generate", {"prompt": "hello", "model": cell}).close()
-    text = auditor.get("/admin/audit?format=csv&kind=start").text
-    assert next(csv.DictReader(io.StringIO(text, newline="")))["model"] == f"'{cell}"
+    with auditor.get("/admin/audit?format=csv&kind=start") as exported:
+        assert next(csv.DictReader(io.StringIO(exported.text, newline="")))["model"] == f"'{cell}"
 
 
 def test_an_export_is_bounded_in_records_and_time(

@@ -58,7 +58,7 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_length_alone(
     worked: list[object] = []
     refusals = []
     monkeypatch.setattr(ScriptedBackend, "prepare", lambda _, request: worked.append(request))
-    monkeypatch.setattr("api.generation._clean", worked.append)
+    monkeypatch.setattr("api.generation._cleaned", worked.append)
     for path, param in (("/generate", "prompt"), ("/stream", "prompt")):
         refused = admin.post(path, ENORMOUS)
         refusals.append(refused.status_code)
