@@ -1,6 +1,6 @@
 """The tables as the features declare them; what changes them later is a step behind this one."""
 
-revision = "0003"
+revision = "0001"
 down_revision = None
 
 
