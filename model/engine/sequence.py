@@ -72,15 +72,15 @@ class Sequence:
         return self.closed or late
 
     def finish(self, ending: FinishReason | ServiceError, now: float) -> None:
-        """Tell the reader that nothing follows, and count it. Only the first call has an effect."""
+        """Count it, and tell the reader that nothing follows. Only the first call has an effect."""
         if self._ended:
             return
         self._ended = True
-        self.items.put(ending)
         self._metrics.finished.labels(ending.value if isinstance(ending, FinishReason) else ending.code).inc()
         self._metrics.e2e.observe(now - self.submitted)
         if self.generated:
             self._metrics.decode.observe(now - self.first)
+        self.items.put(ending)
 
     def get(self, timeout: float) -> Status | int | FinishReason | None:
         """The next item, or None when `timeout` seconds brought none. Raises the ServiceError that ended it."""
