@@ -101,7 +101,11 @@ class Server:
         self.token = ""
 
     def __enter__(self) -> Self:
-        eventually(self._answers)
+        try:
+            eventually(self._answers)
+        except BaseException:
+            self.__exit__()
+            raise
         answer = self.ask("POST", "/login", {"username": "admin", "password": self._password})
         self.token = answer["access_token"]
         return self
