@@ -18,8 +18,8 @@ void each(int64_t count, int64_t grain, const One& one) {
   });
 }
 
-// A new tensor [rows, columns] of the kind that `like` is. 1 us; torch::stable::new_empty looks its operator up by name
-// each time, in 9, and a step makes 120.
+// A new tensor [rows, columns] of the kind that `like` is; 3 us less than torch::stable::new_empty, which goes through the
+// dispatcher, and a step makes 120.
 inline torch::stable::Tensor empty(const torch::stable::Tensor& like, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   int32_t dtype;

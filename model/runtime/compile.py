@@ -2,7 +2,8 @@
 
 On CUDA steps are recorded as CUDA graphs, too: as they are within seconds, then what was compiled. How fast a step is
 changes, never what it computes. A later start finds what inductor made in DATA_DIR. On a CPU nothing is compiled: the
-layers are C++ already, and around them torch.compile saved nothing (one row took 10.0 ms with it, 9.7 without).
+layers are C++ already, and around them torch.compile saved nothing (one row took 10.9 to 11.8 ms with it, 10.3 to 11.4
+without).
 """
 
 import logging
