@@ -90,21 +90,22 @@ def start(body: GenerateBody) -> Generation:
         held.enter_context(found.streams.hold(caller.user_id, allowed.streams))
         generation.request, generation.sanitised = cleaned, _ = _clean(body, generation.request)
         generation.cache, key, remembered = _look_up(body, cleaned)
-        reservation: Reservation | None = None
+        reservation = None
+        if remembered is None:
+            with _place(cleaned):
+                generation.request = found.backend.prepare(cleaned)
+            reservation = _reserve(generation.request, allowed.tokens_per_day)
         held.callback(lambda: found.usage.record(caller.user_id, cleaned.model, generation.counts(), reservation))
         if remembered is not None:
             generation.events = iter(_replay(remembered, generation))
             audit.end()
         else:
-            with _place(cleaned):
-                generation.request = prepared = found.backend.prepare(cleaned)
-            reservation = _reserve(prepared, allowed.tokens_per_day)
             audit.start()
-            stream = found.backend.submit(prepared)
+            stream = found.backend.submit(generation.request)
             held.callback(stream.close)
             generation.cancel = stream.close
-            found.running[prepared.id] = generation
-            held.callback(found.running.pop, prepared.id, None)
+            found.running[cleaned.id] = generation
+            held.callback(found.running.pop, cleaned.id, None)
             watched = sse.watched(stream, sse.client_check(request.environ), recheck(caller))
             keep = partial(found.cache.put, key) if key is not None else None
             generation.events = _observed(watched, generation, keep, audit)

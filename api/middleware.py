@@ -107,8 +107,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-# Python would take NaN, which is no int; a number of 4,300 digits is a ValueError, too.
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=int)
+def _bounded(digits: str) -> int:
+    if len(digits) > 40:  # Python reads up to 4,300 digits, in quadratic time
+        raise Malformed("A number has too many digits.")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=int, parse_int=_bounded)  # NaN is no int
 
 
 def _strings(value: object, depth: int = 0) -> Iterator[str]:
