@@ -85,6 +85,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", examples=["cpu"])
     threads: int = Field(0, ge=0, le=1024, examples=["4"])
     compile: bool = Field(True, examples=["on"])
+    speculate: bool = Field(True, examples=["on"])
     preload: bool = Field(False, examples=["true"])
     slots: int = Field(16, ge=1, le=256)
     max_context: Annotated[int, AfterValidator(_context)] = Field(0, ge=0, le=1 << 20, examples=["8192"])

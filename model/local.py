@@ -109,8 +109,8 @@ class LocalBackend:
 
     def _context(self) -> int:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
-        allowed = self._settings.max_context or DEFAULT_CONTEXT
-        return self._engine.context or min(allowed, self._spec.context or allowed)
+        known = self._spec.context or DEFAULT_CONTEXT
+        return self._engine.context or min(self._settings.max_context or known, known)
 
     def _load(self, progress: Progress) -> Runner:
         """On the model thread. No garbage is collected meanwhile, and later none of what stays is looked at.
@@ -170,5 +170,7 @@ class TextStream:
                 return
             item = FinishReason.STOP
             self._sequence.close(item)
-        usage = Usage(len(self._sequence.prompt), self._tokens, self._sequence.cached, self._assembler.reasoning_tokens)
+        usage = Usage(
+            self._sequence.prompt_tokens, self._tokens, self._sequence.cached, self._assembler.reasoning_tokens
+        )
         self._pending.append(Done(item, usage))

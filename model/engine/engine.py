@@ -47,7 +47,7 @@ class Engine:
         self._error: BaseException | None = None  # what ended the model thread
         self._scheduler: Scheduler | None = None  # while a model is loaded
         self._stage, self._percent, self._reason = "cold", 0, ""
-        self.context = 0  # tokens a slot holds, once that is known
+        self.context = 0  # tokens that a request may have, once that is known
         self._failed_at = clock() - RETRY_LOAD_AFTER
         self._stop_at: float | None = None
         self._beaten = clock()  # when the loop last turned
@@ -107,16 +107,16 @@ class Engine:
             stage = "stopping"
         elif stage == "ready" and (trouble := self._trouble()):
             stage, reason = "stalled", trouble
-        details = dict(scheduler.runner.details()) | {"running": len(scheduler.running)} if scheduler else {}
+        details = dict(scheduler.details()) if scheduler else {}
         details["waiting"] = len(self._queue)
         return BackendStatus(stage == "ready", stage, self._percent, reason or None, details)
 
     def _running(self) -> list[Sequence]:
         scheduler = self._scheduler
-        return scheduler.running if scheduler else []
+        return scheduler.running + scheduler.preempted if scheduler else []
 
     def _wake(self) -> None:
-        """A reader left: its place in the queue is free at once, its slot before the next step."""
+        """A reader left: its place in the queue is free at once, its row and blocks before the next step."""
         with self._changed:
             self._queue.sweep(self._clock())
             self._changed.notify_all()
@@ -186,8 +186,7 @@ class Engine:
     def _admit(self, scheduler: Scheduler) -> None:
         with self._changed:
             self._queue.sweep(self._clock())
-            while self._queue and scheduler.free:
-                scheduler.admit(self._queue.take())
+            scheduler.admit(self._queue)
             self._queue.announce_positions(scheduler.seconds_until_free)
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
@@ -202,7 +201,7 @@ class Engine:
         if self._stop_at is None:
             return True
         if self._clock() < self._stop_at:
-            return bool(scheduler.running)
+            return bool(self._running())
         scheduler.fail_all(_stopping())
         return False
 

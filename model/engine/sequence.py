@@ -1,13 +1,16 @@
-"""A request inside the engine, the queue in which it waits, and the KV slot that it gets."""
+"""A request inside the engine, and the queue in which it waits."""
 
 from __future__ import annotations
 
 import queue
+import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 from errors import DeadlineExceeded, ServiceError
+from model.engine.blocks import Table
+from model.engine.speculation import Lookup
 from model.types import FinishReason, GenerateRequest, Status
 from telemetry import Metrics
 
@@ -15,35 +18,22 @@ from telemetry import Metrics
 _PATIENCE = 5.0
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One row of the KV tensors. tokens: those whose KV is written, also after the request, for the owner's next."""
-
-    index: int
-    owner: str = ""
-    busy: bool = False
-    used: int = 0  # the larger, the later it was last handed out
-    tokens: list[int] = field(default_factory=list)
-
-    def shared(self, owner: str, prompt: list[int]) -> int:
-        """Leading tokens of `prompt`, without its last, whose KV this slot holds for `owner`."""
-        limit = min(len(self.tokens), len(prompt) - 1) if self.owner == owner else 0
-        return next((i for i in range(limit) if self.tokens[i] != prompt[i]), limit)
-
-
 class Sequence:
     """The model thread owns all of it except `get` and `close`, which are the reader's."""
 
     def __init__(self, request: GenerateRequest, wake: Callable[[], None], now: float, metrics: Metrics) -> None:
         self.request = request
-        self.prompt = list(request.prompt_ids)
+        self.tokens = list(request.prompt_ids)  # and those that were generated; the next step reads the last
+        self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.submitted = self.admitted = self.first = self.latest = now
         self.deadline = now + request.timeout
         self.closed: FinishReason | None = None  # set by the reader: how it left
-        self.slot = Slot(-1)  # a real one from its admission on
+        self.order = 0  # among all that were ever admitted, from its first admission on
+        self.row = 0  # its place in the runner, while it runs
+        self.table = Table(b"")  # where its KV lies, while it runs
         self.cached = 0  # prompt tokens whose KV was reused
-        self.chunk: list[int] = []  # the prompt tokens that are computed next
-        self.next = self.prompt[-1]  # the token that the next step reads
+        self.chunk: list[int] = []  # the tokens that are computed next
+        self.lookup: Lookup | None = None  # from its first guess on
         self.generated = 0
         self.items: queue.SimpleQueue[Status | int | FinishReason | ServiceError] = queue.SimpleQueue()
         self._ended = False
@@ -52,8 +42,12 @@ class Sequence:
 
     @property
     def rest(self) -> int:
-        """Prompt tokens still to be computed before a step may include this sequence: all but the last one."""
-        return max(0, len(self.prompt) - 1 - len(self.slot.tokens))
+        """Tokens still to be computed before a step may include this sequence: all but the last one."""
+        return len(self.tokens) - 1 - self.table.computed
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
 
     @property
     def left(self) -> int:
@@ -97,7 +91,7 @@ class Sequence:
         return item
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """Want no more: the engine frees the slot before its next step. The first reason counts."""
+        """Want no more: the engine lets go of it before its next step. The first reason counts."""
         self.closed = self.closed or reason
         self._wake()
 
@@ -111,7 +105,12 @@ class RequestQueue(list[Sequence]):
     def __init__(self) -> None:
         super().__init__()
         self._round = 0  # of the latest admission
+        self._told: list[Sequence] = []  # who waited when positions were told last
         self._admitted: dict[str, int] = {}  # owner -> round of its latest admission, where that is `_round` or later
+
+    def first(self) -> Sequence:
+        """The one whose turn it is. Raises IndexError when none waits."""
+        return self._in_turn()[0][1]
 
     def take(self) -> Sequence:
         """Take out the one whose turn it is. Raises IndexError when none waits."""
@@ -130,7 +129,9 @@ class RequestQueue(list[Sequence]):
 
     def announce_positions(self, seconds_until_free: Callable[[int], float]) -> None:
         """Tell each its position. seconds_until_free: the time until so many tokens are computed and a slot is free."""
-        ahead = 0
+        if self == self._told:
+            return
+        self._told, ahead = list(self), 0
         for position, (_, sequence) in enumerate(self._in_turn(), 1):
             sequence.announce(Status("queued", position=position, eta_seconds=seconds_until_free(ahead)))
             ahead += sequence.left
@@ -144,36 +145,3 @@ class RequestQueue(list[Sequence]):
             rounds[owner] = max(self._round, rounds.get(owner, -1) + 1)
             turns.append((rounds[owner], sequence))
         return sorted(turns, key=lambda turn: turn[0])
-
-
-class SlotTable:
-    """All slots of a runner, for the model thread alone."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = [Slot(index) for index in range(slots)]
-
-    def allocate(self, owner: str, prompt: list[int]) -> Slot:
-        """A free slot, its `tokens` cut to the prefix that `prompt` shares with this owner's last use.
-
-        At least one prompt token is left: computing it makes the first new token. Raises ValueError when none is free.
-        """
-        free = (slot for slot in self.slots if not slot.busy)
-        slot = max(free, key=lambda s: (s.shared(owner, prompt), -s.used, -s.index))
-        del slot.tokens[slot.shared(owner, prompt) :]
-        slot.owner, slot.busy, slot.used = owner, True, 1 + max(s.used for s in self.slots)
-        return slot
-
-    def free(self, slot: Slot, *, keep: bool) -> None:
-        """Give a slot back; `keep`: its KV is sound and may serve the owner's next prompt."""
-        slot.busy = False
-        if not keep:
-            slot.tokens.clear()
-
-    def compact(self) -> Iterator[tuple[Slot, Slot]]:
-        """Move busy slots before the free ones, so that a step computes fewer rows; their tensors move meanwhile."""
-        busy = [slot.busy for slot in self.slots]
-        front, back = self.slots[: sum(busy)], self.slots[sum(busy) :]
-        for last, free in zip((s for s in back if s.busy), (s for s in front if not s.busy), strict=True):
-            yield last, free
-            self.slots[last.index], self.slots[free.index] = free, last
-            last.index, free.index = free.index, last.index

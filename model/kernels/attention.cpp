@@ -1,7 +1,8 @@
-// One token a row: its KV is written to its slot, and its queries attend up to its own position: slots::attend.
+// One token a row: its KV is written to its sequence's blocks, and its queries attend up to its own position:
+// slots::attend.
 //
-// Knows no slot's owner. A row costs what its own length costs, whatever the longest is. The only token of its slot, as
-// in decoding, has the same bits in any batch; tokens of one prompt share the work of reading their columns.
+// A row costs what its own length costs, whatever the longest is, and has the same bits in any batch: the tokens of one
+// prompt share the work of reading their columns, but each sums in the order of a token alone.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,35 +19,40 @@ namespace {
 
 constexpr int64_t kRun = 32;  // most tokens of one prompt that are computed together
 
-struct Pages {
-  int64_t slots, heads, size, d;  // of [pages, slots, heads, size, d]
+// Where KV lies: keys (or values) [blocks, heads, size, d], tables int32 [sequences, width].
+struct Blocks {
+  int64_t heads, size, d, width;
+  const int32_t* tables;
 
-  explicit Pages(const Tensor& keys) : slots(keys.size(1)), heads(keys.size(2)), size(keys.size(3)), d(keys.size(4)) {}
+  Blocks(const Tensor& keys, const Tensor& table)
+      : heads(keys.size(1)), size(keys.size(2)), d(keys.size(3)), width(table.size(1)),
+        tables(static_cast<const int32_t*>(table.data_ptr())) {}
 
-  // The first element of a column; columns up to the end of its page follow.
-  int64_t at(int64_t slot, int64_t head, int64_t column) const {
-    return (((column / size * slots + slot) * heads + head) * size + column % size) * d;
+  // The first element of a column; columns up to the end of its block follow.
+  int64_t at(int64_t sequence, int64_t head, int64_t column) const {
+    const int64_t block = tables[sequence * width + column / size];
+    return ((block * heads + head) * size + column % size) * d;
   }
 };
 
 // What all tasks read. T: float, or uint16_t for bfloat16.
 template <typename T>
 struct Call {
-  Pages pages;
+  Blocks blocks;
   int64_t heads, group;
   const float* q;
   const T *keys, *values;
-  const int64_t *slots, *positions;
+  const int64_t *sequences, *positions;
   float scale;
   float* out;
 
   // The single token of a row, for G of the query heads that share a KV head.
   template <int G>
   void alone(int64_t row, int64_t head, int64_t first) const {
-    const int64_t at = (row * heads + first) * pages.d, length = positions[row] + 1;
-    Heads<G> mine(q + at, out + at, pages.d, scale);
+    const int64_t at = (row * heads + first) * blocks.d, length = positions[row] + 1;
+    Heads<G> mine(q + at, out + at, blocks.d, scale);
     for (int64_t begin = 0; begin < length; begin += kTile) {
-      const int64_t count = std::min(kTile, length - begin), place = pages.at(slots[row], head, begin);
+      const int64_t count = std::min(kTile, length - begin), place = blocks.at(sequences[row], head, begin);
       mine.score(keys + place, count);
       mine.normalise(count);
       mine.gather(values + place, count);
@@ -54,17 +60,17 @@ struct Call {
     mine.finish();
   }
 
-  // The same for rows [begin, end) of one slot, which read each tile of columns together.
+  // The same for rows [begin, end) of one sequence, which read each tile of columns together.
   template <int G>
   void together(int64_t begin, int64_t end, int64_t head, int64_t first) const {
-    const int64_t d = pages.d, length = *std::max_element(positions + begin, positions + end) + 1;
+    const int64_t d = blocks.d, length = *std::max_element(positions + begin, positions + end) + 1;
     std::vector<Heads<G>> mine;
     mine.reserve(end - begin);
     for (int64_t row = begin, at; row < end; row++)
       at = (row * heads + first) * d, mine.emplace_back(q + at, out + at, d, scale);
     std::vector<float> columns(d * kTile), rows(kTile * d);
     for (int64_t from = 0; from < length; from += kTile) {
-      const int64_t count = std::min(kTile, length - from), place = pages.at(slots[begin], head, from);
+      const int64_t count = std::min(kTile, length - from), place = blocks.at(sequences[begin], head, from);
       for (int64_t t = 0; t < count; t++)
         for (int64_t i = 0; i < d; i += 8) {
           const Floats key = load(keys + place + t * d + i);
@@ -107,60 +113,59 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t d, T* ou
   const int64_t half = d / 2;
   for (int64_t i = 0; i < half; i += 8) {
     const Floats low = load(x + i), high = load(x + half + i);
-    store(out + i, low * load(cos + i) - high * load(sin + i));
-    store(out + half + i, high * load(cos + half + i) + low * load(sin + half + i));
+    store(out + i, fused(low, load(cos + i), -(high * load(sin + i))));
+    store(out + half + i, fused(high, load(cos + half + i), low * load(sin + half + i)));
   }
 }
 
-// Runs of rows of one slot that follow each other: where each begins, and the end.
-std::vector<int64_t> runs_of(const int64_t* slots, int64_t rows) {
+// Runs of rows of one sequence: where each begins, and the end.
+std::vector<int64_t> runs_of(const int64_t* sequences, int64_t rows) {
   std::vector<int64_t> runs{0};
   for (int64_t row = 1; row < rows; row++)
-    if (slots[row] != slots[row - 1] || row - runs.back() == kRun) runs.push_back(row);
+    if (sequences[row] != sequences[row - 1] || row - runs.back() == kRun) runs.push_back(row);
   runs.push_back(rows);
   return runs;
 }
 
 template <typename T>
-void attend_rows(const float* qkv, const float* cos, const float* sin, T* keys, T* values, const int64_t* position,
-                 const Call<T>& call, float* queries, int64_t rows) {
-  const Pages& pages = call.pages;
-  const int64_t d = pages.d, heads = call.heads, width = (heads + 2 * pages.heads) * d;
+void attend_rows(const float* qkv, const float* cos, const float* sin, T* keys, T* values, const Call<T>& call,
+                 float* queries, int64_t rows) {
+  const Blocks& blocks = call.blocks;
+  const int64_t d = blocks.d, heads = call.heads, width = (heads + 2 * blocks.heads) * d;
   each(rows, kFew, [&](int64_t row) {
     const float *x = qkv + row * width, *c = cos + row * d, *s = sin + row * d;
     for (int64_t head = 0; head < heads; head++, x += d) rotate(x, c, s, d, queries + (row * heads + head) * d);
-    for (int64_t head = 0; head < pages.heads; head++, x += d) {
-      const int64_t place = pages.at(call.slots[row], head, position[row]);
+    for (int64_t head = 0; head < blocks.heads; head++, x += d) {
+      const int64_t place = blocks.at(call.sequences[row], head, call.positions[row]);
       rotate(x, c, s, d, keys + place);
-      for (int64_t i = 0; i < d; i += 8) store(values + place + i, load(x + pages.heads * d + i));
+      for (int64_t i = 0; i < d; i += 8) store(values + place + i, load(x + blocks.heads * d + i));
     }
   });
-  const std::vector<int64_t> runs = runs_of(call.slots, rows);
+  const std::vector<int64_t> runs = runs_of(call.sequences, rows);
   const int64_t count = runs.size() - 1;
-  each(count * pages.heads, 1, [&](int64_t task) {
-    call.run(runs[task / pages.heads], runs[task / pages.heads + 1], task % pages.heads);
+  each(count * blocks.heads, 1, [&](int64_t task) {
+    call.run(runs[task / blocks.heads], runs[task / blocks.heads + 1], task % blocks.heads);
   });
 }
 
 }  // namespace
 
 // qkv float32 [rows, (heads + 2 kv_heads) * d], d a multiple of 16: a token's queries, keys and values; cos, sin float32
-// [rows, d]; keys, values [pages, slots, kv_heads, size, d] in float32 or bfloat16, size a multiple of 64; slot,
-// position, last int64 [rows]. Row i's KV is written at position[i] of slot[i], of all rows first; then it sees columns
-// 0 to last[i] -> float32 [rows, heads * d].
-Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, const Tensor& slot,
-              const Tensor& position, const Tensor& last, double scale) {
+// [rows, d]; keys, values [blocks, kv_heads, size, d] in float32 or bfloat16, size a multiple of 64; tables, tokens as in
+// kv.Batch. The KV of all rows is written first; then each sees the columns up to its own -> float32 [rows, heads * d].
+Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, const Tensor& tables,
+              const Tensor& tokens, double scale) {
   thread_local std::vector<float> queries;
-  const Pages pages(keys);
-  const int64_t rows = qkv.size(0), heads = qkv.size(1) / pages.d - 2 * pages.heads;
-  Tensor result = empty(qkv, rows, heads * pages.d);
-  queries.resize(std::max<size_t>(queries.size(), rows * heads * pages.d));
+  const Blocks blocks(keys, tables);
+  const int64_t rows = qkv.size(0), heads = qkv.size(1) / blocks.d - 2 * blocks.heads;
+  Tensor result = empty(qkv, rows, heads * blocks.d);
+  queries.resize(std::max<size_t>(queries.size(), rows * heads * blocks.d));
   const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
-  const auto whole = [](const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); };
+  const auto* facts = static_cast<const int64_t*>(tokens.data_ptr());
   const auto run = [&]<typename T>(T* k, T* v) {
-    const Call<T> call{pages, heads, heads / pages.heads, queries.data(), k, v,
-                       whole(slot), whole(last), static_cast<float>(scale), floats(result)};
-    attend_rows(floats(qkv), floats(cos), floats(sin), k, v, whole(position), call, queries.data(), rows);
+    const Call<T> call{blocks, heads, heads / blocks.heads, queries.data(), k, v,
+                       facts + 3 * rows, facts + rows, static_cast<float>(scale), floats(result)};
+    attend_rows(floats(qkv), floats(cos), floats(sin), k, v, call, queries.data(), rows);
   };
   if (keys.element_size() == 2)
     run(static_cast<uint16_t*>(keys.data_ptr()), static_cast<uint16_t*>(values.data_ptr()));
@@ -171,7 +176,7 @@ Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor ke
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
   m.def(
-      "attend(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, Tensor position, "
-      "Tensor last, float scale) -> Tensor");
+      "attend(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor tables, Tensor tokens, "
+      "float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("attend", TORCH_BOX(&attend)); }

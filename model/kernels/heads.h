@@ -1,5 +1,5 @@
 // Softmax attention of a few query heads, for attention.cpp: in one pass over the columns, a tile at a time (Milakov and
-// Gimelshein, 2018). Knows neither pages nor slots.
+// Gimelshein, 2018). Knows nothing of blocks.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a page
+constexpr int64_t kTile = 64;  // columns whose scores are held at once; divides a block
 
 // The state of G query heads that share a KV head, one tile of columns after another (softmax in one pass).
 template <int G>
@@ -35,23 +35,32 @@ struct Heads {
       Floats sums[G] = {};
       for (int64_t i = 0; i < d; i += 8) {
         const Floats key = load(keys + i);
-        for (int g = 0; g < G; g++) sums[g] += key * load(q + g * d + i);
+        for (int g = 0; g < G; g++) sums[g] = fused(key, load(q + g * d + i), sums[g]);
       }
       for (int g = 0; g < G; g++) weight[g][t] = sum(sums[g]) * scale;
     }
   }
 
-  // As above, from a tile of keys that lie [d][kTile], eight columns to a vector: no sums across lanes.
+  // As above to the bit, from a tile of keys that lie [d][kTile], eight columns to a vector: no sums across lanes. What
+  // is one lane's there is summed by itself here, and the eight of them in the order of `sum`.
   void score_columns(const float* keys) {
     for (int64_t c = 0; c < kTile; c += 32) {
-      Floats sums[G][4] = {};
-      for (int64_t i = 0; i < d; i++)
-        for (int v = 0; v < 4; v++) {
-          const Floats key = load(keys + i * kTile + c + 8 * v);
-          for (int g = 0; g < G; g++) sums[g][v] += key * q[g * d + i];
-        }
+      Floats lanes[8][G][4];
+      for (int lane = 0; lane < 8; lane++) {
+        Floats sums[G][4] = {};
+        for (int64_t i = lane; i < d; i += 8)
+          for (int v = 0; v < 4; v++) {
+            const Floats key = load(keys + i * kTile + c + 8 * v);
+            for (int g = 0; g < G; g++) sums[g][v] = fused(key, all(q[g * d + i]), sums[g][v]);
+          }
+        std::copy_n(&sums[0][0], G * 4, &lanes[lane][0][0]);
+      }
       for (int g = 0; g < G; g++)
-        for (int v = 0; v < 4; v++) store(&weight[g][c + 8 * v], sums[g][v] * scale);
+        for (int v = 0; v < 4; v++) {
+          const auto at = [&](int lane) { return lanes[lane][g][v]; };
+          const Floats even = (at(0) + at(4)) + (at(2) + at(6)), odd = (at(1) + at(5)) + (at(3) + at(7));
+          store(&weight[g][c + 8 * v], (even + odd) * scale);
+        }
     }
   }
 
@@ -80,7 +89,10 @@ struct Heads {
       for (int g = 0; g < G; g++) left[g] = load(out + g * d + i), right[g] = load(out + g * d + i + 8);
       const T* value = values + i;
       for (int64_t t = 0; t < count; t++, value += d)
-        for (int g = 0; g < G; g++) left[g] += load(value) * weight[g][t], right[g] += load(value + 8) * weight[g][t];
+        for (int g = 0; g < G; g++) {
+          const Floats by = all(weight[g][t]);
+          left[g] = fused(load(value), by, left[g]), right[g] = fused(load(value + 8), by, right[g]);
+        }
       for (int g = 0; g < G; g++) store(out + g * d + i, left[g]), store(out + g * d + i + 8, right[g]);
     }
   }

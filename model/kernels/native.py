@@ -19,7 +19,9 @@ LANES = 8  # rows of a packed matrix that product.cpp computes together
 _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 # No -ffast-math: what is not finite has to stay visible, and a shared object with it turns denormals off for everybody.
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=c++20", "-Wno-ignored-attributes")
+_FLAGS = (
+    "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-std=c++20", "-Wno-ignored-attributes",
+)  # fmt: skip
 
 _loaded = False
 

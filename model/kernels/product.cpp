@@ -166,7 +166,7 @@ struct Norm {
     thread_local std::vector<float> made;
     made.resize(std::max<size_t>(made.size(), k));
     Floats squares = {};
-    for (int64_t i = 0; i < k; i += 8) squares += load(x + i) * load(x + i);
+    for (int64_t i = 0; i < k; i += 8) squares = fused(load(x + i), load(x + i), squares);
     const float by = 1 / std::sqrt(sum(squares) / k + epsilon);
     for (int64_t i = 0; i < k; i += 8) store(&made[i], load(x + i) * by * load(weight + i));
     return made.data();
@@ -197,7 +197,9 @@ Tensor product(const Tensor& x, const Tensor& packed, const std::optional<Tensor
   return result;
 }
 
-Tensor packed_product(const Tensor& x, const Tensor& packed) { return product(x, packed, std::nullopt, 0, std::nullopt); }
+Tensor packed_product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& norm, double epsilon) {
+  return product(x, packed, norm, epsilon, std::nullopt);
+}
 
 // gate[i] = silu(gate[i]) * up[i], where silu(x) = x / (1 + e^-x); n is a multiple of 8.
 void gated(float* gate, const float* up, int64_t n) {
@@ -245,20 +247,20 @@ void normalise_heads(float* row, const Tensor& weight, int64_t heads, double eps
 // A decoder layer of Llama, Qwen2 (with `bias` [1, rows of wide]) or Qwen3 (with `query` and `key` norms [d]): x float32
 // [m, k] -> float32 [m, k]. first, second float32 [k]: norms before attention and before the feed-forward part; wide, out,
 // gate_up, down: matrices; the rest as in attend. One call, because each costs 5 to 11 us and a step has a layer 30 times.
-Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, const Tensor& slot,
-             const Tensor& position, const Tensor& last, double scale, double epsilon, const Tensor& first,
-             const Tensor& second, const Tensor& wide, const Tensor& out, const Tensor& gate_up, const Tensor& down,
+Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, const Tensor& tables,
+             const Tensor& tokens, double scale, double epsilon, const Tensor& first, const Tensor& second,
+             const Tensor& wide, const Tensor& out, const Tensor& gate_up, const Tensor& down,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& query, const std::optional<Tensor>& key) {
   const Tensor qkv = product(x, wide, first, epsilon, bias);
   if (query && key) {
-    const int64_t width = qkv.size(1), d = key->size(0), groups = keys.size(2), heads = width / d - 2 * groups;
+    const int64_t width = qkv.size(1), d = key->size(0), groups = keys.size(1), heads = width / d - 2 * groups;
     each(qkv.size(0), kFew, [&](int64_t r) {
       float* row = static_cast<float*>(qkv.data_ptr()) + r * width;
       normalise_heads(row, *query, heads, epsilon);
       normalise_heads(row + heads * d, *key, groups, epsilon);
     });
   }
-  const Tensor attended = attend(qkv, cos, sin, keys, values, slot, position, last, scale);
+  const Tensor attended = attend(qkv, cos, sin, keys, values, tables, tokens, scale);
   return feed_forward(product(attended, out, std::nullopt, 0, x), gate_up, down, second, epsilon);
 }
 
@@ -267,10 +269,10 @@ void set_threads(int64_t count) { Pool::shared().resize(count); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
-  m.def("packed_product(Tensor x, Tensor matrix) -> Tensor");
+  m.def("packed_product(Tensor x, Tensor matrix, Tensor? norm=None, float epsilon=0) -> Tensor");
   m.def(
-      "layer(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slot, Tensor position, "
-      "Tensor last, float scale, float epsilon, Tensor first, Tensor second, Tensor wide, Tensor out, Tensor gate_up, "
+      "layer(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor tables, Tensor tokens, "
+      "float scale, float epsilon, Tensor first, Tensor second, Tensor wide, Tensor out, Tensor gate_up, "
       "Tensor down, Tensor? bias, Tensor? query, Tensor? key) -> Tensor");
   m.def("set_threads(int count) -> ()");
 }

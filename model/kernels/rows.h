@@ -35,5 +35,4 @@ inline torch::stable::Tensor empty(const torch::stable::Tensor& like, int64_t ro
 // slots::attend, of attention.cpp.
 torch::stable::Tensor attend(const torch::stable::Tensor& qkv, const torch::stable::Tensor& cos,
                              const torch::stable::Tensor& sin, torch::stable::Tensor keys, torch::stable::Tensor values,
-                             const torch::stable::Tensor& slot, const torch::stable::Tensor& position,
-                             const torch::stable::Tensor& last, double scale);
+                             const torch::stable::Tensor& tables, const torch::stable::Tensor& tokens, double scale);

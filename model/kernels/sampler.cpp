@@ -1,5 +1,4 @@
-// One token for each row of logits: slots::choose, and slots::advance to it. What is chosen, and why, is defined in
-// sampler.py.
+// One token for each row of logits: slots::choose. What is chosen, and why, is defined in sampler.py.
 //
 // A row's token depends on that row alone. Draws differ from sampler.py's in the last bit of a logarithm at most.
 
@@ -181,52 +180,38 @@ int64_t draw(const std::vector<Candidate>& candidates, const Rules& rules) {
   return token;
 }
 
-// logits float32 [rows, n]; position, top_k, key int64 [rows]; temperature, top_p, penalty float32 [rows];
-// seen bool [rows, n] -> int64 [rows], kUnsound where a row's logits are not all finite.
-Tensor choose(const Tensor& logits, const Tensor& position, const Tensor& temperature, const Tensor& top_p,
-              const Tensor& top_k, const Tensor& penalty, const Tensor& key, const Tensor& seen) {
-  const int64_t rows = logits.size(0), n = logits.size(1);
+// logits float32 [count, n]; position, row int64 [count]; temperature, top_p, penalty float32 [rows]; top_k, key int64
+// [rows]; seen bool [rows, n] -> int64 [count], kUnsound where logits are not all finite. What is chosen counts as seen.
+Tensor choose(const Tensor& logits, const Tensor& position, const Tensor& row, const Tensor& temperature,
+              const Tensor& top_p, const Tensor& top_k, const Tensor& penalty, const Tensor& key, Tensor seen) {
+  const int64_t count = logits.size(0), n = logits.size(1);
   Tensor result = torch::stable::empty_like(position);
   const auto* all = static_cast<const float*>(logits.data_ptr());
-  const auto* marks = static_cast<const uint8_t*>(seen.data_ptr());
+  auto* marks = static_cast<uint8_t*>(seen.data_ptr());
   const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
   const auto whole = [](const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); };
   auto* out = static_cast<int64_t*>(result.data_ptr());
-  each(rows, 1, [&](int64_t r) {
-    thread_local Row row;
-    const Rules rules{whole(position)[r], floats(temperature)[r], floats(top_p)[r],
+  each(count, 1, [&](int64_t i) {
+    thread_local Row own;
+    const int64_t r = whole(row)[i];
+    const Rules rules{whole(position)[i], floats(temperature)[r], floats(top_p)[r],
                       whole(top_k)[r],    floats(penalty)[r],     whole(key)[r]};
-    const bool sound = row.read(all + r * n, marks + r * n, n, rules.penalty);
-    out[r] = !sound                   ? kUnsound
-             : rules.temperature == 0 ? row.best()
-             : rules.uncut()          ? row.draw(rules)
-                                      : draw(row.largest_ones(), rules);
+    const bool sound = own.read(all + i * n, marks + r * n, n, rules.penalty);
+    out[i] = !sound                   ? kUnsound
+             : rules.temperature == 0 ? own.best()
+             : rules.uncut()          ? own.draw(rules)
+                                      : draw(own.largest_ones(), rules);
   });
+  for (int64_t i = 0; i < count; i++)
+    if (out[i] != kUnsound) marks[whole(row)[i] * n + out[i]] = 1;
   return result;
-}
-
-// ids int64 [rows, 1], position int64 [rows], active bool [rows], seen bool [rows, n]; tokens as `choose` returns them.
-// Each active row with a token reads it in the next step, a position on, and it counts as seen.
-void advance(Tensor ids, Tensor position, const Tensor& active, Tensor seen, const Tensor& tokens) {
-  const auto whole = [](const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); };
-  const auto flags = [](const Tensor& t) { return static_cast<uint8_t*>(t.data_ptr()); };
-  for (int64_t row = 0; row < tokens.size(0); row++) {
-    const int64_t token = whole(tokens)[row];
-    if (!flags(active)[row] || token == kUnsound) continue;
-    whole(ids)[row] = token, whole(position)[row]++;
-    flags(seen)[row * seen.size(1) + token] = 1;
-  }
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slots, m) {
   m.def(
-      "choose(Tensor logits, Tensor position, Tensor temperature, Tensor top_p, Tensor top_k, Tensor penalty, Tensor key, "
-      "Tensor seen) -> Tensor");
-  m.def("advance(Tensor(a!) ids, Tensor(b!) position, Tensor active, Tensor(c!) seen, Tensor tokens) -> ()");
+      "choose(Tensor logits, Tensor position, Tensor row, Tensor temperature, Tensor top_p, Tensor top_k, Tensor "
+      "penalty, Tensor key, Tensor(a!) seen) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) {
-  m.impl("choose", TORCH_BOX(&choose));
-  m.impl("advance", TORCH_BOX(&advance));
-}
+STABLE_TORCH_LIBRARY_IMPL(slots, CPU, m) { m.impl("choose", TORCH_BOX(&choose)); }

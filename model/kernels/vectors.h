@@ -28,13 +28,19 @@ inline void store(uint16_t* p, Floats v) {  // to the nearest bfloat16, halves t
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
 }
 
+inline Floats all(float x) { return _mm256_set1_ps(x); }
+
+// a * b + c, rounded once. Nothing else is fused (-ffp-contract=off): which sums are does not depend on the place.
+inline Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
 // e^x for x <= 0, to 2e-7: 2^n by its bits, and e^r by its Taylor series for |r| <= ln 2 / 2. NaN stays NaN.
 inline Floats exponential(Floats x) {
   x = x < -87.0f ? Floats{} - 87.0f : x;
   const Floats n = _mm256_round_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied
-  Floats series = r * (1.0f / 720) + 1.0f / 120;
-  for (const float term : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  // ln 2 in two parts, the first exact when multiplied
+  const Floats r = fused(n, all(2.12194440e-4f), fused(n, all(-0.693359375f), x));
+  Floats series = fused(r, all(1.0f / 720), all(1.0f / 120));
+  for (const float term : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = fused(series, r, all(term));
   return series * reinterpret_cast<Floats>((reinterpret_cast<Ints>(_mm256_cvtps_epi32(n)) + 127) << 23);
 }
 

@@ -8,6 +8,8 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from model.engine.blocks import BLOCK, blocks_for
+from model.engine.scheduler import Work
 from model.kernels import native
 from model.runtime import linear
 from model.runtime.kv import KvShape
@@ -36,9 +38,10 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
         raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     if plan.kernels and KvShape.of(model.config, plan.kv).head_dim % 16:
         raise ModelError("heads of this width are not served on a CPU: the kernels take multiples of 16")
-    slots, context = fit(settings, model.config, plan.kv, device)
+    slots, blocks, context = fit(settings, model.config, plan.kv, device)
     try:
-        runner = Runner(model, plan, slots, context, device, stop_ids(checkpoint, tokenizer))
+        guesses = {} if settings.speculate else {"guesses": 0}
+        runner = Runner(model, plan, slots, blocks, context, device, stop_ids(checkpoint, tokenizer), **guesses)
         if plan.kernels:
             torch.ops.slots.set_threads(settings.compute_threads)
             if plan.linear_backend == "packed":  # no product is left for OpenMP's threads, which spin at barriers
@@ -57,24 +60,25 @@ def choose_device(wanted: str) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int]:
-    """Slots, and tokens of context each: what memory holds within SLOTS and MAX_CONTEXT; first slots give way."""
-    context = min(settings.max_context or DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
+def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int, int]:
+    """Slots, KV blocks for all of them, and the tokens that one request may have: what memory holds within settings.
+
+    A slot needs a block to begin with. A request may take all blocks.
+    """
+    context = min(settings.max_context or 1 << 20, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
     if device == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
         memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
     else:
         memory = int(psutil.virtual_memory().available * _CPU_SHARE)
-    tokens = memory // KvShape.of(config, dtype).bytes_per_token
-    if tokens < 256:
+    held = memory // (BLOCK * KvShape.of(config, dtype).bytes_per_token) - 1  # block 0 is nobody's
+    if held < 1:
         raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")
-    slots = min(settings.slots, max(1, tokens // context))
-    if slots < settings.slots:  # a power of two where memory decides: free memory is never twice the same
-        slots = 1 << slots.bit_length() - 1
-    fitted, wanted = (slots, min(context, tokens)), (settings.slots, context)
-    if fitted != wanted:
-        _log.warning("memory holds %d slots of %d tokens, fewer than SLOTS=%d of %d", *fitted, *wanted)
-    return fitted
+    wanted = settings.slots * blocks_for(context)
+    blocks = min(held, wanted)
+    if held < wanted:
+        _log.info("memory holds %d tokens of KV, for all requests together", blocks * BLOCK)
+    return min(settings.slots, blocks), blocks, min(context, blocks * BLOCK)
 
 
 def try_out(runner: Runner) -> None:
@@ -82,10 +86,7 @@ def try_out(runner: Runner) -> None:
 
     Raises ValueError for attention that is not understood, ModelError where numbers are not finite.
     """
-    runner.init_row(0, Sampling(temperature=0), 0, [0, 0])
-    runner.prefill([(0, [0], 0)])
-    runner.activate(0, 0, 1)
-    finite = runner.step([0])[0] is not None
-    runner.deactivate(0, 0)
-    if not finite:
+    runner.begin(0, Sampling(temperature=0), 0, [0, 0])
+    finite = runner.prefill([Work(0, [0], 0, [0])]) == [True]
+    if not finite or runner.step([Work(0, [0], 1, [0])]) == [[None]]:
         raise ModelError("the model's numbers are not finite: its weights are damaged or its dtype overflows")

@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 
-from model.runtime.kv import pages_for
 from model.runtime.runner import Bucket, Runner, Step, make_step
 from settings import Settings
 
@@ -31,18 +30,11 @@ _TURN = 0.0005
 
 
 def buckets(runner: Runner) -> list[Bucket]:
-    """What is worth compiling, the most useful first: one user, then everybody, then what lies between and beyond.
-
-    Attention reads all columns of a bucket, which costs little on a GPU; beyond the last bucket eager steps cost much.
-    """
-    slots, pages = runner.slots, pages_for(runner.context)
-    wanted = [(1, pages), (slots, pages), (slots, 4), (8, 4), (4, pages), (8, pages)]
-    return list(dict.fromkeys(Bucket(min(rows, slots), min(length, pages)) for rows, length in wanted))
-
-
-def arguments_of(runner: Runner, bucket: Bucket) -> tuple[object, ...]:
-    """What the step of a bucket is called with."""
-    return runner.model, *runner.kv.tensors, *runner.rows.first(bucket.rows).tensors()
+    """What is worth compiling, the most useful first: one user, everybody, one user's guesses, then what lies between."""
+    slots, few = runner.slots, [1, runner.slots, 8, 4, 2]
+    narrow = [Bucket(tokens, 1) for tokens in dict.fromkeys(min(tokens, slots) for tokens in few)]
+    wide = [Bucket(tokens, tokens) for tokens in (1 + runner.guesses, runner.step_tokens)] if runner.guesses else []
+    return [*narrow[:2], *dict.fromkeys(wide), *narrow[2:]]
 
 
 def compiled(runner: Runner, bucket: Bucket) -> Step:
@@ -50,8 +42,8 @@ def compiled(runner: Runner, bucket: Bucket) -> Step:
     # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers). A fresh
     # dictionary each time: torch.compile empties it.
     options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe, size_asserts=False, alignment_asserts=False)
-    step = torch.compile(make_step(bucket.pages), fullgraph=True, dynamic=False, options=options)
-    ready = step.aot_compile((arguments_of(runner, bucket), {}))
+    step = torch.compile(make_step(bucket.longest), fullgraph=True, dynamic=False, options=options)
+    ready = step.aot_compile((runner.arguments(runner.batch_of(bucket)), {}))
     ready.disable_guard_check()
     return ready
 
@@ -88,7 +80,7 @@ class ThreadCompiler:
         if self._unrecorded:
             bucket = self._unrecorded.pop(0)
             self.uncompiled.add(bucket)
-            return self._recorded(bucket, make_step(bucket.pages))
+            return self._recorded(bucket, make_step(bucket.longest))
         if self._thread.ident is None and (idle or time.monotonic() > self._start_by):
             self._thread.start()
         if self._ready.empty() or (self._record and self._thread.is_alive()):  # a GPU is tuned for, or recorded on
@@ -124,7 +116,8 @@ class ThreadCompiler:
         """`step` recorded; or as it is where that fails, for it serves all the same."""
         if self._record:
             try:
-                return bucket, self._record(step, arguments_of(self._runner, bucket))
+                arguments = self._runner.arguments(self._runner.batch_of(bucket))
+                return bucket, self._record(step, arguments)
             except Exception as error:
                 self._record = None
                 _log.warning("steps cannot be recorded as CUDA graphs, several times slower: %s", _in_one_line(error))
@@ -134,8 +127,8 @@ class ThreadCompiler:
 def record(pool: object, step: Step, arguments: tuple[object, ...]) -> Step:
     """`step` as a CUDA graph over the very tensors of `arguments`, whatever it is called with later.
 
-    Recording runs the step on the rows as they are: what that writes, the next step writes again. What it returns is
-    overwritten by the next call of any step of `pool`, whose memory they share.
+    Recording runs the step on the batch as it was last filled in: the KV that this writes is the same again. What it
+    returns is overwritten by the next call of any step of `pool`, whose memory they share.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,21 +1,23 @@
-"""The KV tensors, and the cache through which transformers' models write to them.
+"""The KV tensors, in blocks that all sequences share, and what a batch tells of where its tokens belong.
 
-One tensor a layer and side, `[page, slot, kv_heads, size, head_dim]`. This project's kernels take pages of PAGE tokens;
-for PyTorch's attention a slot is one page as long as the context, and a view ends after any column.
+One tensor a layer and side: `[blocks, heads, BLOCK, d]` for this project's kernels, `[blocks, BLOCK, heads, d]` for
+FlashAttention. Which block is whose, engine/blocks.py says; block 0 is nobody's.
 """
 
+import itertools
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-PAGE = 256  # tokens
-_MASKED = -1e9  # not -inf, of which a softmax over a row that sees nothing makes NaN
+from model.engine.blocks import BLOCK, Copy
+from model.engine.scheduler import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,39 +40,34 @@ class KvShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
-class KvPages:
-    """Keys and values of `slots` rows of up to `context` tokens each; whole: a slot is one page.
+class KvBlocks:
+    """Keys and values of `count` blocks, and of block 0. kernels: laid out for those.
 
     On a CPU the memory is only reserved: the system commits a page of it when it is first written, so that resident
     memory follows the tokens really held. On CUDA it is taken at once.
     """
 
-    def __init__(self, shape: KvShape, slots: int, context: int, device: str, whole: bool) -> None:
-        self.shape = shape
-        self.columns = pages_for(context) * PAGE
-        pages, size = (1, self.columns) if whole else (self.columns // PAGE, PAGE)
-        dimensions = (pages, slots, shape.kv_heads, size, shape.head_dim)
+    def __init__(self, shape: KvShape, count: int, device: str, kernels: bool) -> None:
+        self.shape, self.count, self._along = shape, count, 1 if kernels else 0
+        inner = (shape.kv_heads, BLOCK) if kernels else (BLOCK, shape.kv_heads)
+        dimensions = (count + 1, *inner, shape.head_dim)
         self.keys = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
         self.values = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]
         self.tensors = self.keys, self.values
-        self.bytes = slots * self.columns * shape.bytes_per_token  # committed or not
+        self.bytes = count * BLOCK * shape.bytes_per_token  # committed or not
 
-    def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchange the first `tokens` positions of two slots, rounded up to whole pages where there are several."""
+    def copy(self, copy: Copy) -> None:
         for tensor in (*self.keys, *self.values):
-            size = tensor.shape[3]
-            first, second = (tensor[: -(-tokens // size), slot, :, : min(tokens, size)] for slot in (a, b))
-            kept = first.clone()
-            first.copy_(second)
-            second.copy_(kept)
+            source, target = (tensor[block].narrow(self._along, 0, copy.tokens) for block in (copy.source, copy.target))
+            target.copy_(source)
 
-
-def pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE)
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeros again: a masked column's KV is multiplied all the same, and NaN times zero is NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor[list(blocks)] = 0
 
 
 def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Zeros: a masked column's KV is multiplied all the same, and NaN times zero is NaN."""
     if device != "cpu":
         return torch.zeros(dimensions, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(dimensions) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -81,32 +78,63 @@ def _zeros(dimensions: tuple[int, ...], dtype: torch.dtype, device: str) -> Tens
     return torch.frombuffer(memory, dtype=dtype).view(dimensions)
 
 
-class SlotCache:
-    """transformers' cache over whole slots: row i of the input is slot `first + i`, which sees `columns` columns.
+class Batch(NamedTuple):
+    """Tokens of several sequences, one sequence's after the other's.
 
-    positions: int64 [rows, n], where each token's KV goes.
+    tokens: int64 [4, n], of each its id, its position, the row whose rules choose what follows, and its sequence, a
+    row of `tables`. tables: int32 [sequences, most blocks], where each sequence's KV lies.
+    spans: int32 [2, sequences + 1]: where each sequence's tokens begin (and where all end), and how many tokens it has,
+    these included. longest: no sequence has more tokens here.
     """
+
+    tokens: Tensor
+    tables: Tensor
+    spans: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, work: Sequence[Work], sequences: int = 0, blocks: int = 1) -> Self:
+        """On the CPU. sequences, blocks: how many there are at least, empty ones and those of nobody included."""
+        width, missing = max(blocks, *(len(one.blocks) for one in work)), max(0, sequences - len(work))
+        ends = [0, *itertools.accumulate(len(one.tokens) for one in work)]
+        lengths = [one.position + len(one.tokens) for one in work]
+        tables = [one.blocks + [0] * (width - len(one.blocks)) for one in work] + [[0] * width] * missing
+        tokens = [
+            (id, at, one.row, index)
+            for index, one in enumerate(work)
+            for at, id in enumerate(one.tokens, one.position)
+        ]  # fmt: skip
+        return cls(
+            torch.tensor(tokens).T.contiguous(),
+            torch.tensor(tables, dtype=torch.int32),
+            torch.tensor([ends + ends[-1:] * missing, lengths + [0] * (missing + 1)], dtype=torch.int32),
+            max(len(one.tokens) for one in work),
+        )
+
+    def to(self, device: str) -> Self:
+        return self._replace(**{name: getattr(self, name).to(device) for name in ("tokens", "tables", "spans")})
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [n]: where each token's KV goes, counted in tokens over all blocks."""
+        _, position, _, sequence = self.tokens
+        return self.tables[sequence, position // BLOCK].long() * BLOCK + position % BLOCK
+
+
+class BlockCache:
+    """transformers' cache over blocks: writes each token's KV, and hands all blocks on to `attention.attend`."""
 
     is_compileable = True
 
-    def __init__(self, kv: tuple[list[Tensor], list[Tensor]], first: int, positions: Tensor, columns: int) -> None:
-        self.keys, self.values = kv
-        self.slots = slice(first, first + len(positions))
-        self.slot = torch.arange(first, first + len(positions), device=positions.device)[:, None]
-        self.positions, self.columns = positions, columns
-
-    def mask(self) -> Tensor:
-        """Added to the scores: [rows, 1, n, columns] in the KV's dtype, 0 where a token sees a column."""
-        seen = torch.arange(self.columns, device=self.positions.device) <= self.positions[:, None, :, None]
-        return torch.where(seen, 0.0, _MASKED).to(self.keys[0].dtype)
+    def __init__(self, kv: tuple[list[Tensor], list[Tensor]], places: Tensor) -> None:
+        self._kv, self._places = kv, places
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """key, value [rows, kv_heads, n, d] -> [rows, kv_heads, columns, d]."""
-        return self._write(self.keys[layer], key), self._write(self.values[layer], value)
-
-    def _write(self, tensor: Tensor, new: Tensor) -> Tensor:
-        tensor[0, self.slot, :, self.positions] = new.transpose(1, 2).to(tensor.dtype)
-        return tensor[0, self.slots, :, : self.columns]
+        """key, value [1, kv_heads, n, d] -> this layer's blocks."""
+        for side, new in zip(self._kv, (key, value), strict=True):
+            tensor = side[layer].flatten(0, 1)
+            tensor[self._places] = new[0].transpose(0, 1).to(tensor.dtype)
+        return self._kv[0][layer], self._kv[1][layer]
 
     def get_seq_length(self, *_: object) -> int:
         return 0

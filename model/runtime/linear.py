@@ -1,6 +1,6 @@
 """How matrices are multiplied on the machine at hand, chosen once at load:
 
-- `bitsandbytes`: CUDA, the library's own modules (nf4, int8).
+- `bitsandbytes`: CUDA, the library's own kernels (nf4, with an int8 head; int8).
 - `packed`: an x86 CPU with AVX2 and a C++ compiler, kernels/product.cpp: bitsandbytes' NF4 codes as they are, 7 bits
   for what is not stored in 4 (the output head, and every matrix under QUANTIZATION=int8).
 - `dense`: QUANTIZATION=none, and a CPU without the kernels, where 4-bit matrices become floats once.
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from model.kernels.native import LANES
 
 BLOCK = 64  # inputs that share a scale; bitsandbytes' NF4 has the same
+# Tokens that a step on a GPU reads at most: for more rows bitsandbytes makes floats of most matrices at every call.
+FEW = 16
 _STEPS, _OFFSET = 63, 64  # a packed weight is its block's scale times (byte - 64) / 63
 
 
@@ -86,14 +88,46 @@ class PackedLinear(nn.Module):
         codes = (blocks * (_STEPS / scales.clamp(min=1e-30))[..., None]).round() + _OFFSET
         return cls(codes.to(torch.uint8).view(weight.shape), scales, halves=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x float32 [n, k] -> float32 [n, rows]."""
-        y = torch.ops.slots.packed_product(x, self.matrix)[:, : self.rows].contiguous()
+    def forward(self, x: Tensor, norm: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
+        """x float32 [n, k], first normalised by its root mean square where norm float32 [k] is given -> [n, rows]."""
+        y = torch.ops.slots.packed_product(x, self.matrix, norm, epsilon)[:, : self.rows].contiguous()
         return y if self.bias is None else y + self.bias
 
 
-def join(parts: list[nn.Linear], chosen: Plan) -> PackedLinear | DenseLinear:
+class FewRows(nn.Module):
+    """A 4-bit layer of bitsandbytes that never makes floats of its matrix in a step: more rows come in several calls."""
+
+    def __init__(self, layer: bnb.nn.Linear4bit, most: int) -> None:
+        """most: rows that bitsandbytes multiplies with the codes as they are (`fused_rows`)."""
+        super().__init__()
+        self.layer, self.most = layer, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n, k] -> [..., n, rows]; a prompt's chunk, for which floats are made once, stays one call."""
+        if not self.most < x.shape[-2] <= FEW:
+            return self.layer(x)
+        return torch.cat([self.layer(part) for part in x.split(self.most, -2)], -2)
+
+
+class Int8Linear(nn.Module):
+    """weight float [rows, k], stored in int8 with a scale a row, and multiplied with inputs in int8 (no outliers)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.half())
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, k] -> [n, rows] of x's dtype."""
+        codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(x.half())
+        return torch.ops.bitsandbytes.int8_scaled_mm(codes, self.codes, scales, self.scales, dtype=x.dtype)
+
+
+def join(parts: list[nn.Linear], chosen: Plan) -> nn.Module:
     """One layer that computes what `parts`, which read the same input, compute together."""
+    if chosen.linear_backend == "bitsandbytes":
+        return _joined_4bit(parts)
     bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])[None].to(chosen.dtype)
     if chosen.linear_backend != "packed" or parts[0].in_features % BLOCK:
         weight = torch.cat([dense_weight(part) for part in parts]).to(chosen.dtype)
@@ -102,6 +136,43 @@ def join(parts: list[nn.Linear], chosen: Plan) -> PackedLinear | DenseLinear:
     made = PackedLinear.nf4(parts) if four_bits else PackedLinear.dense(torch.cat([dense_weight(p) for p in parts]))
     made.bias = bias
     return made
+
+
+def _joined_4bit(parts: list[bnb.nn.Linear4bit]) -> FewRows:
+    """The very codes of all parts; their scales are stored in 8 bits anew, as bitsandbytes does (double quantisation)."""
+    states, k, rows = (
+        [part.weight.quant_state for part in parts],
+        parts[0].in_features,
+        sum(p.out_features for p in parts),
+    )
+    layer = parts[0]
+    if len(parts) > 1:
+        scales = torch.cat([_scales(state) for state in states])
+        offset = scales.mean()
+        stored, nested = bnb.functional.quantize_blockwise(scales - offset, blocksize=256)
+        first = states[0]
+        state = bnb.functional.QuantState(
+            absmax=stored, shape=torch.Size([rows, k]), code=first.code, blocksize=first.blocksize,
+            quant_type=first.quant_type, dtype=first.dtype, offset=offset, state2=nested,
+        )  # fmt: skip
+        codes = torch.cat([part.weight.data.view(-1, 1) for part in parts])
+        layer = bnb.nn.Linear4bit(k, rows, parts[0].bias is not None, parts[0].compute_dtype, device="meta")
+        layer.weight = bnb.nn.Params4bit(
+            codes, requires_grad=False, quant_state=state, quant_type=first.quant_type, bnb_quantized=True, module=layer
+        )
+        if parts[0].bias is not None:
+            layer.bias = nn.Parameter(torch.cat([part.bias.data for part in parts]), requires_grad=False)
+    return FewRows(layer, fused_rows(rows, k, layer.weight.device))
+
+
+def fused_rows(n: int, k: int, device: torch.device) -> int:
+    """The most rows, up to FEW, that bitsandbytes multiplies with 4-bit codes [n, k] as they are on this GPU."""
+    if device.type != "cuda":
+        return FEW
+    from bitsandbytes.backends.cuda.ops import _gemm_4bit_use_custom_cuda as takes  # no PyTorch without CUDA imports it
+
+    refused = (rows for rows in range(2, FEW + 1) if not takes(device.index or 0, torch.bfloat16, rows, n, k))
+    return next(refused, FEW + 1) - 1
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
@@ -126,7 +197,11 @@ def _unpacked(layer: bnb.nn.Linear4bit) -> tuple[Tensor, Tensor]:
         raise ValueError(f"4-bit weights of type {state.quant_type} in blocks of {state.blocksize} are not served")
     packed = layer.weight.data.view(torch.uint8).view(-1)
     codes = torch.stack([packed >> 4, packed & 15], -1).view(state.shape)
-    scales = state.absmax
-    if state.nested:  # double quantisation
-        scales = dequantize_blockwise(scales, state.state2) + state.offset
-    return codes, scales.float().view(state.shape[0], -1)
+    return codes, _scales(state).view(state.shape[0], -1)
+
+
+def _scales(state: bnb.functional.QuantState) -> Tensor:
+    """float32, one for each block of weights."""
+    if not state.nested:
+        return state.absmax.float()
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # double quantisation

@@ -1,18 +1,22 @@
-"""The torch half of the engine: prefill a chunk, step a batch, swap two slots. One thread makes it and uses it."""
+"""The torch half of the engine: computes prompts and steps of the batches that it is given. One thread makes and uses it."""
 
 import gc
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from model.engine.scheduler import Chunk
-from model.runtime.attention import ATTENTION, look_up_positions, use_kernels
-from model.runtime.kv import PAGE, KvPages, KvShape, SlotCache, pages_for
-from model.runtime.linear import Plan, dequantise
-from model.runtime.sampler import Rows, advance, choose, choose_by_kernel, choose_unfiltered
+from model.engine.blocks import Copy, blocks_for
+from model.engine.scheduler import Work
+from model.runtime.attention import ATTENTION
+from model.runtime.kv import Batch, BlockCache, KvBlocks, KvShape
+from model.runtime.layers import is_packed, look_up_positions, use_bitsandbytes, use_kernels
+from model.runtime.linear import FEW, Plan, dequantise
+from model.runtime.sampler import Rules, choose, choose_by_kernel
 from model.types import Sampling
 
 if TYPE_CHECKING:
@@ -20,46 +24,51 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Step = Callable[..., Any]  # what `make_step` returns, as it is, compiled or recorded
+_GUESSES = 7  # tokens that a row may guess, which are read with the one that is known
+
+Step = Callable[..., Tensor]  # what `make_step` returns, as it is, compiled or recorded
 
 
 class Bucket(NamedTuple):
-    """What a compiled step is for: the first `rows` slots, and `pages` pages of columns."""
+    """What a compiled step is for: so many tokens, of which one sequence has `longest` at most (1, or all of them)."""
 
-    rows: int
-    pages: int
+    tokens: int
+    longest: int
 
 
-def make_step(pages: int) -> Step:
-    """The decode step of transformers' modules and PyTorch's attention over `pages` pages of columns.
+def make_step(longest: int) -> Step:
+    """The decode step of transformers' modules.
 
-    step(model, keys, values, *rows) -> tokens int64 [rows], finite bool [rows], logits float32 [rows, vocabulary].
-    Writes one token's KV a row and changes nothing else, so that it can be tried again.
+    step(model, keys, values, tokens, tables, spans, *rules) -> the token after each, int64 [n] (see sampler.choose).
+    Writes the KV of its tokens and marks what it chose as seen, last of all, so that it can be tried again.
     """
 
-    def step(model: nn.Module, keys: list[Tensor], values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        rows = Rows(*tensors)
-        positions = rows.position[:, None]
-        cache = SlotCache((keys, values), 0, positions, pages * PAGE)
-        logits = model.lm_head(hidden(model, cache, rows.ids, positions))[:, -1].float()
-        return choose(logits, rows), logits.isfinite().all(-1), logits
+    def step(
+        model: nn.Module, keys: list[Tensor], values: list[Tensor], tokens: Tensor, tables: Tensor, spans: Tensor,
+        *rules: Tensor,
+    ) -> Tensor:  # fmt: skip
+        states = hidden(model, (keys, values), Batch(tokens, tables, spans, longest))
+        return choose(model.lm_head(states).float(), tokens[1], tokens[2], Rules(*rules))
 
     return step
 
 
-def hidden(model: nn.Module, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
-    """The last hidden state of transformers' modules, [rows, n, hidden], after ids at positions, both [rows, n]."""
-    return model.model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=cache.mask(), use_cache=True
-    ).last_hidden_state
+def hidden(model: nn.Module, kv: tuple[list[Tensor], list[Tensor]], batch: Batch) -> Tensor:
+    """The last hidden states of transformers' modules, [n, hidden], for the n tokens of a batch."""
+    ids, positions = batch.tokens[None, 0], batch.tokens[None, 1]
+    cache = BlockCache(kv, batch.places)
+    made = model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, batch=batch)
+    return made.last_hidden_state[0]
 
 
 class Runner:
-    """A loaded model over KV slots. A `step` that raises has changed no row's state and may be tried again."""
+    """A loaded model over KV blocks. A call that raises has changed nothing that matters, and may be repeated."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, slots: int, context: int, device: str, eos: frozenset[int]
-    ) -> None:
+        self, model: nn.Module, plan: Plan, slots: int, blocks: int, context: int, device: str, eos: frozenset[int],
+        guesses: int = _GUESSES,
+    ) -> None:  # fmt: skip
+        """slots: rows that run at once; blocks: of KV, for all; context: tokens of one sequence at most."""
         look_up_positions(model, context, plan.dtype, device)
         if plan.kernels:
             use_kernels(model, plan)
@@ -67,19 +76,20 @@ class Runner:
             model.set_attn_implementation(ATTENTION)
             if plan.linear_backend == "dense":
                 dequantise(model, plan.dtype)
+            elif any(isinstance(layer, Linear4bit) for layer in model.modules()):
+                use_bitsandbytes(model, plan)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
-        self.slots, self.context = slots, context
-        self.kv = KvPages(KvShape.of(model.config, plan.kv), slots, context, device, whole=not plan.kernels)
-        self.rows = Rows.empty(slots, model.config.vocab_size, device)
+        self.slots, self.blocks, self.context, self.guesses = slots, blocks, context, guesses
+        self.step_tokens = slots * (1 + guesses) if device == "cpu" else max(slots, FEW)
+        self.chunk_tokens = 512 if device == "cpu" else 2048
+        self.kv = KvBlocks(KvShape.of(model.config, plan.kv), blocks, device, plan.kernels)
+        self.rules = Rules.empty(slots + 1, model.config.vocab_size, device)  # the last is of what fills a bucket up
         self.compiler: ThreadCompiler | None = None
         self.compiled: dict[Bucket, Step] = {}
+        self._batches: dict[Bucket, Batch] = {}
         self._layers = [layer.forward for layer in model.model.layers]
-        self._views = {count: self.rows.first(count) for count in range(1, slots + 1)}
-        self._slots = torch.arange(slots, device=device)
-        self._unfiltered: set[int] = set()
-        self._active: tuple[int, ...] = ()
         self._broken = 0  # compiled code that was given up
-        self._facts: dict[str, str | int] = {
+        self._facts: dict[str, str | int | bool] = {
             "device": device,
             "linear_backend": plan.linear_backend,
             "dtype": str(plan.dtype).removeprefix("torch."),
@@ -87,103 +97,85 @@ class Runner:
             "context": context,
             "kv_bytes": self.kv.bytes,
             "kv_bytes_per_token": self.kv.shape.bytes_per_token,
+            "deterministic": is_packed(model),
         }
 
     @torch.inference_mode()
-    def init_row(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
-        """Give `slot` to a request. Its row stays out of the batch until `activate`."""
-        self.rows.assign(slot, sampling, seed, torch.tensor(prompt, dtype=torch.int64, device=self.device))
-        unfiltered = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p >= 1 and not self.plan.kernels
-        (self._unfiltered.add if unfiltered else self._unfiltered.discard)(slot)
+    def begin(self, row: int, sampling: Sampling, seed: int, tokens: Sequence[int]) -> None:
+        """Give a row to a request. tokens: of its prompt and, where it goes on, of its answer."""
+        self.rules.assign(row, sampling, seed, torch.tensor(tokens, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[Chunk]) -> list[bool]:
-        """Compute the KV of these chunks, of different slots; whether each one's numbers are all finite."""
-        prefilled = self._prefill_together(chunks) if self.plan.kernels else [self._prefill_alone(*c) for c in chunks]
-        for slot, tokens, start in chunks:
-            self.rows.position[slot] = start + len(tokens)
-        return prefilled
-
-    def _prefill_together(self, chunks: Sequence[Chunk]) -> list[bool]:
-        ids = torch.tensor([token for _, tokens, _ in chunks for token in tokens])
-        slot = torch.tensor([slot for slot, tokens, _ in chunks for _ in tokens])
-        position = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks])
-        finite = self.hidden_states(ids, slot, position, position).isfinite().all(-1)
-        return [bool(part.all()) for part in finite.split([len(tokens) for _, tokens, _ in chunks])]
-
-    def _prefill_alone(self, slot: int, ids: Sequence[int], start: int) -> bool:
-        positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        cache = SlotCache(self.kv.tensors, slot, positions, start + len(ids))
-        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
-        return bool(hidden(self.model, cache, tokens, positions).isfinite().all())
+    def prefill(self, work: Sequence[Work]) -> list[bool]:
+        """Compute the KV of these tokens; whether each sequence's numbers are all finite."""
+        finite = self.hidden_states(Batch.of(work)).isfinite().all(-1).tolist()
+        return [all(part) for part in _parts(finite, work)]
 
     @torch.inference_mode()
-    def activate(self, slot: int, token: int, position: int) -> None:
-        """Let the next step of `slot` read `token` at `position`."""
-        self.rows.ids[slot, 0] = token
-        self.rows.position[slot] = position
+    def step(self, work: Sequence[Work]) -> list[list[int | None]]:
+        """The token after each of these; None where the model's numbers were not finite."""
+        chosen = (self._step_by_kernels if self.plan.kernels else self._step_by_torch)(work).tolist()
+        return _parts([token if token >= 0 else None for token in chosen], work)
 
-    @torch.inference_mode()
-    def deactivate(self, slot: int, position: int) -> None:
-        """Take `slot` out of the batch. Its row may still be computed: it writes at `position`, which none reads."""
-        self.rows.position[slot] = min(position, self.context - 1)
+    def _step_by_kernels(self, work: Sequence[Work]) -> Tensor:
+        batch = Batch.of(work)
+        logits = self.model.lm_head(self.hidden_states(batch))
+        return choose_by_kernel(logits, batch.tokens[1], batch.tokens[2], self.rules)
 
-    @torch.inference_mode()
-    def step(self, active: Sequence[int]) -> list[int | None]:
-        """The next token of each slot, by index; None where the model's numbers were not finite.
+    def _step_by_torch(self, work: Sequence[Work]) -> Tensor:
+        tokens, longest = sum(len(one.tokens) for one in work), max(len(one.tokens) for one in work)
+        fitting = [b for b in self.compiled if b.tokens >= tokens and b.longest >= longest]
+        if not fitting:
+            return self._eager(work)
+        bucket = min(fitting)
+        padded = [*work, *[Work(self.slots, [0], 0, [0])] * (bucket.tokens - tokens)]
+        fixed = self.batch_of(bucket)
+        for mine, new in zip(fixed, Batch.of(padded, bucket.tokens, fixed.tables.shape[1]), strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
+        try:
+            return self.compiled[bucket](*self.arguments(fixed))[:tokens]
+        except Exception as error:  # it is given up where eager code does not fail; else the rows are to blame
+            chosen = self._eager(work)
+            _log.warning("compiled code failed, continuing without it", exc_info=error)
+            del self.compiled[bucket]
+            self._broken += 1
+            return chosen
 
-        At least as many as the last of `active`, which alone advance; the others' entries mean nothing.
-        """
-        if tuple(active) != self._active:
-            self._active = tuple(active)
-            self.rows.active.fill_(False)
-            self.rows.active[list(active)] = True
-        return (self._step_by_kernels if self.plan.kernels else self._step_by_torch)(active)
+    def _eager(self, work: Sequence[Work]) -> Tensor:
+        batch = Batch.of(work).to(self.device)
+        return make_step(batch.longest)(*self.arguments(batch))
 
-    def _step_by_kernels(self, active: Sequence[int]) -> list[int | None]:
-        rows = self._views[max(active) + 1]
-        slot, last = self._slots[: len(rows.position)], torch.where(rows.active, rows.position, 0)
-        states = self.hidden_states(rows.ids[:, 0], slot, rows.position, last)
-        logits = self.model.lm_head(self.model.model.norm(states))
-        tokens = choose_by_kernel(logits, rows)
-        torch.ops.slots.advance(rows.ids, rows.position, rows.active, rows.seen, tokens)
-        return [token if token >= 0 else None for token in tokens.tolist()]
+    def batch_of(self, bucket: Bucket) -> Batch:
+        """The tensors that a bucket's step reads, always the same: nobody's tokens, until they are filled in."""
+        if bucket not in self._batches:
+            nobody = [Work(self.slots, [0], 0, [0])] * bucket.tokens
+            made = Batch.of(nobody, blocks=blocks_for(self.context)).to(self.device)
+            self._batches[bucket] = made._replace(longest=bucket.longest)
+        return self._batches[bucket]
 
-    def _step_by_torch(self, active: Sequence[int]) -> list[int | None]:
-        need = Bucket(max(active) + 1, pages_for(int(self.rows.position[list(active)].max()) + 1))
-        bucket = min((b for b in self.compiled if b.rows >= need.rows and b.pages >= need.pages), default=need)
-        rows = self._views[bucket.rows]
-        eager = make_step(need.pages)
-        tokens, finite, logits = self._try(bucket, eager, self.model, *self.kv.tensors, *rows.tensors())
-        if not self._unfiltered.isdisjoint(active):
-            free = (rows.temperature > 0) & (rows.top_k == 0) & (rows.top_p >= 1)
-            tokens = torch.where(free, choose_unfiltered(logits, rows), tokens)
-        advance(rows, tokens, finite)
-        return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist(), strict=True)]
+    def arguments(self, batch: Batch) -> tuple[object, ...]:
+        """What a step of this batch is called with."""
+        return self.model, *self.kv.tensors, batch.tokens, batch.tables, batch.spans, *self.rules.tensors()
 
-    def hidden_states(self, ids: Tensor, slot: Tensor, position: Tensor, last: Tensor) -> Tensor:
-        """The last hidden states by this project's kernels, before the last norm: [n, hidden]."""
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The last hidden states, as the head takes them: [n, hidden]."""
+        if not self.plan.kernels:
+            return hidden(self.model, self.kv.tensors, batch.to(self.device))
         body = self.model.model
-        x = body.embed_tokens(ids)
-        cos, sin = (table[:, 0] for table in body.rotary_emb(x, position[:, None]))
+        x = body.embed_tokens(batch.tokens[0])
+        cos, sin = (table[:, 0] for table in body.rotary_emb(x, batch.tokens[1][:, None]))
         for layer, keys, values in zip(self._layers, *self.kv.tensors, strict=True):
-            x = layer(x, cos, sin, keys, values, slot, position, last)
+            x = layer(x, cos, sin, keys, values, batch.tables, batch.tokens)
         return x
 
     @torch.inference_mode()
-    def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchange two slots, whose KV is written up to `tokens` positions at most."""
-        self.kv.swap(a, b, tokens)
-        self.rows.swap(a, b)
-        moved = {a: b, b: a}
-        self._unfiltered = {moved.get(slot, slot) for slot in self._unfiltered}
-        self._active = ()
+    def copy(self, copy: Copy) -> None:
+        self.kv.copy(copy)
 
     @torch.inference_mode()
-    def clear(self, slot: int) -> None:
-        """Zero the KV of a slot whose numbers went wrong: a masked NaN is still NaN."""
-        for tensor in (*self.kv.keys, *self.kv.values):
-            tensor[:, slot] = 0
+    def clear(self, blocks: Sequence[int]) -> None:
+        self.kv.clear(blocks)
 
     @torch.inference_mode()
     def load_compiled(self, idle: bool) -> bool:
@@ -205,7 +197,7 @@ class Runner:
         if self.compiler:
             self.compiler.close()
         self.compiler = None  # it holds the model, too
-        del self.model, self.kv, self.rows, self._views, self._layers
+        del self.model, self.kv, self.rules, self._batches, self._layers
         self.compiled.clear()
         gc.unfreeze()
         gc.collect()
@@ -218,18 +210,8 @@ class Runner:
         wanted = len(compiler.wanted) if compiler else 0
         return self._facts | {"compiled": f"{done}/{wanted}", "compile_failures": failures}
 
-    def _try(self, bucket: Bucket, eager: Step, *arguments: object) -> Any:
-        """What `bucket`'s compiled code computes; or `eager`, where there is none.
 
-        When compiled code fails where eager code does not, it is given up; when both fail, the rows are to blame.
-        """
-        if bucket not in self.compiled:
-            return eager(*arguments)
-        try:
-            return self.compiled[bucket](*arguments)
-        except Exception as error:
-            outcome = eager(*arguments)
-            _log.warning("compiled code failed, continuing without it", exc_info=error)
-            del self.compiled[bucket]
-            self._broken += 1
-            return outcome
+def _parts(values: list[Any], work: Sequence[Work]) -> list[list[Any]]:
+    """What belongs to each sequence, of what was computed for all tokens."""
+    flat = iter(values)
+    return [list(itertools.islice(flat, len(one.tokens))) for one in work]

@@ -1,4 +1,4 @@
-"""One batched sampling step: every row by its own rules, none by its neighbours'."""
+"""The next token of each row of a batch, by its own rules and none of its neighbours'."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,21 +9,18 @@ from torch import Tensor
 from model.types import Sampling
 
 CANDIDATES = 256  # top_k and top_p choose among this many most likely tokens; a full sort costs ten times as much
+UNSOUND = -1  # instead of a token, where the logits are not finite
 _BLOCK = 32
 _LOW = 0xFFFFFFFF
 
 
 @dataclass(slots=True)
-class Rows:
-    """What a decode step reads and writes for each slot.
+class Rules:
+    """How each row of the engine chooses; greedily, until a request sets it.
 
-    ids int64 [slots, 1]: the next input; position int64 [slots]: where its KV goes; active bool [slots];
-    temperature, top_p, penalty float32 [slots]; top_k, key int64 [slots]; seen bool [slots, vocabulary].
+    temperature, top_p, penalty float32 [rows]; top_k, key int64 [rows]; seen bool [rows, vocabulary].
     """
 
-    ids: Tensor
-    position: Tensor
-    active: Tensor
     temperature: Tensor
     top_p: Tensor
     top_k: Tensor
@@ -32,14 +29,11 @@ class Rows:
     seen: Tensor
 
     @classmethod
-    def empty(cls, slots: int, vocabulary: int, device: str) -> Self:
+    def empty(cls, rows: int, vocabulary: int, device: str) -> Self:
         def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.full((slots, *shape), value, dtype=dtype, device=device)
+            return torch.full((rows, *shape), value, dtype=dtype, device=device)
 
         return cls(
-            ids=full(0, torch.int64, 1),
-            position=full(0, torch.int64),
-            active=full(0, torch.bool),
             temperature=full(0, torch.float32),
             top_p=full(1, torch.float32),
             top_k=full(0, torch.int64),
@@ -51,67 +45,52 @@ class Rows:
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
 
-    def first(self, count: int) -> Self:
-        """Views of the first `count` slots."""
-        return type(self)(*(tensor[:count] for tensor in self.tensors()))
+    def of(self, row: Tensor) -> Self:
+        """Those of each token: row int64 [n]."""
+        return type(self)(*(tensor[row] for tensor in self.tensors()))
 
-    def swap(self, a: int, b: int) -> None:
-        for tensor in self.tensors():
-            tensor[[a, b]] = tensor[[b, a]]
-
-    def assign(self, slot: int, sampling: Sampling, seed: int, prompt: Tensor) -> None:
-        """Give a slot its request's rules. prompt int64 [n]: tokens that the repetition penalty counts as seen."""
-        self.temperature[slot] = sampling.temperature
-        self.top_p[slot] = sampling.top_p
-        self.top_k[slot] = min(sampling.top_k, CANDIDATES)
-        self.penalty[slot] = sampling.repetition_penalty
-        self.key[slot] = mix_seed(seed)
-        self.seen[slot] = False
-        self.seen[slot, prompt] = True
+    def assign(self, row: int, sampling: Sampling, seed: int, tokens: Tensor) -> None:
+        """Give a row its request's rules. tokens int64 [n]: those that the repetition penalty counts as seen."""
+        self.temperature[row] = sampling.temperature
+        self.top_p[row] = sampling.top_p
+        self.top_k[row] = min(sampling.top_k, CANDIDATES)
+        self.penalty[row] = sampling.repetition_penalty
+        self.key[row] = mix_seed(seed)
+        self.seen[row] = False
+        self.seen[row, tokens] = True
 
 
-def choose(logits: Tensor, rows: Rows) -> Tensor:
-    """The next token of each row: logits float32 [rows, vocabulary] -> int64 [rows].
+def choose(logits: Tensor, position: Tensor, row: Tensor, rules: Rules) -> Tensor:
+    """The token after each one: logits float32 [n, vocabulary], position, row int64 [n] -> int64 [n].
 
-    Greedy where temperature is 0. Else softmax(logits / temperature) cut to top_k, then to top_p (the smallest set of
-    most likely tokens whose probability reaches it), drawn with Gumbel-max: argmax(logit + Gumbel noise).
+    -1 where not all logits are finite. Greedy where temperature is 0. Else softmax(logits / temperature) cut to top_k,
+    then to top_p (the smallest set of most likely tokens whose probability reaches it), drawn with Gumbel-max:
+    argmax(logit + Gumbel noise); with neither cut, from the whole vocabulary. Each chosen token counts as seen.
     """
-    logits = penalise(logits, rows)
-    greedy = logits.argmax(-1)
-    values, tokens = top_candidates(logits / rows.temperature.clamp(min=1e-4)[:, None])
-    noise = gumbel(rows.key[:, None], rows.position[:, None], tokens)
-    drawn = tokens.gather(1, (values + noise).masked_fill(~kept(values, rows), -torch.inf).argmax(-1, keepdim=True))
-    return torch.where(rows.temperature == 0, greedy, drawn[:, 0])
+    mine = rules.of(row)
+    penalised = penalise(logits, mine)
+    scaled = penalised / mine.temperature.clamp(min=1e-4)[:, None]
+    values, candidates = top_candidates(scaled)
+    noise = gumbel(mine.key[:, None], position[:, None], candidates)
+    cut = candidates.gather(1, (values + noise).masked_fill(~kept(values, mine), -torch.inf).argmax(-1, keepdim=True))
+    everything = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    free = (scaled + gumbel(mine.key[:, None], position[:, None], everything)).argmax(-1)
+    drawn = torch.where((mine.top_k == 0) & (mine.top_p >= 1), free, cut[:, 0])
+    chosen = torch.where(mine.temperature == 0, penalised.argmax(-1), drawn)
+    chosen = torch.where(logits.isfinite().all(-1), chosen, UNSOUND)
+    rules.seen.index_put_((row, chosen.clamp(min=0)), chosen >= 0)
+    return chosen
 
 
-def choose_by_kernel(logits: Tensor, rows: Rows) -> Tensor:
-    """As `choose`, by this project's kernel; -1 for a row whose logits are not all finite.
-
-    A row with neither top_k nor top_p is drawn from the whole vocabulary.
-    """
-    given = (rows.position, rows.temperature, rows.top_p, rows.top_k, rows.penalty, rows.key, rows.seen)
-    return torch.ops.slots.choose(logits.contiguous(), *given)
+def choose_by_kernel(logits: Tensor, position: Tensor, row: Tensor, rules: Rules) -> Tensor:
+    """As `choose`, by this project's kernel."""
+    return torch.ops.slots.choose(logits.contiguous(), position, row, *rules.tensors())
 
 
-def choose_unfiltered(logits: Tensor, rows: Rows) -> Tensor:
-    """As `choose`, for rows with neither top_k nor top_p: drawn from the whole vocabulary. Too slow for every step."""
-    tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    scaled = penalise(logits, rows) / rows.temperature.clamp(min=1e-4)[:, None]
-    return (scaled + gumbel(rows.key[:, None], rows.position[:, None], tokens)).argmax(-1)
-
-
-def advance(rows: Rows, tokens: Tensor, finite: Tensor) -> None:
-    """Make each active, finite row's new token its next input, seen from now on."""
-    moving = rows.active & finite
-    rows.ids.copy_(torch.where(moving, tokens, rows.ids[:, 0])[:, None])
-    rows.position.add_(moving)
-    rows.seen.scatter_(1, rows.ids, rows.seen.gather(1, rows.ids) | moving[:, None])
-
-
-def penalise(logits: Tensor, rows: Rows) -> Tensor:
+def penalise(logits: Tensor, rules: Rules) -> Tensor:
     """Repetition penalty of CTRL (Keskar et al. 2019), as transformers applies it: to prompt and answer alike."""
-    penalty = rows.penalty[:, None]
-    return torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalty = rules.penalty[:, None]
+    return torch.where(rules.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +109,13 @@ def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values, best.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
 
 
-def kept(values: Tensor, rows: Rows) -> Tensor:
+def kept(values: Tensor, rules: Rules) -> Tensor:
     """Which candidates (descending, [rows, k]) top_k and top_p leave in; the first always stays."""
     rank = torch.arange(values.shape[1], device=values.device)
-    in_top_k = (rank < rows.top_k[:, None]) | (rows.top_k == 0)[:, None]
+    in_top_k = (rank < rules.top_k[:, None]) | (rules.top_k == 0)[:, None]
     probability = torch.softmax(values.masked_fill(~in_top_k, -torch.inf), -1)
     before = probability.cumsum(-1) - probability
-    return in_top_k & ((before < rows.top_p[:, None]) | (rank == 0))
+    return in_top_k & ((before < rules.top_p[:, None]) | (rank == 0))
 
 
 def gumbel(key: Tensor, position: Tensor, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from settings import Settings
 
 DEMO_WHEEL = "demo-wheel"
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-DEFAULT_CONTEXT = 8192  # tokens a slot where MAX_CONTEXT is not set and the model could do more
+DEFAULT_CONTEXT = 8192  # tokens, where neither MAX_CONTEXT nor the model says how many
 THINK = ("<think>", "</think>")
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")

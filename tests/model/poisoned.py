@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 
+from model.engine.scheduler import Work
 from model.local import LocalBackend
 from model.types import Message, Progress
 from tests.model.scripted import ScriptedRunner
@@ -24,29 +25,28 @@ class PoisonedRunner(ScriptedRunner):
         super().__init__(slots, context=1 << 20)
         self.injected = 0
         self.before_step = self._suffer
-        self.spoil = lambda slot: self._holds(slot, "!nan")
+        self.spoil = lambda one: self._holds(one, "!nan")
         self._computes = threading.Event()
         self._pace = pace
 
     def details(self) -> Mapping[str, str | int]:
         return {**super().details(), "injected": self.injected, "pid": os.getpid()}
 
-    def _suffer(self, active: tuple[int, ...]) -> None:
+    def _suffer(self, rows: tuple[int, ...]) -> None:
         self._computes.wait(self._pace)
-        if any(self._holds(slot, "!raise") for slot in active):
+        words = {word for one in self.work for word in POISON if self._holds(one, word)}
+        if "!raise" in words:
             raise RuntimeError("injected")
-        if any(self._holds(slot, "!memory") for slot in active):
+        if "!memory" in words:
             raise MemoryError("injected")
-        if any(self._holds(slot, "!kill") for slot in active):
+        if "!kill" in words:
             raise SystemExit("injected")
-        if any(self._holds(slot, "!hang") for slot in active):
+        if "!hang" in words:
             self._computes.wait()
 
-    def _holds(self, slot: int, word: str) -> bool:
-        """Among the first tokens of what the slot has read: further on may be what an earlier owner left."""
-        token, position = self.active[slot]
-        read = [self.written[slot].get(place) for place in range(min(position, 64))]
-        found = POISON[word] in [*read, token]
+    def _holds(self, one: Work, word: str) -> bool:
+        """Among the first tokens of what the sequence has read, or is about to."""
+        found = POISON[word] in [*self.read(one)[:64], *one.tokens]
         self.injected += found
         return found
 

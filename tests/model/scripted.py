@@ -5,9 +5,12 @@ Its tokens depend on the row's own history alone, as a correct model's do, so th
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+from model.engine.blocks import BLOCK, Copy, blocks_for
+from model.engine.scheduler import Work
 from model.types import Sampling
 
 END = 0
@@ -15,64 +18,70 @@ UNFIT, NOT_FINITE = 90_001, 90_002  # prompt tokens that a runner chokes on
 
 
 class ScriptedRunner:
-    """Row state is (token, position, running hash of what was written); a step's token is a function of these."""
+    """A block's KV is the tokens written to it; a step's token is a function of those that its sequence holds."""
 
-    def __init__(self, slots: int = 4, context: int = 4096) -> None:
+    work: Sequence[Work] = ()  # of the step at hand
+
+    def __init__(self, slots: int = 4, context: int = 4096, blocks: int = 0) -> None:
+        """blocks: of KV, for all; as many as all slots could fill unless given."""
         self.slots, self.context, self.eos = slots, context, frozenset([END])
-        self.written: list[dict[int, int]] = [{} for _ in range(slots)]
-        self.active: list[tuple[int, int]] = [(0, 0)] * slots
+        self.blocks = blocks or slots * blocks_for(context)
+        self.guesses, self.step_tokens, self.chunk_tokens = 7, 8 * slots, 512
+        self.written: dict[int, list[int]] = {}  # block -> its tokens, 0 where none is written
         self.threads: set[int] = set()
-        self.steps: list[tuple[int, ...]] = []
-        self.prefilled: list[tuple[int, int, int]] = []  # slot, start, count
+        self.steps: list[tuple[int, ...]] = []  # rows
+        self.prefilled: list[tuple[int, int, int]] = []  # row, start, count
         self.chunks: list[dict[int, int]] = []  # a chunk each: first token -> count
+        self.following: Callable[[Sequence[int]], int] = following
         self.before_prefill: Callable[[], None] = lambda: None
-        self.before_step: Callable[[tuple[int, ...]], None] = lambda active: None
-        self.spoil: Callable[[int], bool] = lambda slot: False
+        self.before_step: Callable[[tuple[int, ...]], None] = lambda rows: None
+        self.spoil: Callable[[Work], bool] = lambda one: False
         self.compiled = (0, 0)
         self.closed = False
 
-    def init_row(self, slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
+    def begin(self, row: int, sampling: Sampling, seed: int, tokens: Sequence[int]) -> None:
         self._here()
-        if prompt[0] == UNFIT:
+        if tokens[0] == UNFIT:
             raise IndexError("injected: no such token")
 
-    def prefill(self, chunks: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
+    def prefill(self, work: Sequence[Work]) -> list[bool]:
         self._here()
         self.before_prefill()
-        if any(UNFIT in ids for _, ids, _ in chunks):
+        if any(UNFIT in one.tokens for one in work):
             raise IndexError("injected: no such token")
-        self.chunks.append({ids[0]: len(ids) for _, ids, _ in chunks})
-        for slot, ids, start in chunks:
-            self.prefilled.append((slot, start, len(ids)))
-            self.written[slot].update(enumerate(ids, start))
-        return [NOT_FINITE not in ids for _, ids, _ in chunks]
+        self.chunks.append({one.tokens[0]: len(one.tokens) for one in work})
+        for one in work:
+            self.prefilled.append((one.row, one.position, len(one.tokens)))
+            self._write(one)
+        return [NOT_FINITE not in one.tokens for one in work]
 
-    def activate(self, slot: int, token: int, position: int) -> None:
-        self.active[slot] = (token, position)
-
-    def deactivate(self, slot: int, position: int) -> None:
-        self.active[slot] = (0, position)
-
-    def step(self, active: Sequence[int]) -> list[int | None]:
+    def step(self, work: Sequence[Work]) -> list[list[int | None]]:
         self._here()
-        self.before_step(tuple(active))
-        self.steps.append(tuple(active))
-        out: list[int | None] = [None] * self.slots
-        for slot in active:
-            token, position = self.active[slot]
-            self.written[slot][position] = token
-            if not self.spoil(slot):
-                out[slot] = following([self.written[slot][i] for i in range(position + 1)])
-                self.active[slot] = (out[slot] or 0, position + 1)
-        return out
+        self.work = work
+        rows = tuple(one.row for one in work)
+        self.before_step(rows)
+        self.steps.append(rows)
+        for one in work:
+            self._write(one)
+        return [[None if self.spoil(one) else self.following(self.read(one, at)) for at in range(1, 1 + len(one.tokens))]
+                for one in work]  # fmt: skip
 
-    def swap(self, a: int, b: int, tokens: int) -> None:
+    def read(self, one: Work, count: int = 0) -> list[int]:
+        """The tokens that a sequence's blocks hold, up to the last `count` of this work."""
+        held = itertools.chain.from_iterable(self.written[block] for block in one.blocks if block in self.written)
+        return list(itertools.islice(held, one.position + count))
+
+    def _write(self, one: Work) -> None:
+        for at, token in enumerate(one.tokens, one.position):
+            self.written.setdefault(one.blocks[at // BLOCK], [0] * BLOCK)[at % BLOCK] = token
+
+    def copy(self, copy: Copy) -> None:
         self._here()
-        for rows in (self.written, self.active):
-            rows[a], rows[b] = rows[b], rows[a]  # type: ignore[index]
+        self.written[copy.target] = self.written[copy.source][: copy.tokens] + [0] * (BLOCK - copy.tokens)
 
-    def clear(self, slot: int) -> None:
-        self.written[slot].clear()
+    def clear(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.written.pop(block, None)
 
     def load_compiled(self, idle: bool) -> bool:
         return False
@@ -92,10 +101,7 @@ class ScriptedRunner:
 
 def following(tokens: Sequence[int]) -> int:
     """The token after these, between 1 and 96: never the end."""
-    state = 17
-    for token in tokens:
-        state = (state * 31 + token) % 9973
-    return state % 96 + 1
+    return hash(tuple(tokens)) % 96 + 1
 
 
 def continuation(prompt: Sequence[int], count: int) -> list[int]:

@@ -139,7 +139,7 @@ def test_a_request_in_prefill_can_be_given_up(counted: Callable[..., None]) -> N
         closed.set()
         assert read(long) == ([], FinishReason.CANCELLED)
         computed = sum(count for _, _, count in runner.prefilled)
-        counted(prompt_tokens=len(long.prompt), prompt_tokens_computed=computed)
+        counted(prompt_tokens=long.prompt_tokens, prompt_tokens_computed=computed)
         assert computed < 1999
         streaming.close()
 

@@ -24,7 +24,7 @@ def test_a_poisonous_row_fails_alone(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=4)
 
     def poison(active: tuple[int, ...]) -> None:
-        if any(runner.written[slot].get(0, runner.active[slot][0]) == 66 for slot in active):
+        if any([*runner.read(one), *one.tokens][0] == 66 for one in runner.work):
             raise RuntimeError("injected")
 
     runner.before_step = poison
@@ -59,15 +59,15 @@ def test_a_batch_too_large_for_the_memory_is_split_and_answered(counted: Callabl
 @pytest.mark.promise("P5", injected="one row of NaN beside another")
 def test_a_row_without_finite_numbers_fails_alone_and_its_kv_is_wiped(counted: Callable[..., None]) -> None:
     runner = ScriptedRunner(slots=2)
-    runner.spoil = lambda slot: runner.written[slot].get(0) == 500
+    runner.spoil = lambda one: runner.read(one, 1)[0] == 500
     with serving(runner) as engine:
         good, bad = engine.submit(request([1], count=6)), engine.submit(request([500], count=6))
         with pytest.raises(GenerationFailed):
             read(bad)
         text = read(good)[0]
-        eventually(lambda: all(500 not in written.values() for written in runner.written))
-    left = sum(500 in written.values() for written in runner.written)
-    counted(tokens_of_the_other=len(text), slots_that_hold_the_bad_row=left)
+        eventually(lambda: all(500 not in written for written in runner.written.values()))
+    left = sum(500 in written for written in runner.written.values())
+    counted(tokens_of_the_other=len(text), blocks_that_hold_the_bad_row=left)
     assert text == continuation([1], 6) and left == 0
 
 
@@ -80,7 +80,7 @@ def test_a_prompt_that_the_model_chokes_on_fails_alone() -> None:
             with pytest.raises(GenerationFailed):
                 read(engine.submit(request(prompt)))
         assert read(good)[0] == continuation([1], 60)
-        assert not any(NOT_FINITE in written.values() for written in runner.written)
+        assert not any(NOT_FINITE in written for written in runner.written.values())
         assert engine.status().ready
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from errors import Overloaded
 from model.engine.engine import Engine
-from model.engine.scheduler import CHUNK_MAX, CHUNK_MIN
+from model.engine.scheduler import CHUNK_MIN
 from model.engine.sequence import RequestQueue, Sequence
 from model.types import FinishReason, Status
 from telemetry import Metrics
@@ -106,10 +106,10 @@ def test_a_chunk_is_for_every_user_in_turn() -> None:
         hold.open()
         for sequence in sequences:
             read(sequence)
-    owners = {sequence.prompt[0]: sequence.request.owner for sequence in sequences}
+    owners = {sequence.tokens[0]: sequence.request.owner for sequence in sequences}
     for chunk in runner.chunks[1:9]:
         tokens = {owner: sum(n for token, n in chunk.items() if owners[token] == owner) for owner in owners.values()}
-        assert set(tokens.values()) == {CHUNK_MAX // 4}
+        assert set(tokens.values()) == {runner.chunk_tokens // 4}
 
 
 def test_the_shortest_rest_of_a_user_goes_first() -> None:
@@ -121,7 +121,7 @@ def test_the_shortest_rest_of_a_user_goes_first() -> None:
         short = engine.submit(request([6] * 100, count=1))
         hold.open()
         read(short)
-        assert runner.chunks[1] == {6: 99, 5: CHUNK_MAX - 99}
+        assert runner.chunks[1] == {6: 99, 5: runner.chunk_tokens - 99}
         assert read(long)[0] == continuation([5] * 3000, 1)
 
 

@@ -23,25 +23,25 @@ from tests.model.tiny import tiny_model
 TOKEN = 512
 
 
-def room(monkeypatch: pytest.MonkeyPatch, available: int, **settings: int) -> tuple[int, int]:
+def room(monkeypatch: pytest.MonkeyPatch, available: int, **settings: int) -> tuple[int, int, int]:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     return fit(Settings(**settings), tiny_model().config, torch.float32, "cpu")  # type: ignore[arg-type]
 
 
 def test_settings_and_model_bound_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert room(monkeypatch, 1 << 40) == (16, 1024)  # the model's own context
-    assert room(monkeypatch, 1 << 40, slots=3, max_context=300) == (3, 300)
+    assert room(monkeypatch, 1 << 40) == (16, 16 * 4, 1024)  # the model's own context
+    assert room(monkeypatch, 1 << 40, slots=3, max_context=300) == (3, 3 * 2, 300)
 
 
-def test_slots_give_way_before_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = 2 * TOKEN * 1024  # half of the available memory is for KV
-    assert room(monkeypatch, half * 9) == (8, 1024)  # a power of two: compiled steps depend on it
-    assert room(monkeypatch, half // 2) == (1, 512)
+def test_memory_bounds_the_sum_and_only_then_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = 2 * TOKEN * 256  # half of the available memory is for KV
+    assert room(monkeypatch, block * 21) == (16, 20, 1024)  # one is nobody's
+    assert room(monkeypatch, block * 3) == (2, 2, 512)
 
 
 def test_too_little_memory_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="no memory is left for KV"):
-        room(monkeypatch, TOKEN * 200)
+        room(monkeypatch, 2 * TOKEN * 256)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_damaged_weights_fail_the_load_and_not_a_user() -> None:
     model = tiny_model()
     model.lm_head.weight.data[3, 5] = torch.nan
     with pytest.raises(ModelError, match="not finite"):
-        try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 256, "cpu", frozenset()))
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32), 2, 2, 256, "cpu", frozenset()))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -64,7 +64,7 @@ def test_attention_that_is_not_understood_is_refused(kernels: bool) -> None:
     model = tiny_model("Qwen2ForCausalLM")
     model.model.layers[1].self_attn.sliding_window = 512
     with pytest.raises(ValueError, match="sliding_window"):
-        try_out(Runner(model, Plan("dense", torch.float32, torch.float32, kernels), 2, 256, "cpu", frozenset()))
+        try_out(Runner(model, Plan("dense", torch.float32, torch.float32, kernels), 2, 2, 256, "cpu", frozenset()))
 
 
 @pytest.mark.usefixtures("kernels")

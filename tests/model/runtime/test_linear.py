@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from model.engine.scheduler import Work
 from model.runtime import linear
+from model.runtime.kv import Batch
 from model.runtime.linear import DenseLinear, PackedLinear, Plan, join
 from model.runtime.runner import Runner
 from tests.model.tiny import ARCHITECTURES, tiny_model
@@ -158,20 +160,19 @@ def test_without_kernels_4_bits_become_floats_once() -> None:
 @pytest.mark.parametrize("count", [1, 4, 5, 70])  # 70 are more than are computed together
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_layer_in_one_call_is_its_steps(architecture: str, count: int) -> None:
-    runner = Runner(tiny_model(architecture), PACKED, 1, 256, "cpu", frozenset())
+    runner = Runner(tiny_model(architecture), PACKED, 1, 1, 256, "cpu", frozenset())
     body, (keys, values) = runner.model.model, runner.kv.tensors
-    layer, position = body.layers[1], torch.arange(count)
+    layer = body.layers[1]
     for weight in (*(norm.weight.data for norm in (*layer.norms, *layer.head_norms)), layer.qkv.bias):
         if weight is not None:
             weight.copy_(torch.rand_like(weight) + 0.5)
 
     def computed(x: torch.Tensor) -> torch.Tensor:
-        at = position[: len(x)]
-        cos, sin = (table[:, 0] for table in body.rotary_emb(x, at[:, None]))
-        result = layer(x, cos, sin, keys[1], values[1], torch.zeros_like(at), at, at)
-        return torch.cat(
-            [result, *(t[0, 0, :, : len(x)].transpose(0, 1).flatten(1).float() for t in (keys[1], values[1]))], -1
-        )
+        batch = Batch.of([Work(0, [0] * len(x), 0, [1])])
+        cos, sin = (table[:, 0] for table in body.rotary_emb(x, batch.tokens[1][:, None]))
+        result = layer(x, cos, sin, keys[1], values[1], batch.tables, batch.tokens)
+        written = (t[1, :, : len(x)].transpose(0, 1).flatten(1).float() for t in (keys[1], values[1]))
+        return torch.cat([result, *written], -1)
 
     with torch.inference_mode():
         x = inputs(count, runner.model.config.hidden_size)
@@ -189,16 +190,16 @@ def test_a_layer_in_one_call_is_its_steps(architecture: str, count: int) -> None
 def test_packed_layers_answer_like_the_dense_model(architecture: str, change: dict[str, object]) -> None:
     if change and architecture != "LlamaForCausalLM":
         change = {"hidden_act": "gelu"}
-    dense, packed = (Runner(tiny_model(architecture, **change), plan, 1, 256, "cpu", frozenset())
+    dense, packed = (Runner(tiny_model(architecture, **change), plan, 1, 1, 256, "cpu", frozenset())
                      for plan in (Plan("dense", torch.float32, torch.float32), PACKED))  # fmt: skip
     assert [name for name, layer in packed.model.named_modules() if isinstance(layer, nn.Linear)] == []
     assert bool(packed.model.model.layers[0].operands) == (not change)
     outputs = []
     for each in (dense, packed):
-        each.prefill([(0, [5, 90, 17], 0)])
-        each.activate(0, 33, 3)
-        each.step([0])
-        outputs.append(torch.cat([t[:, 0, :, :4].flatten() for t in each.kv.values]).float())
+        each.prefill([Work(0, [5, 90, 17], 0, [1])])
+        each.step([Work(0, [33], 3, [1])])
+        written = [t[1] if each.plan.kernels else t[1].transpose(0, 1) for t in each.kv.values]
+        outputs.append(torch.cat([t[:, :4].flatten() for t in written]).float())
     assert nn.functional.cosine_similarity(*outputs, dim=0) > 0.99
 
 

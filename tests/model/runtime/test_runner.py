@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from model.runtime import attention
+from model.engine.blocks import BLOCK, Copy, blocks_for
+from model.engine.scheduler import Work
 from model.runtime.attention import refuse_unknown
-from model.runtime.kv import PAGE
+from model.runtime.kv import Batch
+from model.runtime.layers import RotaryTable
 from model.runtime.linear import Plan
 from model.runtime.runner import Runner
 from model.types import Sampling
@@ -19,30 +23,49 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 DENSE = Plan("dense", torch.float32, torch.float32)
 KERNELS = Plan("dense", torch.float32, torch.float32, kernels=True)  # attention by this project's own kernel
+GREEDY = Sampling(temperature=0)
 PLANS = [pytest.param(DENSE, id="torch"), pytest.param(KERNELS, id="kernels")]
 PROMPTS = [[10, 11, 12], [(7 * i) % 290 for i in range(300)], [5], [(11 * i) % 290 for i in range(120)]]
 
 
 def runner(architecture: str = "LlamaForCausalLM", slots: int = 4, context: int = 1024, plan: Plan = DENSE) -> Runner:
-    return Runner(tiny_model(architecture), plan, slots, context, "cpu", frozenset())
+    return Runner(tiny_model(architecture), plan, slots, slots * blocks_for(context), context, "cpu", frozenset())
 
 
-def start(engine: Runner, slot: int, prompt: list[int], sampling: Sampling, seed: int = 1, chunk: int = 64) -> None:
-    engine.init_row(slot, sampling, seed, prompt)
-    for position in range(0, len(prompt) - 1, chunk):
-        engine.prefill([(slot, prompt[position : min(position + chunk, len(prompt) - 1)], position)])
-    engine.activate(slot, prompt[-1], len(prompt) - 1)
+@dataclass
+class Text:
+    """A sequence in a runner: all its tokens, of which the KV of all but the last is computed."""
+
+    row: int
+    tokens: list[int]
+    blocks: list[int]
+
+    def work(self, *guesses: int) -> Work:
+        return Work(self.row, [self.tokens[-1], *guesses], len(self.tokens) - 1, self.blocks)
 
 
-def run(engine: Runner, active: list[int], count: int) -> list[list[int]]:
-    texts: list[list[int]] = [[] for _ in active]
+def blocks_of(engine: Runner, row: int) -> list[int]:
+    """Those of a row, when each has its share: the last first, for they may come in any order."""
+    each = engine.blocks // engine.slots
+    return [1 + row * each + n for n in reversed(range(each))]
+
+
+def start(engine: Runner, row: int, prompt: list[int], sampling: Sampling, seed: int = 1, chunk: int = 64) -> Text:
+    text = Text(row, list(prompt), blocks_of(engine, row))
+    engine.begin(row, sampling, seed, prompt)
+    for at in range(0, len(prompt) - 1, chunk):
+        engine.prefill([Work(row, prompt[at : min(at + chunk, len(prompt) - 1)], at, text.blocks)])
+    return text
+
+
+def run(engine: Runner, texts: list[Text], count: int) -> list[list[int]]:
+    made: list[list[int]] = [[] for _ in texts]
     for _ in range(count):
-        tokens = engine.step(active)
-        for text, slot in zip(texts, active, strict=True):
-            token = tokens[slot]
+        for text, own, (token,) in zip(texts, made, engine.step([text.work() for text in texts]), strict=True):
             assert token is not None
-            text.append(token)
-    return texts
+            text.tokens.append(token)
+            own.append(token)
+    return made
 
 
 def generated(architecture: str, prompt: list[int], count: int, **options: object) -> list[int]:
@@ -58,37 +81,58 @@ def generated(architecture: str, prompt: list[int], count: int, **options: objec
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_in_a_batch_is_greedy_alone_is_generate(architecture: str, plan: Plan) -> None:
     engine, alone = runner(architecture, plan=plan), runner(architecture, slots=1, plan=plan)
-    for slot, prompt in enumerate(PROMPTS):
-        start(engine, slot, prompt, Sampling(temperature=0))
-    together = run(engine, [0, 1, 2, 3], 24)
+    together = run(engine, [start(engine, row, prompt, GREEDY) for row, prompt in enumerate(PROMPTS)], 24)
     for prompt, text in zip(PROMPTS, together, strict=True):
         assert text == generated(architecture, prompt, 24)
-        start(alone, 0, prompt, Sampling(temperature=0))
-        assert run(alone, [0], 24) == [text]
+        assert run(alone, [start(alone, 0, prompt, GREEDY)], 24) == [text]
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_chunks_of_any_size_make_the_same_prompt(plan: Plan) -> None:
     want = generated("LlamaForCausalLM", PROMPTS[1], 8)
-    for chunk in (1, 7, PAGE - 1, PAGE, 512):
+    for chunk in (1, 7, BLOCK - 1, BLOCK, 512):
         engine = runner(slots=1, plan=plan)
-        start(engine, 0, PROMPTS[1], Sampling(temperature=0), chunk=chunk)
-        assert run(engine, [0], 8) == [want]
+        assert run(engine, [start(engine, 0, PROMPTS[1], GREEDY, chunk=chunk)], 8) == [want]
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_text_grows_over_a_page_border(plan: Plan) -> None:
+def test_a_text_grows_over_a_blocks_border(plan: Plan) -> None:
+    engine, prompt = runner(slots=2, plan=plan), PROMPTS[1][: BLOCK - 5]
+    assert run(engine, [start(engine, 1, prompt, GREEDY)], 20) == [generated("LlamaForCausalLM", prompt, 20)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_guesses_are_read_beside_the_next_token_as_if_one_by_one(plan: Plan) -> None:
+    """Right ones, wrong ones, and another row's single token beside them; what a wrong one wrote is written over."""
+    engine, want = runner(plan=plan), generated("LlamaForCausalLM", PROMPTS[1], 9)
+    text, other = start(engine, 0, PROMPTS[1], GREEDY), start(engine, 2, PROMPTS[3], GREEDY)
+    chosen = engine.step([text.work(want[0], want[1], want[2] + 1, want[3]), other.work()])
+    assert chosen[0][:3] == want[:3] and chosen[1] == generated("LlamaForCausalLM", PROMPTS[3], 1)
+    text.tokens += want[:3]
+    assert engine.step([text.work(*want[3:6])])[0] == want[3:7]
+    text.tokens += want[3:7]
+    assert run(engine, [text], 2) == [want[7:]]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_copied_block_goes_on_as_its_source(plan: Plan) -> None:
     engine = runner(slots=2, plan=plan)
-    prompt = PROMPTS[1][: PAGE - 5]
-    start(engine, 1, prompt, Sampling(temperature=0))
-    assert run(engine, [1], 20) == [generated("LlamaForCausalLM", prompt, 20)]
+    source = start(engine, 0, PROMPTS[3], GREEDY)
+    other = Text(1, [*PROMPTS[3][:100], 7, 8], blocks_of(engine, 1))
+    engine.copy(Copy(source.blocks[0], other.blocks[0], 100))
+    engine.begin(1, GREEDY, 1, other.tokens)
+    engine.prefill([Work(1, other.tokens[100:-1], 100, other.blocks)])
+    texts = run(engine, [source, other], 8)
+    assert texts == [
+        generated("LlamaForCausalLM", PROMPTS[3], 8),
+        generated("LlamaForCausalLM", [*PROMPTS[3][:100], 7, 8], 8),
+    ]
 
 
 def test_repetition_penalty_is_transformers_own() -> None:
     engine = runner(slots=2)
-    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
-    start(engine, 1, PROMPTS[0], Sampling(temperature=0, repetition_penalty=1.5))
-    plain, penalised = run(engine, [0, 1], 24)
+    texts = [start(engine, 0, PROMPTS[0], GREEDY), start(engine, 1, PROMPTS[0], Sampling(0, repetition_penalty=1.5))]
+    plain, penalised = run(engine, texts, 24)
     assert penalised == generated("LlamaForCausalLM", PROMPTS[0], 24, repetition_penalty=1.5) != plain
 
 
@@ -96,72 +140,33 @@ def test_repetition_penalty_is_transformers_own() -> None:
 def test_a_seeded_row_is_the_same_alone_and_among_strangers(plan: Plan) -> None:
     sampling = Sampling(temperature=1.0, top_k=40, top_p=0.9)
     engine, alone = runner(plan=plan), runner(slots=1, plan=plan)
-    for slot, prompt in enumerate(PROMPTS):
-        start(engine, slot, prompt, sampling, seed=100 + slot)
-    together = run(engine, [0, 1, 2, 3], 16)
-    start(alone, 0, PROMPTS[1], sampling, seed=101)
-    assert run(alone, [0], 16) == [together[1]]
-    start(alone, 0, PROMPTS[1], sampling, seed=102)
-    assert run(alone, [0], 16) != [together[1]]
-
-
-def test_a_row_without_any_cut_is_drawn_from_the_whole_vocabulary_and_spares_the_others() -> None:
-    engine = runner()
-    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
-    start(engine, 1, PROMPTS[0], Sampling(temperature=4.0, top_k=0, top_p=1.0), seed=5)
-    greedy, free = run(engine, [0, 1], 16)
-    assert greedy == generated("LlamaForCausalLM", PROMPTS[0], 16) != free
+    texts = [start(engine, row, prompt, sampling, seed=100 + row) for row, prompt in enumerate(PROMPTS)]
+    together = run(engine, texts, 16)
+    assert run(alone, [start(alone, 0, PROMPTS[1], sampling, seed=101)], 16) == [together[1]]
+    assert run(alone, [start(alone, 0, PROMPTS[1], sampling, seed=102)], 16) != [together[1]]
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_idle_rows_of_a_bucket_keep_their_kv(plan: Plan) -> None:
-    """A step computes every row of its bucket: one in prefill or at rest must come out unharmed."""
-    engine = runner(slots=3, plan=plan)
-    resting, arriving = PROMPTS[3], PROMPTS[1]
-    start(engine, 0, resting, Sampling(temperature=0))
-    engine.deactivate(0, len(resting) - 1)
-    engine.init_row(1, Sampling(temperature=0), 1, arriving)
-    engine.deactivate(1, 0)
-    start(engine, 2, PROMPTS[0], Sampling(temperature=0))
-    for position in range(0, len(arriving) - 1, 50):
-        engine.prefill([(1, arriving[position : min(position + 50, len(arriving) - 1)], position)])
-        run(engine, [2], 2)
-    engine.activate(1, arriving[-1], len(arriving) - 1)
-    engine.init_row(0, Sampling(temperature=0), 1, resting)
-    engine.activate(0, resting[-1], len(resting) - 1)
-    texts = run(engine, [0, 1], 8)
-    assert texts == [generated("LlamaForCausalLM", resting, 8), generated("LlamaForCausalLM", arriving, 8)]
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_swapped_slots_go_on_as_if_nothing_happened(plan: Plan) -> None:
-    engine = runner(slots=3, plan=plan)
-    start(engine, 2, PROMPTS[1], Sampling(temperature=1.0, repetition_penalty=1.2), seed=9)
-    start(engine, 0, PROMPTS[3], Sampling(temperature=0))
-    before = run(engine, [0, 2], 5)
-    engine.swap(2, 1, len(PROMPTS[1]) + 6)
-    after = run(engine, [0, 1], 5)
-    other = runner(slots=3, plan=plan)
-    start(other, 2, PROMPTS[1], Sampling(temperature=1.0, repetition_penalty=1.2), seed=9)
-    start(other, 0, PROMPTS[3], Sampling(temperature=0))
-    assert [a + b for a, b in zip(before, after, strict=True)] == run(other, [0, 2], 10)
+def test_a_row_without_any_cut_is_drawn_from_the_whole_vocabulary_and_spares_the_others(plan: Plan) -> None:
+    engine = runner(plan=plan)
+    free = Sampling(temperature=4.0, top_k=0, top_p=1.0)
+    greedy, drawn = run(engine, [start(engine, 0, PROMPTS[0], GREEDY), start(engine, 1, PROMPTS[0], free, seed=5)], 16)
+    assert greedy == generated("LlamaForCausalLM", PROMPTS[0], 16) != drawn
 
 
 @pytest.mark.promise("P5", injected="NaN in the KV of one row of a real model", counted="the other's tokens unchanged")
 @pytest.mark.parametrize("plan", PLANS)
 def test_numbers_that_are_not_finite_are_told_and_only_of_their_row(plan: Plan, counted: Callable[..., None]) -> None:
     engine = runner(slots=2, plan=plan)
-    start(engine, 0, PROMPTS[0], Sampling(temperature=0))
-    start(engine, 1, PROMPTS[3], Sampling(temperature=0))
-    engine.kv.values[0][0, 1, :, 3] = torch.nan  # the first page, or the only one
-    tokens = engine.step([0, 1])
-    sound = engine.prefill([(1, [3], len(PROMPTS[3])), (0, [3], len(PROMPTS[0]))])
+    good, bad = start(engine, 0, PROMPTS[0], GREEDY), start(engine, 1, PROMPTS[3], GREEDY)
+    engine.kv.values[0][bad.blocks[0]].select(1 if plan.kernels else 0, 3).fill_(torch.nan)
+    tokens = [own for (own,) in engine.step([good.work(), bad.work()])]
+    sound = engine.prefill([bad.work(), good.work()])
     counted(bad_rows_in_steps=tokens.count(None), bad_rows_in_prompts=sound.count(False), good_rows=sound.count(True))
     assert sound == [False, True]
     assert tokens[1] is None and tokens[0] == generated("LlamaForCausalLM", PROMPTS[0], 1)[0]
-    engine.clear(1)
-    start(engine, 1, PROMPTS[3], Sampling(temperature=0))
-    assert run(engine, [1], 4) == [generated("LlamaForCausalLM", PROMPTS[3], 4)]
+    engine.clear(bad.blocks)
+    assert run(engine, [start(engine, 1, PROMPTS[3], GREEDY)], 4) == [generated("LlamaForCausalLM", PROMPTS[3], 4)]
 
 
 def test_an_attention_argument_that_is_not_understood_is_refused() -> None:
@@ -174,34 +179,58 @@ def test_an_attention_argument_that_is_not_understood_is_refused() -> None:
 PACKED = Plan("packed", torch.float32, torch.bfloat16, kernels=True)
 
 
+@pytest.mark.promise(
+    "P29",
+    injected="other rows, chunks of other lengths, guesses, blocks in another order: 1,000 seeded schedules",
+    counted="bitwise the same logits",
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_matrices_keep_a_batch_bitwise_equal_to_one_alone(architecture: str) -> None:
-    engine, alone = runner(architecture, plan=PACKED), runner(architecture, slots=1, plan=PACKED)
-    for slot, prompt in enumerate(PROMPTS):
-        start(engine, slot, prompt, Sampling(temperature=0))
-    together = run(engine, [0, 1, 2, 3], 16)
-    for prompt, text in zip(PROMPTS, together, strict=True):
-        start(alone, 0, prompt, Sampling(temperature=0))
-        assert run(alone, [0], 16) == [text]
+def test_a_text_depends_on_nothing_but_itself_to_the_bit(architecture: str, counted: Callable[..., None]) -> None:
+    """Each text's logits after each token, computed in one piece and, 1,000 times, in random pieces beside others."""
+    engine, chance = runner(architecture, context=512, plan=PACKED), random.Random(architecture)
+    assert engine.details()["deterministic"]
+    wanted = [logits(engine, [Work(0, tokens, 0, [1, 2])])[0] for tokens in PROMPTS]
+    same, schedules = 0, 1000 // len(ARCHITECTURES) + 1
+    for _ in range(schedules):
+        rows = chance.sample(range(len(PROMPTS)), chance.randrange(1, len(PROMPTS) + 1))
+        blocks = iter(chance.sample(range(1, 9), 8))
+        places = {row: [next(blocks), next(blocks)] for row in rows}
+        at, found = dict.fromkeys(rows, 0), {row: [torch.zeros(0)] for row in rows}
+        while left := [row for row in rows if at[row] < len(PROMPTS[row])]:
+            now = chance.sample(left, chance.randrange(1, len(left) + 1))
+            pieces = [PROMPTS[row][at[row] :][: chance.choice([1, 1, 2, 5, 8, 31, 33, 64, 300])] for row in now]
+            made = logits(engine, [Work(r, piece, at[r], places[r]) for r, piece in zip(now, pieces, strict=True)])
+            for row, piece, one in zip(now, pieces, made, strict=True):
+                at[row] += len(piece)
+                found[row].append(one)
+        same += all(torch.equal(torch.cat(found[row][1:]), wanted[row]) for row in rows)
+    counted(schedules=schedules, bitwise_the_same=same)
+    assert same == schedules
 
 
-def test_several_prompts_in_one_chunk_are_computed_as_if_alone() -> None:
-    together, alone = runner(plan=KERNELS), runner(plan=KERNELS)
-    for slot, prompt in enumerate(PROMPTS):
-        together.init_row(slot, Sampling(temperature=0), 1, prompt)
-        start(alone, slot, prompt, Sampling(temperature=0), chunk=512)
-    assert together.prefill([(slot, prompt[:-1], 0) for slot, prompt in enumerate(PROMPTS)]) == [True] * 4
-    for slot, prompt in enumerate(PROMPTS):
-        together.activate(slot, prompt[-1], len(prompt) - 1)
-    assert run(together, [0, 1, 2, 3], 16) == run(alone, [0, 1, 2, 3], 16)
+@torch.inference_mode()
+def logits(engine: Runner, work: list[Work]) -> list[torch.Tensor]:
+    made = engine.model.lm_head(engine.hidden_states(Batch.of(work)))
+    return list(made.split([len(one.tokens) for one in work]))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_several_prompts_in_one_chunk_are_computed_as_if_alone(plan: Plan) -> None:
+    engine = runner(plan=plan)
+    texts = [Text(row, list(prompt), blocks_of(engine, row)) for row, prompt in enumerate(PROMPTS)]
+    for text in texts:
+        engine.begin(text.row, GREEDY, 1, text.tokens)
+    chunks = [Work(text.row, text.tokens[:-1], 0, text.blocks) for text in texts if text.tokens[1:]]
+    assert engine.prefill(chunks) == [True] * 3
+    assert run(engine, texts, 8) == [generated("LlamaForCausalLM", prompt, 8) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(("rope", "looked_up"), [("linear", True), ("dynamic", False)])
 def test_rotary_embeddings_are_looked_up_where_the_position_is_all_they_depend_on(rope: str, looked_up: bool) -> None:
     scaled = {"rope_parameters": {"rope_type": rope, "factor": 2.0, "rope_theta": 10_000.0}}
     plain, served = tiny_model(**scaled), tiny_model(**scaled)
-    Runner(served, DENSE, 1, 512, "cpu", frozenset())
-    assert isinstance(served.model.rotary_emb, attention.RotaryTable) == looked_up
+    Runner(served, DENSE, 1, 2, 512, "cpu", frozenset())
+    assert isinstance(served.model.rotary_emb, RotaryTable) == looked_up
     positions, like = torch.tensor([[0, 3, 511]]), torch.zeros(1)
     for got, want in zip(*(each.model.rotary_emb(like, positions) for each in (served, plain)), strict=True):
         assert torch.equal(got, want)
