@@ -1,7 +1,7 @@
 # make run    set up what is missing and serve on http://127.0.0.1:5000
 # make model  fetch and quantise MODEL now, with progress (VERIFY=1: hash every file of it again)
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
-# make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
+# make secrets  passwords and certificate for docker compose (DOMAIN=llm.example.org; TLS_CERT= and TLS_KEY= are yours)
 # make audit-verify  whether the audit log is whole
 # make rotate-key  a new key to encrypt and sign with
 # make test   all tests (as root on Debian, installs g++, redis-server, nginx, postgresql, prometheus and chromium)
@@ -55,8 +55,12 @@ audit-verify: $(VENV)/installed
 rotate-key: $(VENV)/installed
 	@$(with_env) $(BIN)/python -m crypto
 
+# What is mounted has to be readable for the containers' users, after a umask of 077 and under SELinux too, where compose
+# labels volumes but no secrets.
 secrets:
-	@ops/make-secrets secrets $(DOMAIN)
+	@TLS_CERT='$(TLS_CERT)' TLS_KEY='$(TLS_KEY)' ops/make-secrets secrets $(DOMAIN)
+	@chmod -R a+rX nginx.conf ops
+	@! selinuxenabled 2>/dev/null || chcon -R -t container_file_t secrets
 
 # The demo model is made first: a slow machine may need longer for it than any single test is given.
 test: $(VENV)/installed-dev services
