@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from model.kernels import native
 from model.runtime import linear
+from model.runtime.gpu import choose_device
 from model.runtime.kv import KvShape
 from model.runtime.runner import Runner
 from model.types import Sampling
@@ -48,13 +49,6 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
         raise ModelError(f"this model cannot be served: {error}") from error
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
     return runner
-
-
-def choose_device(wanted: str) -> str:
-    """`cpu` or `cuda`. Raises ModelError where CUDA is asked for and missing."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("DEVICE=cuda, but PyTorch sees no CUDA device; install the driver or set DEVICE=cpu")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int]:
