@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import psutil
 import pynvml
 
 from model.weights.catalogue import ModelError
@@ -47,6 +48,25 @@ def driver() -> str | None:
         raise ModelError(
             f"the NVIDIA driver does not answer ({error}): restart the machine, or set DEVICE=cpu"
         ) from None
+
+
+def memory(device: str) -> tuple[int, int]:
+    """Bytes that are free for a model on `device` (`cpu`: RAM), and that it has in all."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
+        return torch.cuda.mem_get_info()
+    ram = psutil.virtual_memory()
+    return ram.available, ram.total
+
+
+def require_memory(weights: int, device: str) -> None:
+    """Raises ModelError unless weights of this many bytes fit into what is free."""
+    if weights > (free := memory(device)[0]):
+        place = "GPU (nvidia-smi shows what else is on it)" if device == "cuda" else "machine"
+        sizes = f"the weights take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on this {place}"
+        raise ModelError(f"{sizes}: use a smaller MODEL; `make estimate` tells which fits")
 
 
 def _unusable(cuda: str | None, reasons: list[str]) -> str:
