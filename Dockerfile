@@ -13,9 +13,10 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data --shell /
     && install -d -o app -g app -m 700 /data
 
 WORKDIR /app
-COPY requirements.txt .
+# The checkout may come from a umask of 077, and the app is another user.
+COPY --chmod=644 requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
-COPY . .
+COPY --chmod=755 . .
 
 # Compiled code goes to the volume: it must be kept, and /tmp may forbid running what lies there.
 ENV HOST=0.0.0.0 \

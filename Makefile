@@ -1,7 +1,8 @@
 # make run    set up what is missing and serve on http://127.0.0.1:5000
 # make model  fetch and quantise MODEL now, with progress (VERIFY=1: hash every file of it again)
+# make estimate  what MODEL takes and whether it fits this machine, or a GPU of that many GB (GPU=24)
 # make stack  redis-server, gunicorn and nginx with TLS together on this machine, without Docker
-# make secrets  certificate and passwords for docker compose (DOMAIN=llm.example.org)
+# make secrets  passwords and certificate for docker compose (DOMAIN=llm.example.org; TLS_CERT= and TLS_KEY= are yours)
 # make audit-verify  whether the audit log is whole
 # make rotate-key  a new key to encrypt and sign with
 # make test   all tests (as root on Debian, installs g++, redis-server, nginx, postgresql, prometheus and chromium)
@@ -25,7 +26,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 with_env = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: help run test check screenshots model stack secrets docs promises audit-verify rotate-key bench clean services
+.PHONY: help run test check screenshots model estimate stack secrets docs promises audit-verify rotate-key bench clean services
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -36,6 +37,9 @@ run: $(VENV)/installed
 
 model: $(VENV)/installed
 	@exec $(with_env) $(BIN)/python -m model $(if $(VERIFY),--verify)
+
+estimate: $(VENV)/installed
+	@exec $(with_env) $(BIN)/python -m model.weights.estimate $(GPU)
 
 stack: model
 	@exec $(with_env) $(BIN)/python -m ops.stack
@@ -55,8 +59,12 @@ audit-verify: $(VENV)/installed
 rotate-key: $(VENV)/installed
 	@$(with_env) $(BIN)/python -m crypto
 
+# What is mounted has to be readable for the containers' users, after a umask of 077 and under SELinux too, where compose
+# labels volumes but no secrets.
 secrets:
-	@ops/make-secrets secrets $(DOMAIN)
+	@TLS_CERT='$(TLS_CERT)' TLS_KEY='$(TLS_KEY)' ops/make-secrets secrets $(DOMAIN)
+	@chmod -R a+rX nginx.conf ops
+	@! selinuxenabled 2>/dev/null || chcon -R -t container_file_t secrets
 
 # The demo model is made first: a slow machine may need longer for it than any single test is given.
 test: $(VENV)/installed-dev services

@@ -155,7 +155,8 @@ def check(settings: Settings, listening: bool = True) -> None:
         if settings.log_file:
             settings.log_file.open("a").close()
     if settings.device == "cuda" and not _has_gpu():
-        raise _wrong("DEVICE", "there is no NVIDIA GPU here, or no driver for it")
+        line = "no NVIDIA GPU is seen; install its driver, 580 or newer, and for Docker the NVIDIA Container Toolkit"
+        raise _wrong("DEVICE", line)
     if listening:
         _check_port(settings.host, settings.port)
 

@@ -24,7 +24,7 @@ from benchmarks import record, table
 from benchmarks.engines import dense
 from benchmarks.ours import fill, load
 from benchmarks.record import HERE, Record
-from model.runtime.build import choose_device
+from model.runtime.gpu import choose_device
 from model.runtime.kv import SlotCache
 from model.runtime.linear import dequantise
 from model.runtime.runner import Runner, hidden

@@ -4,14 +4,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PretrainedConfig
 
 from model.engine.blocks import BLOCK, blocks_for
 from model.engine.scheduler import Work
 from model.kernels import native
-from model.runtime import linear
+from model.runtime import gpu, linear
 from model.runtime.kv import KvShape
 from model.runtime.runner import Runner
 from model.types import Sampling
@@ -21,14 +20,11 @@ from settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_CUDA_RESERVE = 2 << 30  # bytes left for activations, CUDA graphs and fragmentation
-_CPU_SHARE = 0.5  # of the available memory: the most that all slots, filled to the end, may take
-
 
 def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], None]) -> Runner:
     """Load `checkpoint` and try it out. Raises ModelError for a model that cannot be served here."""
     torch.set_num_threads(settings.compute_threads)
-    device = choose_device(settings.device)
+    device = gpu.choose_device(settings.device)
     plan = linear.plan(device, settings.quantization, device == "cpu" and native.load(settings.data_dir / "compiled"))
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(
@@ -53,24 +49,13 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
     return runner
 
 
-def choose_device(wanted: str) -> str:
-    """`cpu` or `cuda`. Raises ModelError where CUDA is asked for and missing."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("DEVICE=cuda, but PyTorch sees no CUDA device; install the driver or set DEVICE=cpu")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int, int]:
     """Slots, KV blocks for all of them, and the tokens that one request may have: what memory holds within settings.
 
     A slot needs a block to begin with. A request may take all blocks.
     """
     context = min(settings.max_context or 1 << 20, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
-    if device == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
-        memory = torch.cuda.mem_get_info()[0] - _CUDA_RESERVE
-    else:
-        memory = int(psutil.virtual_memory().available * _CPU_SHARE)
+    memory = gpu.for_kv(gpu.memory(device)[0], device)
     held = memory // (BLOCK * KvShape.of(config, dtype).bytes_per_token) - 1  # block 0 is nobody's
     if held < 1:
         raise ModelError(f"no memory is left for KV ({memory >> 20} MiB): use a smaller model or QUANTIZATION=nf4")

@@ -14,6 +14,9 @@ DEMO_WHEEL = "demo-wheel"
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DEFAULT_CONTEXT = 8192  # tokens, where neither MAX_CONTEXT nor the model says how many
 THINK = ("<think>", "</think>")
+NF4_BITS = (
+    4 + 8 / 64 + 32 / (64 * 256)
+)  # a weight: its code, a share of its block's 8-bit scale and of that one's scale
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
@@ -23,8 +26,57 @@ class ModelError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's dimensions, as its config.json has them. Norms and biases, under 0.1 % of it, are not counted."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False  # the embedding is the head too
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """Raises KeyError where `config` does not say."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return cls(
+            config["num_hidden_layers"], hidden, config["intermediate_size"], heads,
+            config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads,
+            config["vocab_size"], config.get("tie_word_embeddings", False),
+        )  # fmt: skip
+
+    @property
+    def parameters(self) -> int:
+        return self._embeddings + self.layers * sum(self._matrices().values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of one token in bf16."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+    def weight_bytes(self, bits: float = NF4_BITS, skip_modules: tuple[str, ...] = (), dense_bits: int = 16) -> int:
+        """All weights: `bits` each, but `dense_bits` for embedding, head and skip_modules."""
+        quantised = self.layers * sum(size for name, size in self._matrices().items() if name not in skip_modules)
+        return int(quantised * bits + (self.parameters - quantised) * dense_bits) // 8
+
+    @property
+    def _embeddings(self) -> int:
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def _matrices(self) -> dict[str, int]:
+        """Weights of the matrices of one layer."""
+        queries, keys = (self.hidden * heads * self.head_dim for heads in (self.heads, self.kv_heads))
+        mlp = self.hidden * self.intermediate
+        return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries,
+                "gate_proj": mlp, "up_proj": mlp, "down_proj": mlp}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model. `context` counts tokens (0: not known yet).
+    """One model. `context` counts tokens (0: not known yet); `shape` is known for models of the catalogue.
 
     source: a hub id, DEMO_WHEEL, or a local directory. revision: a commit of the hub, None elsewhere.
     skip_modules: linear layers that stay bf16 beside the head: 4 bits would cost more than they save.
@@ -35,27 +87,34 @@ class ModelSpec:
     source: str
     revision: str | None
     context: int = 0
+    shape: Shape | None = None
     skip_modules: tuple[str, ...] = ()
     think: tuple[str, str] | None = None
     think_open: bool = False
 
 
-def _r1(title: str, revision: str, think_open: bool = True) -> ModelSpec:
+def _r1(title: str, revision: str, shape: Shape, think_open: bool = True) -> ModelSpec:
     name, source = f"deepseek-r1-{title.lower()}", f"deepseek-ai/DeepSeek-R1-{title}"
-    return ModelSpec(name, source, revision, 131_072, think=THINK, think_open=think_open)
+    return ModelSpec(name, source, revision, 131_072, shape, think=THINK, think_open=think_open)
 
 
 _SPECS = (
-    # Queries, keys and values are an eighth of its weights, and two fifths of what NF4 costs so small a model.
-    ModelSpec("smollm2-135m-instruct", DEMO_WHEEL, None, 8192, skip_modules=("q_proj", "k_proj", "v_proj")),
-    _r1("Distill-Qwen-1.5B", "ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562"),
-    _r1("Distill-Qwen-7B", "916b56a44061fd5cd7d6a8fb632557ed4f724f60"),
-    _r1("Distill-Qwen-14B", "1df8507178afcc1bef68cd8c393f61a886323761"),
-    _r1("Distill-Qwen-32B", "711ad2ea6aa40cfca18895e8aca02ab92df1a746"),
-    _r1("Distill-Llama-8B", "6a6f4aa4197940add57724a7707d069478df56b1"),
-    _r1("Distill-Llama-70B", "b1c0b44b4369b597ad119a196caf79a9c40e141e"),
-    _r1("0528-Qwen3-8B", "6e8885a6ff5c1dc5201574c8fd700323f23c25fa", think_open=False),  # the model opens the tag
-)
+    ModelSpec(
+        "smollm2-135m-instruct", DEMO_WHEEL, None, 8192, Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True),
+        # Queries, keys and values are an eighth of its weights, and two fifths of what NF4 costs so small a model.
+        skip_modules=("q_proj", "k_proj", "v_proj"),
+    ),
+    _r1("Distill-Qwen-1.5B", "ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562", Shape(28, 1536, 8960, 12, 2, 128, 151_936)),
+    _r1("Distill-Qwen-7B", "916b56a44061fd5cd7d6a8fb632557ed4f724f60", Shape(28, 3584, 18_944, 28, 4, 128, 152_064)),
+    _r1("Distill-Qwen-14B", "1df8507178afcc1bef68cd8c393f61a886323761", Shape(48, 5120, 13_824, 40, 8, 128, 152_064)),
+    _r1("Distill-Qwen-32B", "711ad2ea6aa40cfca18895e8aca02ab92df1a746", Shape(64, 5120, 27_648, 40, 8, 128, 152_064)),
+    _r1("Distill-Llama-8B", "6a6f4aa4197940add57724a7707d069478df56b1", Shape(32, 4096, 14_336, 32, 8, 128, 128_256)),
+    _r1("Distill-Llama-70B", "b1c0b44b4369b597ad119a196caf79a9c40e141e", Shape(80, 8192, 28_672, 64, 8, 128, 128_256)),
+    _r1(
+        "0528-Qwen3-8B", "6e8885a6ff5c1dc5201574c8fd700323f23c25fa", Shape(36, 4096, 12_288, 32, 8, 128, 151_936),
+        think_open=False,  # the model opens the tag
+    ),
+)  # fmt: skip
 CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 

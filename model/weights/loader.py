@@ -19,6 +19,7 @@ import structlog
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 
+from model.runtime import gpu
 from model.types import Progress
 from model.weights import checkpoint, demo
 from model.weights.catalogue import DEMO_WHEEL, ModelError, ModelSpec, find, read_json
@@ -46,6 +47,7 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent, f
     final = _folder(spec, settings, "nf4" if settings.quantization == "nf4" else "dense")
     with checkpoint.as_model_error(f"model {spec.name}"), checkpoint.exclusive(final):
         if not checkpoint.is_ready(final):
+            _require_device(spec, settings)
             tokenizer = prepare_tokenizer(spec, settings, progress)
             hashing = _span(progress, 22, 25)
             with checkpoint.building(final, hashing) as folder, TemporaryDirectory(dir=folder) as spare:
@@ -80,6 +82,8 @@ def prepare_tokenizer(spec: ModelSpec, settings: Settings, progress: Progress = 
 def fetch(settings: Settings, full: bool = False) -> None:
     """Prepare the model that MODEL names, with its progress in the log: `make model`. Raises ModelError."""
     spec = find(settings)
+    if settings.device != "cpu" and gpu.driver():
+        gpu.choose_device(settings.device)  # importing torch takes seconds, which a machine without a GPU is spared
     with progress_log(spec.name) as progress:
 
         def renamed(stage: str, percent: int) -> None:
@@ -141,6 +145,8 @@ def load_model(
     """
     import torch
 
+    if settings.quantization == "nf4":  # these files are as the weights are in memory
+        gpu.require_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")), device.type)
     options: dict[str, Any] = {"dtype": dtype}
     if settings.quantization == "int8" and device.type == "cuda":
         from transformers import BitsAndBytesConfig
@@ -153,6 +159,13 @@ def load_model(
         # and transformers' own float() refuses.
         torch.nn.Module.float(model)
     return model
+
+
+def _require_device(spec: ModelSpec, settings: Settings) -> None:
+    """Raises ModelError, before anything is fetched, for a device that cannot be used or cannot hold the model."""
+    device = gpu.choose_device(settings.device)
+    if spec.shape and settings.quantization == "nf4":
+        gpu.require_memory(spec.shape.weight_bytes(skip_modules=spec.skip_modules), device)
 
 
 def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progress, weights: bool) -> Path:
@@ -203,7 +216,7 @@ def _quantise(source: Path, target: Path, spec: ModelSpec, settings: Settings, p
     import torch
     from transformers import BitsAndBytesConfig
 
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(gpu.choose_device(settings.device))
     skip = ["lm_head", *spec.skip_modules] if spec.skip_modules else None
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

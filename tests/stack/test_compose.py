@@ -49,6 +49,22 @@ def test_prometheus_is_on_the_network_that_may_read_metrics(tmp_path: Path) -> N
     assert networks[inner]["ipam"]["config"] == [{"subnet": "10.9.0.0/24"}]
 
 
+def test_nginx_sees_the_addresses_of_ipv6_clients_and_the_app_only_nginx_s(tmp_path: Path) -> None:
+    _, networks = configured(tmp_path)
+    assert networks["edge"]["enable_ipv6"] and "enable_ipv6" not in networks["inner"]
+    assert re.findall(r"listen (.*?);", (ROOT / "nginx.conf").read_text()) == [
+        "8080 default_server", "[::]:8080 default_server", "8443 ssl default_server", "[::]:8443 ssl default_server",
+    ]  # fmt: skip
+    assert configured(tmp_path, EDGE_IPV6="false")[1]["edge"]["enable_ipv6"] is False
+
+
+def test_files_of_the_host_can_be_read_inside_under_selinux_and_any_umask() -> None:
+    binds = [bind for service in SERVICES.values() for bind in service.get("volumes", ()) if bind.startswith("./")]
+    assert len(binds) == 5 and all(bind.endswith(":ro,z") for bind in binds)
+    copies = re.findall(r"^COPY (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert copies == ["--chmod=644 requirements.txt .", "--chmod=755 . ."]
+
+
 def configured(folder: Path, **env: str) -> tuple[dict[str, str], dict[str, Any]]:
     """What docker compose makes of a checkout with this .env: the app's environment, and the networks."""
     (folder / "secrets").mkdir(exist_ok=True)
@@ -74,19 +90,21 @@ def test_every_setting_of_env_reaches_the_app_but_those_that_compose_decides(tmp
     environment, _ = configured(tmp_path, **given)
     reached = {name for name, value in given.items() if value in environment.get(name, "").split(",")}
     assert {name: environment[name] for name in PINNED} == PINNED
-    assert given.keys() - reached == {name for name in PINNED if not name.endswith(("_URL_FILE", "_PASSWORD_FILE"))}
+    kept = {name for name in PINNED if not name.endswith(("_URL_FILE", "_PASSWORD_FILE"))}
+    assert given.keys() - reached == kept
+    for document in ("docker-compose.yml", "docs/operations.md"):
+        (named,) = re.findall(r"All of `?\.env.*?set(?:s| here)\.", (ROOT / document).read_text(), re.DOTALL)
+        assert kept <= set(re.findall(r"[A-Z]+(?:_[A-Z]+)*", named)), document
 
 
 def test_without_an_env_file_the_defaults_of_compose_hold(tmp_path: Path) -> None:
     environment, _ = configured(tmp_path)
-    assert environment["MODEL"] == "deepseek-r1-distill-qwen-14b" and environment["PRELOAD"] == "true"
-    assert set(environment) <= PINNED.keys() | {
-        "MODEL",
-        "PRELOAD",
-        "ALLOWED_HOSTS",
-        "METRICS_NETWORKS",
-        "HF_HUB_OFFLINE",
-    }
+    chosen = {"MODEL": "deepseek-r1-distill-qwen-14b", "DEVICE": "cuda", "PRELOAD": "true"}
+    assert chosen.items() <= environment.items()  # a GPU that is not there ends the start, not in a 14B on the CPU
+    added = {"ALLOWED_HOSTS", "METRICS_NETWORKS", "HF_HUB_OFFLINE"}
+    assert set(environment) <= PINNED.keys() | chosen.keys() | added
+    (gpu,) = SERVICES["api"]["deploy"]["resources"]["reservations"]["devices"]
+    assert gpu["capabilities"] == ["gpu", "compute", "utility"]  # utility: NVML, of which DEVICE's checks ask
 
 
 def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import ssl
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from ops.stack import Stack, StackError, free_port, nginx_conf
+from ops.stack import ROOT, Stack, StackError, free_port, listening, make_secrets, nginx_command, nginx_conf
 from tests.stack.client import Answer, Door, until
 from tests.stack.conftest import need
+
+IPV6 = Path("/proc/net/if_inet6")  # an address a line; missing where the kernel has no IPv6
 
 
 def refused(answer: Answer, status: int, code: str) -> None:
@@ -134,6 +139,30 @@ def test_rates_and_prefix_are_settings(strict_door: Door) -> None:
     logins = [strict_door.ask("POST", "/llm/login", b"{}", address="127.0.0.5").status for _ in range(6)]
     assert logins[:5] == [503] * 5 and logins[5] == 429
     until(lambda: strict_door.ask("POST", "/llm/login", b"{}", address="127.0.0.5").status == 503, seconds=4)
+
+
+@pytest.mark.skipif("lo" not in IPV6.read_text().split() if IPV6.exists() else True, reason="no IPv6 on loopback")
+def test_a_bare_port_serves_both_families_and_sees_the_clients_own_addresses(tmp_path: Path) -> None:
+    need("nginx", "openssl")
+    make_secrets(tmp_path / "secrets")
+    places = {
+        "HTTPS_LISTEN": str(free_port()),
+        "HTTP_LISTEN": str(port := free_port()),
+        "SECRETS": f"{tmp_path}/secrets",
+    }
+    command = [ROOT / "ops/nginx-conf", ROOT / "nginx.conf"]
+    conf = subprocess.run(command, env={**os.environ, **places, "APP": "127.0.0.1:1"}, capture_output=True, check=True)
+    (tmp_path / "nginx.conf").write_bytes(conf.stdout)
+    with subprocess.Popen(nginx_command(tmp_path), stdout=subprocess.PIPE, text=True) as nginx:
+        try:
+            until(lambda: listening(port))
+            for address in ("127.0.0.1", "::1"):
+                with closing(http.client.HTTPConnection(address, port, timeout=10)) as connection:
+                    connection.request("GET", "/")
+                    assert connection.getresponse().status == 308
+        finally:
+            nginx.terminate()
+        assert [json.loads(line)["address"] for line in nginx.stdout or ()] == ["127.0.0.1", "::1"]
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,11 @@ def test_what_is_installed_for_the_tests_is_neither_started_nor_enabled(tmp_path
     assert policy.exists() is before
 
 
-def secrets(folder: Path, domain: str = "llm.example.org") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([ROOT / "ops/make-secrets", folder, domain], capture_output=True, text=True)
+def secrets(
+    folder: Path, domain: str = "llm.example.org", cert: Path | str = "", key: Path | str = ""
+) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, "TLS_CERT": str(cert), "TLS_KEY": str(key)}
+    return subprocess.run([ROOT / "ops/make-secrets", folder, domain], capture_output=True, text=True, env=given)
 
 
 def test_secrets_are_random_private_and_never_overwritten(tmp_path: Path) -> None:
@@ -182,3 +185,63 @@ def test_the_certificate_is_for_the_name_asked_for(tmp_path: Path, name: str) ->
     kind = "-checkip" if name[0].isdigit() else "-checkhost"
     command = ["openssl", "x509", "-noout", "-in", tmp_path / "secrets/tls.crt", kind, name]
     assert "does match" in subprocess.run(command, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Path:
+    """A certificate as certbot keeps it: links to files that only their owner reads."""
+    assert secrets(tmp_path / "archive", "own.example.org").returncode == 0
+    folder = tmp_path / "live"
+    folder.mkdir()
+    for name, file in (("fullchain.pem", "tls.crt"), ("privkey.pem", "tls.key")):
+        (tmp_path / "archive" / file).chmod(0o600)
+        (folder / name).symlink_to(tmp_path / "archive" / file)
+    return folder
+
+
+def test_a_certificate_of_ones_own_is_copied_for_nginx_to_read(tmp_path: Path, live: Path) -> None:
+    done = secrets(tmp_path / "secrets", cert=live / "fullchain.pem", key=live / "privkey.pem")
+    assert done.returncode == 0, done.stderr
+    for name, source in (("tls.crt", "fullchain.pem"), ("tls.key", "privkey.pem")):
+        copy = tmp_path / "secrets" / name
+        assert not copy.is_symlink() and copy.stat().st_mode & 0o777 == 0o444
+        assert copy.read_bytes() == (live / source).read_bytes()
+    assert len(list((tmp_path / "secrets").iterdir())) == 7 and (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_renewed_certificate_replaces_only_itself_where_nginx_has_it_mounted(tmp_path: Path, live: Path) -> None:
+    made = tmp_path / "secrets"
+    secrets(made)
+    before = {file.name: (file.read_bytes(), file.stat().st_ino) for file in made.iterdir()}
+    assert secrets(made, cert=live / "fullchain.pem", key=live / "privkey.pem").returncode == 0
+    after = {file.name: (file.read_bytes(), file.stat().st_ino) for file in made.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"tls.crt", "tls.key"}
+    assert {name: inode for name, (_, inode) in before.items()} == {name: inode for name, (_, inode) in after.items()}
+    assert {file.stat().st_mode & 0o777 for file in made.iterdir()} == {0o444}
+
+
+def test_a_certificate_that_cannot_be_used_is_one_line_and_nothing_is_replaced(tmp_path: Path, live: Path) -> None:
+    made, cert, key = tmp_path / "secrets", live / "fullchain.pem", live / "privkey.pem"
+    secrets(made)
+    before = [file.read_bytes() for file in sorted(made.iterdir())]
+    for given, said in [
+        ((cert, ""), "TLS_KEY cannot be read"), (("", key), "TLS_CERT cannot be read"),
+        ((cert, live / "none"), "none cannot be read: give TLS_CERT and TLS_KEY, as root if they are root's"),
+        ((key, key), "is not a certificate"), ((cert, cert), "is not a key"),
+        ((cert, made / "tls.key"), "is not the key of"),
+    ]:  # fmt: skip
+        done = secrets(made, "llm.example.org", *given)
+        assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
+    assert [file.read_bytes() for file in sorted(made.iterdir())] == before
+
+
+def test_make_secrets_lets_the_containers_read_what_they_mount(checkout: Path, live: Path) -> None:
+    shutil.copytree(ROOT / "ops", checkout / "ops")
+    (checkout / "nginx.conf").write_text("")
+    for file in (checkout / "nginx.conf", checkout / "ops/nginx-conf", checkout / "ops/grafana"):
+        file.chmod(0o700 if file.is_dir() else 0o600)
+    done = make(checkout, "secrets", f"TLS_CERT={live}/fullchain.pem", f"TLS_KEY={live}/privkey.pem")
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "secrets/tls.key").read_bytes() == (live / "privkey.pem").read_bytes()
+    modes = [(checkout / name).stat().st_mode & 0o777 for name in ("nginx.conf", "ops/nginx-conf", "ops/grafana")]
+    assert modes == [0o644, 0o644, 0o755]

@@ -44,13 +44,6 @@ def test_too_little_memory_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) ->
         room(monkeypatch, 2 * TOKEN * 256)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert build.choose_device("auto") == build.choose_device("cpu") == "cpu"
-    with pytest.raises(ModelError, match="DEVICE=cpu"):
-        build.choose_device("cuda")
-
-
 def test_damaged_weights_fail_the_load_and_not_a_user() -> None:
     model = tiny_model()
     model.lm_head.weight.data[3, 5] = torch.nan

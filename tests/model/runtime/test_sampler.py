@@ -3,35 +3,30 @@
 import pytest
 import torch
 
-from model.runtime.sampler import (
-    CANDIDATES,
-    Rows,
-    choose,
-    choose_by_kernel,
-    choose_unfiltered,
-    gumbel,
-    mix_seed,
-    top_candidates,
-)
+from model.runtime.sampler import CANDIDATES, UNSOUND, Rules, choose, choose_by_kernel, gumbel, mix_seed, top_candidates
 from model.types import Sampling
 
 VOCABULARY = 49_152
 
 
-def _rows(*samplings: Sampling, vocabulary: int = VOCABULARY, seeds: tuple[int, ...] = ()) -> Rows:
-    rows = Rows.empty(len(samplings), vocabulary, "cpu")
-    for slot, sampling in enumerate(samplings):
-        seed = seeds[slot] if seeds else 7
-        rows.assign(slot, sampling, seed, torch.tensor([0]))
-    return rows
+def _rules(*samplings: Sampling, vocabulary: int = VOCABULARY, seeds: tuple[int, ...] = ()) -> Rules:
+    rules = Rules.empty(len(samplings), vocabulary, "cpu")
+    for row, sampling in enumerate(samplings):
+        seed = seeds[row] if seeds else 7
+        rules.assign(row, sampling, seed, torch.tensor([0]))
+    return rules
+
+
+def _each(rules: Rules) -> tuple[torch.Tensor, torch.Tensor, Rules]:
+    """What `choose` takes beside the logits, for a token of each row: all at position 0."""
+    rows = torch.arange(len(rules.key))
+    return torch.zeros_like(rows), rows, rules
 
 
 def _draws(logits: torch.Tensor, sampling: Sampling, count: int, draw=choose) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """`count` draws from one row's logits, one for each position."""
-    one = _rows(sampling, vocabulary=logits.shape[0])
-    rows = Rows(*(tensor.repeat(count, *[1] * (tensor.dim() - 1)) for tensor in one.tensors()))
-    rows.position.copy_(torch.arange(count))
-    return draw(logits.expand(count, -1).contiguous(), rows)
+    rules, position = _rules(sampling, vocabulary=logits.shape[0]), torch.arange(count)
+    return draw(logits.expand(count, -1), position, torch.zeros_like(position), rules)
 
 
 def test_the_two_level_search_finds_exactly_the_largest() -> None:
@@ -47,20 +42,23 @@ def test_the_two_level_search_finds_exactly_the_largest() -> None:
 def test_temperature_zero_is_argmax_beside_sampling_rows() -> None:
     torch.manual_seed(1)
     logits = torch.randn(3, VOCABULARY)
-    rows = _rows(Sampling(temperature=0), Sampling(temperature=5, top_k=0, top_p=0.99), Sampling(temperature=0))
-    tokens = choose(logits, rows)
+    rules = _rules(Sampling(temperature=0), Sampling(temperature=5, top_k=0, top_p=0.99), Sampling(temperature=0))
+    tokens = choose(logits, *_each(rules))
     assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax()
 
 
-def by_kernel(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return choose_by_kernel(logits, rows)
+def test_rows_are_greedy_until_a_request_sets_them() -> None:
+    logits = torch.randn(2, 300)
+    assert torch.equal(choose(logits, *_each(Rules.empty(2, 300, "cpu"))), logits.argmax(-1))
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("draw", [choose, choose_unfiltered, by_kernel])
-def test_draws_follow_the_softmax(draw) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("draw", [choose, choose_by_kernel])
+@pytest.mark.parametrize("cut", [{"top_k": 0, "top_p": 1}, {"top_k": 5, "top_p": 1}])
+def test_draws_follow_the_softmax(draw, cut: dict[str, int]) -> None:  # type: ignore[no-untyped-def]
+    """From the whole vocabulary, and from candidates of which none is cut."""
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
-    tokens = _draws(probabilities.log(), Sampling(temperature=1, top_k=0, top_p=1), 40_000, draw)
+    tokens = _draws(probabilities.log(), Sampling(temperature=1, **cut), 40_000, draw)
     frequency = tokens.bincount(minlength=5) / len(tokens)
     # Five standard deviations of a binomial share at n = 40,000, p = 0.5.
     assert torch.allclose(frequency, probabilities, atol=5 * (0.25 / 40_000) ** 0.5)
@@ -82,21 +80,59 @@ def test_top_k_and_top_p_leave_only_what_they_say() -> None:
     assert _draws(logits, Sampling(temperature=1, top_k=0, top_p=0.01), 500).unique().tolist() == [0]
 
 
-def test_unfiltered_draws_reach_beyond_the_candidates() -> None:
-    tokens = _draws(torch.zeros(4096), Sampling(temperature=1, top_k=0, top_p=1), 3000, choose_unfiltered)
+def test_without_any_cut_draws_reach_beyond_the_candidates() -> None:
+    tokens = _draws(torch.zeros(4096), Sampling(temperature=1, top_k=0, top_p=1), 3000)
     assert len(tokens.unique()) > 1500
+    assert len(_draws(torch.zeros(4096), Sampling(temperature=1, top_k=0, top_p=0.9999), 3000).unique()) <= CANDIDATES
 
 
-def test_a_row_draws_the_same_in_any_place_and_company() -> None:
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_a_row_draws_the_same_in_any_place_and_company(top_k: int) -> None:
     torch.manual_seed(2)
     logits = torch.randn(4, VOCABULARY)
-    sampling = Sampling(temperature=1.5, top_k=50, top_p=0.95)
-    alone = _rows(sampling, seeds=(42,))
-    alone.position[0] = 11
-    want = choose(logits[2:3], alone)
-    crowd = _rows(*[sampling] * 4, seeds=(1, 2, 42, 3))
-    crowd.position.copy_(torch.tensor([11, 11, 11, 12]))
-    assert choose(logits, crowd)[2] == want[0]
+    sampling = Sampling(temperature=1.5, top_k=top_k, top_p=0.95 if top_k else 1)
+    want = choose(logits[2:3], torch.tensor([11]), torch.tensor([0]), _rules(sampling, seeds=(42,)))
+    crowd = _rules(*[sampling] * 4, seeds=(1, 42, 2, 3))
+    assert choose(logits, torch.tensor([11, 11, 11, 12]), torch.tensor([3, 0, 1, 2]), crowd)[2] == want[0]
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_several_tokens_of_one_row_are_drawn_as_if_one_by_one(top_k: int) -> None:
+    """As guesses are, after each of which another token follows: its position alone tells the draws apart."""
+    torch.manual_seed(3)
+    logits, sampling = 0.1 * torch.randn(1, VOCABULARY).expand(8, -1), Sampling(top_k=top_k, top_p=1)
+    position, row = torch.arange(40, 48), torch.tensor([1] * 8)
+    rules = _rules(Sampling(temperature=0), sampling, seeds=(1, 42))
+    together = choose(logits, position, row, rules)
+    alone = [choose(logits[at : at + 1], position[at : at + 1], row[:1], rules) for at in range(8)]
+    assert torch.equal(together, torch.cat(alone)) and len(together.unique()) > 4
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("draw", [choose, choose_by_kernel])
+def test_what_is_chosen_counts_as_seen_by_its_row_alone(draw) -> None:  # type: ignore[no-untyped-def]
+    logits, rules = torch.zeros(4, 300), _rules(*[Sampling(temperature=0)] * 3, vocabulary=300)
+    for token, favourite in enumerate([10, 20, 10, 30]):
+        logits[token, favourite] = 1
+    logits[3, 5] = torch.nan
+    row = torch.tensor([2, 0, 0, 1])
+    assert draw(logits, torch.zeros(4, dtype=torch.int64), row, rules).tolist() == [10, 20, 10, UNSOUND]
+    assert [mine.nonzero().flatten().tolist() for mine in rules.seen] == [[0, 10, 20], [0], [0, 10]]
+
+
+def test_a_new_request_forgets_what_the_row_has_seen() -> None:
+    rules = _rules(Sampling(repetition_penalty=1.5), vocabulary=300)
+    rules.assign(0, Sampling(), 1, torch.tensor([7, 9, 7]))
+    assert rules.seen[0].nonzero().flatten().tolist() == [7, 9] and rules.penalty[0] == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_told_of_its_token_alone(value: float) -> None:
+    logits, rules = torch.randn(3, 300), _rules(Sampling(temperature=0), Sampling(top_p=1, top_k=0), vocabulary=300)
+    position, row = torch.arange(3), torch.tensor([0, 1, 1])
+    want = choose(logits, position, row, rules)
+    logits[1, 299] = value
+    assert choose(logits, position, row, rules).tolist() == [want[0], UNSOUND, want[2]]
 
 
 def test_seed_position_and_token_each_change_the_noise() -> None:
@@ -118,11 +154,12 @@ def test_repetition_penalty_counts_prompt_and_answer_like_transformers() -> None
     from transformers import RepetitionPenaltyLogitsProcessor
 
     torch.manual_seed(4)
-    logits, prompt = torch.randn(1, 300), [3, 9, 250]
-    rows = _rows(Sampling(temperature=0, repetition_penalty=1.7), vocabulary=300)
-    rows.assign(0, Sampling(temperature=0, repetition_penalty=1.7), 0, torch.tensor(prompt))
+    logits, prompt, sampling = torch.randn(1, 300), [3, 9, 250], Sampling(temperature=0, repetition_penalty=1.7)
+    rules = _rules(sampling, vocabulary=300)
+    rules.assign(0, sampling, 0, torch.tensor(prompt))
     want = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt]), logits.clone())
-    assert choose(logits, rows)[0] == want.argmax()
+    assert choose(logits, *_each(rules))[0] == want.argmax()
     peak = torch.zeros(1, 300)
-    peak[0, 9], peak[0, 10] = 1.0, 0.9
-    assert choose(peak, rows)[0] == 10
+    peak[0, 9], peak[0, 10], peak[0, 11] = 1.0, 0.9, 0.8
+    assert choose(peak, *_each(rules))[0] == 10
+    assert choose(peak, *_each(rules))[0] == 11  # its own answer counts from the next token on
