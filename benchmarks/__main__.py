@@ -25,6 +25,7 @@ ROWS = {
     "start": "A warm start",
     "growth": "How cost grows",
     "shared_core": "Beside busy processes",
+    "speculation": "Guesses",
     "quality": "Quality",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import cache, decode, http, quality, table, ttft
+from benchmarks import cache, decode, http, quality, speculation, table, ttft
 from benchmarks.engines import OURS, THEIRS
 from benchmarks.growth import FLAT
 from benchmarks.growth import growth as grown
@@ -50,7 +50,7 @@ class Goal:
 
 def shown(records: Records, only: Container[str] | None = None) -> str:
     """All goals as a table, or those whose names are in `only`. Without figures a goal is "not measured"."""
-    rows = (_decode, _http, _ttft, _quality, _cache, _start, _growth)
+    rows = (_decode, _http, _ttft, _speculation, _quality, _cache, _start, _growth)
     goals = [goal for row in rows for goal in row(records.get(row.__name__[1:], _NOTHING))]
     lines = [goal.cells() for goal in goals if only is None or goal.what in only]
     return table.markdown(["", "goal", "measured", "reached"], lines)
@@ -113,6 +113,12 @@ def _ttft(kept: Mapping[str, Any]) -> Iterator[Goal]:
     cached, prompt = (ttft.column(turns, http.OURS, key) for key in ("second cached", "second prompt tokens"))
     first, note = ttft.column(turns, http.OURS, "prompt tokens"), f"of {table.median(prompt, '.0f')}"
     yield at_least("second turn of a chat, tokens reused, against the first turn's prompt", cached, first, 1, note)
+
+
+def _speculation(kept: Mapping[str, Any]) -> Iterator[Goal]:
+    for name, times in ((speculation.SUMMARY, 1.5), (speculation.CODE, 2), (speculation.TALK, 0.97)):
+        on, off = (speculation.speeds(kept["turns"], name, key) for key in ("on", "off"))
+        yield at_least(f"with guesses, {name}, against without, tokens/s", on, off, times)
 
 
 def _quality(kept: Mapping[str, Any]) -> Iterator[Goal]:

@@ -48,7 +48,9 @@ PROMISES = {
     "P25": "Text that a user types is never a control token",
     "P26": "Other servers are not trusted",
     "P27": "The page runs no model output",
+    "P29": "The same request, the same bytes",
     "P30": "Nobody waits for another's queue",
+    "P31": "Preemption loses nothing",
     "P36": "One connection harms no other",
 }
 LATER = {  # a test fails once one of them is proved after all

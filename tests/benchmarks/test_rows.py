@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, goals, growth, http, quality, shared_core, start, ttft
+from benchmarks import decode, goals, growth, http, quality, shared_core, speculation, start, ttft
 from benchmarks.load import Answer
 from benchmarks.ours import Ours, fill, runs, step
 from benchmarks.record import HERE
@@ -49,6 +49,13 @@ def test_a_shared_core_shows_how_many_times_as_long_a_step_takes() -> None:
     assert "| a step of batch 1, ms | 10.0 | 25.0 | 2.50 |" in shown
     with shared_core.busy(1):
         pass  # ends what it started
+
+
+def test_guesses_are_shown_beside_the_same_text_without() -> None:
+    turns = {speculation.CODE: [{"on": 150.0, "off": 100.0}]}
+    assert "| code that is edited | 150.0 | 100.0 | 1.50 |" in speculation.shown(turns)
+    line = next(line for line in goals.shown({"speculation": {"turns": turns}}).splitlines() if "is edited" in line)
+    assert line.endswith("| >= 2 x | 1.50 (150.0 / 100.0) | no |")
 
 
 def test_http_shows_each_peer_with_a_ratio_and_leaves_out_what_the_bare_engine_lacks() -> None:
