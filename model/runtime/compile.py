@@ -43,7 +43,7 @@ def compiled(runner: Runner, bucket: Bucket) -> Step:
     # dictionary each time: torch.compile empties it.
     options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe, size_asserts=False, alignment_asserts=False)
     step = torch.compile(make_step(bucket.longest), fullgraph=True, dynamic=False, options=options)
-    ready = step.aot_compile((runner.arguments(runner.batch_of(bucket)), {}))
+    ready = step.aot_compile((runner.arguments(runner.padded(bucket).to(runner.device)), {}))
     ready.disable_guard_check()
     return ready
 
@@ -116,7 +116,7 @@ class ThreadCompiler:
         """`step` recorded; or as it is where that fails, for it serves all the same."""
         if self._record:
             try:
-                arguments = self._runner.arguments(self._runner.batch_of(bucket))
+                arguments = self._runner.arguments(self._runner.fill(bucket))
                 return bucket, self._record(step, arguments)
             except Exception as error:
                 self._record = None
@@ -127,20 +127,19 @@ class ThreadCompiler:
 def record(pool: object, step: Step, arguments: tuple[object, ...]) -> Step:
     """`step` as a CUDA graph over the very tensors of `arguments`, whatever it is called with later.
 
-    Recording runs the step on the batch as it was last filled in: the KV that this writes is the same again. What it
-    returns is overwritten by the next call of any step of `pool`, whose memory they share.
+    Recording runs the step twice: let nobody's tokens be filled in. What it returns is overwritten by the next call of any
+    step of `pool`, whose memory they share.
     """
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # around the recording too, which leaves its stream only where it ends well
             for _ in range(2):  # libraries choose their kernels in the first runs, and Triton tunes its own
                 step(*arguments)
+            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+                results = step(*arguments)
     finally:
         torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-        results = step(*arguments)
 
     def replay(*_: object) -> object:
         graph.replay()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -95,10 +96,13 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, work: Sequence[Work], sequences: int = 0, blocks: int = 1) -> Self:
         """On the CPU. sequences, blocks: how many there are at least, empty ones and those of nobody included."""
-        width, missing = max(blocks, *(len(one.blocks) for one in work)), max(0, sequences - len(work))
+        width, count = max(blocks, *(len(one.blocks) for one in work)), max(sequences, len(work))
+        tables = np.zeros((count, width), np.int32)
+        for table, one in zip(tables, work, strict=False):
+            table[: len(one.blocks)] = one.blocks
         ends = [0, *itertools.accumulate(len(one.tokens) for one in work)]
         lengths = [one.position + len(one.tokens) for one in work]
-        tables = [one.blocks + [0] * (width - len(one.blocks)) for one in work] + [[0] * width] * missing
+        missing = [0] * (count - len(work))
         tokens = [
             (id, at, one.row, index)
             for index, one in enumerate(work)
@@ -106,8 +110,8 @@ class Batch(NamedTuple):
         ]  # fmt: skip
         return cls(
             torch.tensor(tokens).T.contiguous(),
-            torch.tensor(tables, dtype=torch.int32),
-            torch.tensor([ends + ends[-1:] * missing, lengths + [0] * (missing + 1)], dtype=torch.int32),
+            torch.from_numpy(tables),
+            torch.tensor([ends + [ends[-1] for _ in missing], [*lengths, *missing, 0]], dtype=torch.int32),
             max(len(one.tokens) for one in work),
         )
 

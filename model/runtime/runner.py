@@ -128,13 +128,8 @@ class Runner:
         if not fitting:
             return self._eager(work)
         bucket = min(fitting)
-        padded = [*work, *[Work(self.slots, [0], 0, [0])] * (bucket.tokens - tokens)]
-        fixed = self.batch_of(bucket)
-        for mine, new in zip(fixed, Batch.of(padded, bucket.tokens, fixed.tables.shape[1]), strict=True):
-            if isinstance(mine, Tensor):
-                mine.copy_(new)
         try:
-            return self.compiled[bucket](*self.arguments(fixed))[:tokens]
+            return self.compiled[bucket](*self.arguments(self.fill(bucket, work)))[:tokens]
         except Exception as error:  # it is given up where eager code does not fail; else the rows are to blame
             chosen = self._eager(work)
             _log.warning("compiled code failed, continuing without it", exc_info=error)
@@ -146,12 +141,19 @@ class Runner:
         batch = Batch.of(work).to(self.device)
         return make_step(batch.longest)(*self.arguments(batch))
 
-    def batch_of(self, bucket: Bucket) -> Batch:
-        """The tensors that a bucket's step reads, always the same: nobody's tokens, until they are filled in."""
+    def padded(self, bucket: Bucket, work: Sequence[Work] = ()) -> Batch:
+        """A batch of a bucket's shape, on the CPU: this work, and tokens that are nobody's."""
+        missing = bucket.tokens - sum(len(one.tokens) for one in work)
+        whole = [*work, *[Work(self.slots, [0], 0, [0])] * missing]
+        return Batch.of(whole, bucket.tokens, blocks_for(self.context))._replace(longest=bucket.longest)
+
+    def fill(self, bucket: Bucket, work: Sequence[Work] = ()) -> Batch:
+        """The tensors that a bucket's recorded step reads, always the same ones, with this work in them."""
+        batch = self.padded(bucket, work)
         if bucket not in self._batches:
-            nobody = [Work(self.slots, [0], 0, [0])] * bucket.tokens
-            made = Batch.of(nobody, blocks=blocks_for(self.context)).to(self.device)
-            self._batches[bucket] = made._replace(longest=bucket.longest)
+            self._batches[bucket] = batch.to(self.device)
+        for mine, new in zip(self._batches[bucket][:-1], batch[:-1], strict=True):
+            mine.copy_(new)
         return self._batches[bucket]
 
     def arguments(self, batch: Batch) -> tuple[object, ...]:

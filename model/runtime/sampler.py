@@ -78,7 +78,8 @@ def choose(logits: Tensor, position: Tensor, row: Tensor, rules: Rules) -> Tenso
     drawn = torch.where((mine.top_k == 0) & (mine.top_p >= 1), free, cut[:, 0])
     chosen = torch.where(mine.temperature == 0, penalised.argmax(-1), drawn)
     chosen = torch.where(logits.isfinite().all(-1), chosen, UNSOUND)
-    rules.seen.index_put_((row, chosen.clamp(min=0)), chosen >= 0)
+    marked = row, chosen.clamp(min=0)
+    rules.seen.index_put_(marked, (chosen >= 0) | rules.seen[marked])
     return chosen
 
 

@@ -63,8 +63,10 @@ class ScriptedRunner:
         self.steps.append(rows)
         for one in work:
             self._write(one)
-        return [[None if self.spoil(one) else self.following(self.read(one, at)) for at in range(1, 1 + len(one.tokens))]
-                for one in work]  # fmt: skip
+        return [
+            [None if self.spoil(one) else self.following(self.read(one, 1 + at)) for at in range(len(one.tokens))]
+            for one in work
+        ]
 
     def read(self, one: Work, count: int = 0) -> list[int]:
         """The tokens that a sequence's blocks hold, up to the last `count` of this work."""

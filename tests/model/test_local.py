@@ -314,7 +314,9 @@ def test_a_text_is_the_same_whatever_traffic_there_is(
     chance, chat = random.Random(29), "please repeat after me: one two three one two three " * 2
     asked = [(chat * (n % 3) + f"story {n}", 40 + 110 * (n % 4), Sampling(0) if n % 2 else Sampling(0.7, seed=n))
              for n in range(20)]  # fmt: skip
-    alone = LocalBackend(settings_for(checkpoint, tmp_path, quantization="nf4", speculate=False, max_context=1024), Metrics())
+    alone = LocalBackend(
+        settings_for(checkpoint, tmp_path, quantization="nf4", speculate=False, max_context=1024), Metrics()
+    )
     want = [read(ask(alone, text, count, owner=f"{n}", sampling=how))[0] for n, (text, count, how) in enumerate(asked)]
     alone.close(0)
     monkeypatch.setattr(

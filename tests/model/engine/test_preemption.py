@@ -70,10 +70,9 @@ def test_a_preempted_request_can_be_given_up_and_runs_out_of_time() -> None:
 def test_two_hundred_requests_on_a_quarter_of_what_they_want(counted: Callable[..., None]) -> None:
     chance = random.Random(5)
     runner = ScriptedRunner(slots=16, context=6 * BLOCK, blocks=12)  # 16 such requests want 48 at once
-    wanted = [
-        ([chance.randrange(1, 97) for _ in range(chance.choice([1, 40, 255, 256, 300, 700]))], chance.choice([20, 270, 500, 600]))
-        for _ in range(200)
-    ]  # fmt: skip
+    lengths, counts = [1, 40, 255, 256, 300, 700], [20, 270, 500, 600]
+    prompts = [[chance.randrange(1, 97) for _ in range(chance.choice(lengths))] for _ in range(200)]
+    wanted = [(prompt, chance.choice(counts)) for prompt in prompts]
     with serving(runner, max_queue=200) as engine:
         sequences = [engine.submit(request(prompt, count, owner=chance.choice("abc"))) for prompt, count in wanted]
         texts = [read(sequence) for sequence in sequences]

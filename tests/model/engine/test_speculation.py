@@ -1,4 +1,4 @@
-"""Guessing from what was said before: faster where a text repeats, the same text always, and nothing where it does not pay."""
+"""Guessing from what was said before: faster where a text repeats, the same text always, and only where it pays."""
 
 from __future__ import annotations
 
