@@ -202,9 +202,9 @@ class Scheduler:
             return
         for sequence in decoding:
             sequence.chunk = [sequence.tokens[-1], *self._guesses(sequence, len(decoding))]
-        before = self._clock()
-        if before - self._polled >= _POLL_COMPILED:
+        if self._clock() - self._polled >= _POLL_COMPILED:
             self.load_compiled(idle=False)
+        before = self._clock()
         results = self._compute(decoding, self._run_step)
         now = self._clock()
         self._speculation.took(sum(len(sequence.chunk) for sequence in decoding), now - before)

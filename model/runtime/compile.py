@@ -127,8 +127,8 @@ class ThreadCompiler:
 def record(pool: object, step: Step, arguments: tuple[object, ...]) -> Step:
     """`step` as a CUDA graph over the very tensors of `arguments`, whatever it is called with later.
 
-    Recording runs the step twice, so nobody's tokens should be filled in. What it returns is overwritten by the next call
-    of any step of `pool`, whose memory they share.
+    Recording runs the step twice, so nobody's tokens should be filled in. What it returns is overwritten by the next
+    call of any step of `pool`, whose memory they share.
     """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
