@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from model.engine.blocks import BLOCK, blocks_for
 from model.engine.scheduler import Work
@@ -15,7 +15,8 @@ from model.runtime.attention import verify
 from model.runtime.kv import KvShape
 from model.runtime.runner import Runner
 from model.types import Sampling
-from model.weights.catalogue import DEFAULT_CONTEXT, ModelError
+from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, kernels_take, read_json
+from model.weights.checkpoint import as_model_error
 from model.weights.loader import load_model, load_tokenizer, stop_ids
 from settings import Settings
 
@@ -26,15 +27,14 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
     """Load `checkpoint` and try it out. Raises ModelError for a model that cannot be served here."""
     torch.set_num_threads(settings.compute_threads)
     device = gpu.choose_device(settings.device)
-    plan = linear.plan(device, settings.quantization, device == "cpu" and native.load(settings.data_dir / "compiled"))
+    with as_model_error(f"config.json of {checkpoint.name}"):
+        kernels = device == "cpu" and kernels_take(read_json(checkpoint / "config.json"))
+    plan = linear.plan(device, settings.quantization, kernels and native.load(settings.data_dir / "compiled"))
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(
         checkpoint, settings, torch.device(device), plan.dtype, lambda stage, part: progress(stage, part * 9 // 10)
     )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ModelError(f"the tokenizer knows {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    if plan.kernels and KvShape.of(model.config, plan.kv).head_dim % 16:
-        raise ModelError("heads of this width are not served on a CPU: the kernels take multiples of 16")
+    require_embeddings(tokenizer, model.config.vocab_size)
     slots, blocks, context = fit(settings, model.config, plan.kv, device)
     try:
         guesses = {} if settings.speculate else {"guesses": 0}
@@ -48,6 +48,18 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
         raise ModelError(f"this model cannot be served: {str(error).splitlines()[0]}") from error
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
     return runner
+
+
+def require_embeddings(tokenizer: PreTrainedTokenizerFast, count: int) -> None:
+    """Raises ModelError where a prompt may hold a token that has none of the model's `count` embeddings.
+
+    Gemma 3 1B has a token for images like that: typed text never becomes an added token, and its template writes none.
+    """
+    written = f"{tokenizer.chat_template}{tokenizer.bos_token}{tokenizer.eos_token}"
+    harmless = {token for token in tokenizer.get_added_vocab() if token not in written}
+    lacking = [token for token, id in tokenizer.get_vocab().items() if id >= count and token not in harmless]
+    if lacking:
+        raise ModelError(f"the model has {count} embeddings, and none for {len(lacking)} tokens of its tokenizer")
 
 
 def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str) -> tuple[int, int, int]:

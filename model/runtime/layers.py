@@ -4,30 +4,29 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # Llama's, for a part of the head's width too
 
-from model.runtime.attention import block_attention, refuse_unknown
+from model.runtime.attention import block_attention
 from model.runtime.kv import BlockCache
 from model.runtime.linear import Int8Linear, PackedLinear, Plan, join
+from model.weights.catalogue import KERNEL_ARCHITECTURES, require_window
 
 
 class KernelLayer(nn.Module):
-    """A decoder layer of transformers' Llama, Qwen2 or Qwen3 by this project's kernels; one call if all is packed."""
+    """A decoder layer of KERNEL_ARCHITECTURES by this project's kernels; one call if all is packed."""
 
     operands: tuple[object, ...] = ()  # what slots::layer takes beside tokens and KV
 
     def __init__(self, layer: nn.Module, chosen: Plan) -> None:
-        """Raises ValueError for a layer that does more than is known here."""
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        refuse_unknown({"sliding_window": getattr(attention, "sliding_window", None)})
         self.width, self.scaling = attention.head_dim, attention.scaling
-        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], chosen)
+        self.qkv = join(_qkv(attention), chosen)
         self.out = join([attention.o_proj], chosen)
         self.head_norms = nn.ModuleList(getattr(attention, n) for n in ("q_norm", "k_norm") if hasattr(attention, n))
-        self.heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
-        self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj], chosen), join([mlp.down_proj], chosen)
-        self.act, self.norms = mlp.act_fn, nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
+        self.heads = [heads * self.width for heads in _heads(attention)]
+        self.gate_up, self.down = join(_gate_up(mlp), chosen), join([mlp.down_proj], chosen)
+        self.act, self.norms = _act(mlp), nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
         joined = self.qkv, self.out, self.gate_up, self.down
         whole = all(isinstance(each, PackedLinear) for each in joined) and isinstance(self.act, SiLUActivation)
         if whole and not any(each.bias is not None for each in joined[1:]):
@@ -55,15 +54,13 @@ class KernelLayer(nn.Module):
 
 
 class JoinedAttention(nn.Module):
-    """Attention of transformers' Llama, Qwen2, Qwen3 or Mistral with one product for queries, keys and values."""
+    """Attention of transformers' models with one product for queries, keys and values."""
 
     def __init__(self, attention: nn.Module, chosen: Plan) -> None:
         super().__init__()
         self.layer_idx, self.width, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
-        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.heads = [part.out_features // self.width for part in parts]
-        self.qkv, self.out = join(parts, chosen), join([attention.o_proj], chosen)
-        self.sliding_window = getattr(attention, "sliding_window", None)
+        self.heads = _heads(attention)
+        self.qkv, self.out = join(_qkv(attention), chosen), join([attention.o_proj], chosen)
         self.head_norms = nn.ModuleList(getattr(attention, n) for n in ("q_norm", "k_norm") if hasattr(attention, n))
 
     def forward(
@@ -78,7 +75,6 @@ class JoinedAttention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         keys, values = past_key_values.update(k, v, self.layer_idx)
         del arguments["attention_mask"]
-        arguments["sliding_window"] = self.sliding_window
         out, _ = block_attention(self, q, keys, values, None, self.scaling, **arguments)
         return self.out(out.flatten(-2)), None
 
@@ -88,8 +84,8 @@ class JoinedMlp(nn.Module):
 
     def __init__(self, mlp: nn.Module, chosen: Plan) -> None:
         super().__init__()
-        self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj], chosen), join([mlp.down_proj], chosen)
-        self.act = mlp.act_fn
+        self.gate_up, self.down = join(_gate_up(mlp), chosen), join([mlp.down_proj], chosen)
+        self.act = _act(mlp)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, n, hidden] -> the same shape."""
@@ -101,11 +97,32 @@ def use_bitsandbytes(model: nn.Module, chosen: Plan) -> None:
     """Join the 4-bit matrices of a transformers causal LM that read the same input, and store its head in int8."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        if all(isinstance(getattr(attention, f"{name}_proj", None), Linear4bit) for name in "qkvo"):
+        if all(isinstance(part, Linear4bit) for part in (*_qkv(attention), attention.o_proj)):
             layer.self_attn = JoinedAttention(attention, chosen)
-        if all(isinstance(getattr(mlp, f"{name}_proj", None), Linear4bit) for name in ("gate", "up", "down")):
+        if all(isinstance(part, Linear4bit) for part in (*_gate_up(mlp), mlp.down_proj)):
             layer.mlp = JoinedMlp(mlp, chosen)
     model.lm_head = Int8Linear(model.lm_head.weight.data)
+
+
+def _qkv(attention: nn.Module) -> list[nn.Linear]:
+    """The matrices of queries, keys and values: Phi-3 stores them as one, and so gate and up."""
+    if hasattr(attention, "qkv_proj"):
+        return [attention.qkv_proj]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _heads(attention: nn.Module) -> list[int]:
+    """How many of queries, keys and values."""
+    config = attention.config
+    return [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+
+
+def _gate_up(mlp: nn.Module) -> list[nn.Linear]:
+    return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+
+
+def _act(mlp: nn.Module) -> nn.Module:
+    return mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
 
 
 class KernelHead(nn.Module):
@@ -125,7 +142,12 @@ class KernelHead(nn.Module):
 
 
 def use_kernels(model: nn.Module, chosen: Plan) -> None:
-    """Replace the decoder layers and the head of a transformers causal LM, in place."""
+    """Replace the decoder layers and the head of a transformers causal LM, in place.
+
+    Raises ValueError for a model whose layers may do more than is known here.
+    """
+    if type(model).__name__ not in KERNEL_ARCHITECTURES:
+        raise ValueError(f"{type(model).__name__} has layers that the CPU kernels do not know")
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = KernelLayer(layer, chosen)
     model.lm_head = KernelHead(model.model.norm, model.lm_head, chosen)
@@ -138,21 +160,35 @@ def is_packed(model: nn.Module) -> bool:
 
 
 class RotaryTable(nn.Module):
-    """transformers' rotary embedding of every position, looked up: a compiled step computes it anew for each head."""
+    """transformers' rotary embedding of every position, looked up: a compiled step computes it anew for each head.
+
+    Phi-3's longrope turns short and long texts differently. Here all are turned as the longest that is served: what
+    shares the batch would decide otherwise, and a text that grows would leave KV behind that was turned differently.
+    """
 
     def __init__(self, rotary: nn.Module, context: int, like: Tensor) -> None:
         super().__init__()
-        cos, sin = rotary(like, torch.arange(context, device=like.device)[None])
-        self.register_buffer("cos", cos[0], persistent=False)
-        self.register_buffer("sin", sin[0], persistent=False)
+        positions = torch.arange(context, device=like.device)[None]
+        for layer_type in rotary.rope_type if isinstance(rotary.rope_type, dict) else [None]:  # Gemma 3 has two
+            cos, sin = rotary(like, positions, layer_type)
+            self.register_buffer(f"cos_{layer_type}", cos[0], persistent=False)
+            self.register_buffer(f"sin_{layer_type}", sin[0], persistent=False)
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """position_ids int64 [rows, n] -> cosine and sine [rows, n, d] of x's dtype."""
-        return self.cos[position_ids], self.sin[position_ids]
+        cos, sin = (getattr(self, f"{name}_{layer_type}") for name in ("cos", "sin"))
+        return cos[position_ids], sin[position_ids]
 
 
 def look_up_positions(model: nn.Module, context: int, dtype: torch.dtype, device: str) -> None:
-    """Let a transformers causal LM look its rotary embedding up, unless that depends on more than the position."""
-    rotary = model.model.rotary_emb
-    if rotary.rope_type not in ("dynamic", "longrope"):
-        model.model.rotary_emb = RotaryTable(rotary, context, torch.empty(0, dtype=dtype, device=device))
+    """Let a transformers causal LM look its rotary embedding up."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    model.model.rotary_emb = RotaryTable(model.model.rotary_emb, context, like)
+
+
+def use_whole_context(model: nn.Module, context: int) -> None:
+    """Forget sliding windows that a text of `context` tokens fits into. Raises ModelError for a smaller one."""
+    of_config = model.config.model_type in ("mistral", "phi3")  # their attention reads it there, at each call
+    for owner in [model.config] if of_config else [layer.self_attn for layer in model.model.layers]:
+        require_window(getattr(owner, "sliding_window", None), context)
+        owner.sliding_window = None

@@ -14,7 +14,7 @@ from model.engine.blocks import Copy, blocks_for
 from model.engine.scheduler import Work
 from model.runtime.attention import ATTENTION
 from model.runtime.kv import Batch, BlockCache, KvBlocks, KvShape
-from model.runtime.layers import is_packed, look_up_positions, use_bitsandbytes, use_kernels
+from model.runtime.layers import is_packed, look_up_positions, use_bitsandbytes, use_kernels, use_whole_context
 from model.runtime.linear import FEW, Plan, dequantise
 from model.runtime.sampler import Rules, choose, choose_by_kernel
 from model.types import Sampling
@@ -69,6 +69,7 @@ class Runner:
         guesses: int = _GUESSES,
     ) -> None:  # fmt: skip
         """slots: rows that run at once; blocks: of KV, for all; context: tokens of one sequence at most."""
+        use_whole_context(model, context)
         look_up_positions(model, context, plan.dtype, device)
         if plan.kernels:
             use_kernels(model, plan)

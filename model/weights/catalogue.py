@@ -11,7 +11,11 @@ from typing import Any
 from settings import Settings
 
 DEMO_WHEEL = "demo-wheel"
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# What layers.py has its own layers for; the others run as transformers' modules, on a CPU too.
+KERNEL_ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
+ARCHITECTURES = (*KERNEL_ARCHITECTURES, "Gemma3ForCausalLM", "Qwen3MoeForCausalLM")
 DEFAULT_CONTEXT = 8192  # tokens, where neither MAX_CONTEXT nor the model says how many
 THINK = ("<think>", "</think>")
 NF4_BITS = (
@@ -37,15 +41,22 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool = False  # the embedding is the head too
+    experts: int = 0  # feed-forward parts of a layer; 0: one, without a router
+    kernels: bool = True  # whether this project's CPU kernels take it
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Shape:
-        """Raises KeyError where `config` does not say."""
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        """Raises KeyError where `config` does not say, ValueError where it is not understood here."""
+        hidden, heads, experts = config["hidden_size"], config["num_attention_heads"], 0
+        if has_experts(config):
+            if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+                raise ValueError("sizes are not known where some layers have experts and others do not")
+            experts = config.get("num_experts") or config["num_local_experts"]
         return cls(
-            config["num_hidden_layers"], hidden, config["intermediate_size"], heads,
-            config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads,
-            config["vocab_size"], config.get("tie_word_embeddings", False),
+            config["num_hidden_layers"], hidden, config["moe_intermediate_size" if experts else "intermediate_size"],
+            heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads,
+            config["vocab_size"], config.get("tie_word_embeddings", config["architectures"] == ["Gemma3ForCausalLM"]),
+            experts, kernels_take(config),
         )  # fmt: skip
 
     @property
@@ -69,9 +80,9 @@ class Shape:
     def _matrices(self) -> dict[str, int]:
         """Weights of the matrices of one layer."""
         queries, keys = (self.hidden * heads * self.head_dim for heads in (self.heads, self.kv_heads))
-        mlp = self.hidden * self.intermediate
+        mlp = self.hidden * self.intermediate * max(1, self.experts)
         return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries,
-                "gate_proj": mlp, "up_proj": mlp, "down_proj": mlp}  # fmt: skip
+                "gate": self.hidden * self.experts, "gate_proj": mlp, "up_proj": mlp, "down_proj": mlp}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +157,24 @@ def with_config(spec: ModelSpec, folder: Path) -> ModelSpec:
     if spec.context:
         return spec
     return replace(spec, context=read_json(folder / "config.json").get("max_position_embeddings") or 2048)
+
+
+def kernels_take(config: dict[str, Any]) -> bool:
+    """Whether this project's CPU kernels compute the layers of a config.json."""
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    turned = (config | (config.get("rope_parameters") or {})).get("partial_rotary_factor", 1)
+    return config["architectures"][0] in KERNEL_ARCHITECTURES and (width % 16, turned) == (0, 1)
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    return bool(config["architectures"] == ["Qwen3MoeForCausalLM"])
+
+
+def require_window(window: int | None, context: int) -> None:
+    """Raises ModelError unless a text of `context` tokens fits into a sliding window, which has no effect then."""
+    if window is not None and window < context:
+        raise ModelError(f"sliding_window={window} is not served: set MAX_CONTEXT={window}, so that it has no effect, "
+                         "or name a model without one")  # fmt: skip
 
 
 def read_json(file: Path) -> dict[str, Any]:

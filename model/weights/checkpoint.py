@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from model.weights.catalogue import ARCHITECTURES, ModelError, read_json
+from model.weights.catalogue import ARCHITECTURES, ModelError, has_experts, read_json, require_window
 
 Percent = Callable[[int], None]  # takes how many percent are done
 
@@ -33,13 +33,17 @@ _WORDS = {
     "architectures", "model_type", "hidden_act", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
     "_model_name_or_path", "rope_scaling", "rope_parameters", "layer_types", "quantization_config", "eos_token_id",
     "bos_token_id", "pad_token_id", "id2label", "label2id", "pruned_heads", "unsloth_version", "model_name",
-    "transformers.js_config",
+    "transformers.js_config", "hidden_activation", "mlp_only_layers", "cache_implementation",
 }  # fmt: skip
 _CODE = {"auto_map", "custom_pipelines", "custom_generate", "attn_implementation", "_attn_implementation", "gguf_file"}
+# What attention or head would have to compute, and transformers passes on by no argument.
+_UNSERVED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 # Four times the largest model of these families; transformers allocates for whatever config.json says.
 _BOUNDS = {
     "num_hidden_layers": 512, "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024,
     "hidden_size": 65_536, "intermediate_size": 262_144, "vocab_size": 2_000_000, "max_position_embeddings": 1 << 24,
+    "num_experts": 512, "num_local_experts": 512, "num_experts_per_tok": 512, "moe_intermediate_size": 262_144,
+    "decoder_sparse_step": 512, "sliding_window": 1 << 24, "query_pre_attn_scalar": 65_536,
 }  # fmt: skip
 
 
@@ -48,24 +52,51 @@ def check_config(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is a LoRA adapter: merge it into its base model and name the merged folder (peft: "
                          "merge_and_unload, then save_pretrained)")  # fmt: skip
-    if any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+    if any(folder.glob("*.gguf")) and not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
         raise ModelError(f"{folder} holds GGUF, which is not served; name the folder of the original safetensors")
     _check_links(folder)
     config = read_json(folder / "config.json")
     for file in (folder / name for name in (*CONFIGS, "tokenizer_config.json")):
         if file.is_file() and (asked := _CODE & read_json(file).keys()):
-            raise ModelError(f"{file} asks for code of its own ({', '.join(sorted(asked))}), which is never run")
+            keys = ", ".join(sorted(asked))
+            raise ModelError(f"{file} asks for code of its own, which is never run: remove {keys} if the model works "
+                             "without it")  # fmt: skip
     named = config.get("architectures")
     if named not in [[name] for name in ARCHITECTURES]:
         raise ModelError(f"{folder}: architecture {named} is not one of {', '.join(ARCHITECTURES)}")
     for name, value in config.items():
         if isinstance(value, (str, list, dict)) and name not in _WORDS:
             raise ModelError(f"{folder}/config.json: {name} is not known here; remove it if the model works without it")
+    for name in _UNSERVED:
+        if config.get(name):
+            raise ModelError(f"{folder}: {name} is not served; name a model without it")
+    if other := set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"{folder}: layers of {', '.join(map(str, other))} are not served; name a model without them")
     for name, limit in _BOUNDS.items():
         if (value := config.get(name)) is not None and not (type(value) is int and 1 <= value <= limit):
             raise ModelError(f"{folder}/config.json: {name} must be a whole number from 1 to {limit}")
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: tokenizer.json is missing")
+
+
+def check_served(folder: Path, quantization: str, max_context: int) -> None:
+    """Raises ModelError where a folder of a known kind is not served with QUANTIZATION and MAX_CONTEXT (0: unset)."""
+    config = read_json(folder / "config.json")
+    stored = config.get("quantization_config")
+    if has_experts(config) and (quantization != "none" or stored is not None):
+        # It sees nn.Linear alone (bitsandbytes issue 1849): experts, most of the weights, would stay as they are.
+        raise ModelError(f"{folder}: bitsandbytes quantises no experts: name the original weights, and set "
+                         "QUANTIZATION=none")  # fmt: skip
+    nf4 = isinstance(stored, dict) and stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"
+    if stored is not None and not nf4:
+        raise ModelError(f"{folder} is quantised in a way that is not served: name the original weights, or NF4 of "
+                         "bitsandbytes")  # fmt: skip
+    if nf4 and quantization != "nf4":
+        raise ModelError(f"{folder} is stored in 4 bits: set QUANTIZATION=nf4, or name the original weights")
+    # Llama has no window, and which layers of a Qwen have one, the loaded layers say (layers.use_whole_context).
+    if config["architectures"] != ["LlamaForCausalLM"] and "use_sliding_window" not in config:
+        known = config.get("max_position_embeddings") or max_context
+        require_window(config.get("sliding_window"), min(max_context or known, known))
 
 
 def _check_links(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from model.engine.blocks import BLOCK
 from model.runtime import gpu
 from model.weights.catalogue import NF4_BITS, ModelError, ModelSpec, Shape, find, read_json
-from model.weights.checkpoint import as_model_error, check_config
+from model.weights.checkpoint import as_model_error, check_config, check_served
 from settings import Settings, SettingsError
 
 _BITS = {"nf4": NF4_BITS, "int8": 8, "none": 0}  # 0: as what is not quantised
@@ -35,8 +35,9 @@ def estimate(spec: ModelSpec, shape: Shape, quantization: str, memory: int, devi
     On a CPU what is not quantised becomes float32; without a C++ compiler all of it does, which is not counted.
     """
     dense, head = 16 if device == "cuda" else 32, shape.vocabulary * shape.hidden
-    weights = shape.weight_bytes(_BITS[quantization] or dense, spec.skip_modules, dense)
-    if quantization == "nf4":  # the head has a byte a weight; where it is the embedding's matrix, that stays beside it
+    held = in_memory(shape, quantization, device)
+    weights = shape.weight_bytes(_BITS[held] or dense, spec.skip_modules, dense)
+    if held == "nf4":  # the head has a byte a weight; where it is the embedding's matrix, that stays beside it
         weights += head - (0 if shape.tied else head * dense // 8)
     left, block = gpu.for_kv(memory - weights, device), BLOCK * shape.kv_bytes
     short = max(0, 2 * block - left)  # a block is nobody's, and with none the service does not start
@@ -49,6 +50,11 @@ def estimate(spec: ModelSpec, shape: Shape, quantization: str, memory: int, devi
         stored=stored,
         quantising=stored + _QUANTISING if stored else 0,
     )
+
+
+def in_memory(shape: Shape, quantization: str, device: str) -> str:
+    """The QUANTIZATION of weights while they are served: transformers' modules on a CPU take floats."""
+    return quantization if device == "cuda" or shape.kernels else "none"
 
 
 def shape_of(spec: ModelSpec) -> Shape:
@@ -67,15 +73,18 @@ def report(settings: Settings, gpu_size: float | None) -> str:
     """The lines for MODEL on a GPU of `gpu_size` GB, or on this machine. Raises ModelError."""
     spec = find(settings)
     shape = shape_of(spec)
+    if not spec.shape:
+        check_served(Path(spec.source), settings.quantization, settings.max_context)
     device = "cuda" if gpu_size else gpu.choose_device(settings.device)
     ram = gpu.memory("cpu")[0]
     memory = int(gpu_size * 1e9) if gpu_size else gpu.memory("cuda")[1] if device == "cuda" else ram
     sizes = estimate(spec, shape, settings.quantization, memory, device)
     place = f"{_gb(memory)} of {'GPU memory' if device == 'cuda' else 'free RAM'}"
+    held = in_memory(shape, settings.quantization, device)
     verdict = f"does not fit: {_gb(sizes.missing)} are missing" if sizes.missing else "fits"
     return f"""\
 {spec.name} on {place}: {verdict}
-  weights     {_gb(sizes.weights)} as {settings.quantization}, {shape.parameters / 1e9:.2f} billion parameters
+  weights     {_gb(sizes.weights)} as {held}, {shape.parameters / 1e9:.2f} billion parameters
   KV cache    {sizes.tokens:,} tokens of {shape.kv_bytes:,} bytes, for prompts and answers of all slots together
   disk        {_gb(sizes.fetched)} fetched, which may be deleted afterwards, and {_gb(sizes.stored)} quantised
   quantising  {_gb(sizes.quantising)} of RAM, once; {_gb(ram)} are free here"""

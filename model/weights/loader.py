@@ -56,6 +56,7 @@ def prepare(spec: ModelSpec, settings: Settings, progress: Progress = _silent, f
                 checkpoint.adopt(tokenizer, folder, *checkpoint.TEXT_FILES)
             log.info("model prepared", model=final.name)
         checkpoint.verify(final, _span(progress, 0, 25), full)
+        checkpoint.check_served(final, settings.quantization, settings.max_context)  # they may have changed since
     return final
 
 
@@ -181,6 +182,7 @@ def _originals(spec: ModelSpec, settings: Settings, spare: Path, progress: Progr
         return spare
     source = _snapshot(spec, settings, progress, weights) if spec.revision else Path(spec.source)
     checkpoint.check_config(source)
+    checkpoint.check_served(source, settings.quantization, settings.max_context)
     return source
 
 
@@ -190,6 +192,7 @@ def _snapshot(spec: ModelSpec, settings: Settings, progress: Progress, weights: 
     bar = percent_bar(lambda percent: progress("fetching", percent), "B")
     try:
         return Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=files, cache_dir=cache,
+                                      ignore_patterns="consolidated*",  # Mistral's have all weights twice
                                       tqdm_class=bar))  # fmt: skip
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
         line = f"{spec.source} is not in the local cache, and the hub cannot be asked (offline, or HF_HUB_OFFLINE=1)"
@@ -199,13 +202,8 @@ def _snapshot(spec: ModelSpec, settings: Settings, progress: Progress, weights: 
 def _store(source: Path, target: Path, spec: ModelSpec, settings: Settings, progress: Percent) -> None:
     """The weights and their configurations in `target`, quantised unless they are kept as they are."""
     checkpoint.check_weights(source)
-    stored, wanted = read_json(source / "config.json").get("quantization_config"), settings.quantization == "nf4"
-    nf4 = isinstance(stored, dict) and stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"
-    if stored is not None and not nf4:
-        raise ModelError(f"{source}: quantised as is not served; name the original weights, or NF4 of bitsandbytes")
-    if nf4 and not wanted:
-        raise ModelError(f"{source} is stored in 4 bits: set QUANTIZATION=nf4, or name the original weights")
-    if wanted and not nf4:
+    stored = read_json(source / "config.json").get("quantization_config")
+    if settings.quantization == "nf4" and stored is None:
         _quantise(source, target, spec, settings, progress)
     else:
         checkpoint.adopt(source, target, *checkpoint.WEIGHTS, *checkpoint.CONFIGS)

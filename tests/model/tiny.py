@@ -12,7 +12,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {  # transformers' name, and what others do not have
+    "LlamaForCausalLM": ("llama", {}),
+    "MistralForCausalLM": ("mistral", {"sliding_window": 1024}),  # the context, which is all that may be served
+    "Phi3ForCausalLM": ("phi3", {}),
+    "Qwen2ForCausalLM": ("qwen2", {}),
+    "Qwen3ForCausalLM": ("qwen3", {}),
+    "Gemma3ForCausalLM": ("gemma3_text", {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 1024, "query_pre_attn_scalar": 40,
+    }),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+}  # fmt: skip
 VOCABULARY = 300
 
 CHATML = (
@@ -67,11 +77,13 @@ def tiny_model(architecture: str = "LlamaForCausalLM", **overrides: object) -> P
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
         "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": tiny_tokenizer().eos_token_id,
+        "pad_token_id": None,
         "initializer_range": 0.1,  # wide enough that greedy choices are clear, so that tests compare texts
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        config = AutoConfig.for_model(ARCHITECTURES[architecture], **(shape | overrides))
+        name, own = ARCHITECTURES[architecture]
+        config = AutoConfig.for_model(name, **(shape | own | overrides))
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

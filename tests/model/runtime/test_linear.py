@@ -1,6 +1,7 @@
 """Products of quantised matrices: exactness, independence of rows, and the choice by machine."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -12,7 +13,10 @@ from model.runtime import linear
 from model.runtime.kv import Batch
 from model.runtime.linear import DenseLinear, PackedLinear, Plan, join
 from model.runtime.runner import Runner
-from tests.model.tiny import ARCHITECTURES, tiny_model
+from model.weights.catalogue import KERNEL_ARCHITECTURES
+from model.weights.loader import load_model
+from tests.model.preparing import prepare, settings_for
+from tests.model.tiny import ARCHITECTURES, tiny_checkpoint, tiny_model
 
 PACKED = Plan("packed", torch.float32, torch.bfloat16, kernels=True)
 
@@ -158,7 +162,7 @@ def test_without_kernels_4_bits_become_floats_once() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 70])  # 70 are more than are computed together
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KERNEL_ARCHITECTURES)
 def test_a_layer_in_one_call_is_its_steps(architecture: str, count: int) -> None:
     runner = Runner(tiny_model(architecture), PACKED, 1, 1, 256, "cpu", frozenset())
     body, (keys, values) = runner.model.model, runner.kv.tensors
@@ -186,7 +190,7 @@ def test_a_layer_in_one_call_is_its_steps(architecture: str, count: int) -> None
 
 
 @pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu"}, {"mlp_bias": True}, {"attention_bias": True}])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KERNEL_ARCHITECTURES)
 def test_packed_layers_answer_like_the_dense_model(architecture: str, change: dict[str, object]) -> None:
     if change and architecture != "LlamaForCausalLM":
         change = {"hidden_act": "gelu"}
@@ -206,3 +210,28 @@ def test_packed_layers_answer_like_the_dense_model(architecture: str, change: di
 def test_a_width_that_the_kernel_cannot_take_stays_floats() -> None:
     assert isinstance(join([nn.Linear(96, 32)], PACKED), DenseLinear)
     assert isinstance(join([nn.Linear(128, 32)], PACKED), PackedLinear)
+
+
+HALF = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [*((name, {}) for name in ARCHITECTURES if name != "Qwen3MoeForCausalLM"),
+     ("Phi3ForCausalLM", {"rope_parameters": HALF})],
+)  # fmt: skip
+def test_matrices_joined_for_cuda_answer_like_those_of_transformers(
+    tmp_path: Path, architecture: str, change: dict[str, object]
+) -> None:
+    """On a CPU, where bitsandbytes computes the same; the scales of what is joined are stored in 8 bits anew."""
+    source = tiny_checkpoint(tmp_path / "source", architecture)
+    tiny_model(architecture, **change).save_pretrained(source)
+    folder, states = prepare(source), []
+    for backend in ("dense", "bitsandbytes"):
+        model = load_model(folder, settings_for(source), torch.device("cpu"), torch.float32)
+        runner = Runner(model, Plan(backend, torch.float32, torch.float32), 1, 1, 256, "cpu", frozenset())
+        with torch.inference_mode():
+            states.append(runner.hidden_states(Batch.of([Work(0, list(range(40)), 0, [1])])))
+    assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {"JoinedAttention"}
+    assert {type(layer.mlp).__name__ for layer in model.model.layers} == {"JoinedMlp"}
+    assert nn.functional.cosine_similarity(*states, dim=-1).min() > 0.999

@@ -13,10 +13,10 @@ from model.engine.blocks import BLOCK, Copy, blocks_for
 from model.engine.scheduler import Work
 from model.runtime.attention import refuse_unknown
 from model.runtime.kv import Batch
-from model.runtime.layers import RotaryTable
 from model.runtime.linear import Plan
 from model.runtime.runner import Runner
 from model.types import Sampling
+from model.weights.catalogue import KERNEL_ARCHITECTURES
 from tests.model.tiny import ARCHITECTURES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -25,6 +25,10 @@ DENSE = Plan("dense", torch.float32, torch.float32)
 KERNELS = Plan("dense", torch.float32, torch.float32, kernels=True)  # attention by this project's own kernel
 GREEDY = Sampling(temperature=0)
 PLANS = [pytest.param(DENSE, id="torch"), pytest.param(KERNELS, id="kernels")]
+SERVED = [  # each architecture on each path that serves it
+    *(pytest.param(name, DENSE, id=f"{name}-torch") for name in ARCHITECTURES),
+    *(pytest.param(name, KERNELS, id=f"{name}-kernels") for name in KERNEL_ARCHITECTURES),
+]
 PROMPTS = [[10, 11, 12], [(7 * i) % 290 for i in range(300)], [5], [(11 * i) % 290 for i in range(120)]]
 
 
@@ -77,8 +81,7 @@ def generated(architecture: str, prompt: list[int], count: int, **options: objec
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "plan"), SERVED)
 def test_greedy_in_a_batch_is_greedy_alone_is_generate(architecture: str, plan: Plan) -> None:
     engine, alone = runner(architecture, plan=plan), runner(architecture, slots=1, plan=plan)
     together = run(engine, [start(engine, row, prompt, GREEDY) for row, prompt in enumerate(PROMPTS)], 24)
@@ -87,11 +90,11 @@ def test_greedy_in_a_batch_is_greedy_alone_is_generate(architecture: str, plan: 
         assert run(alone, [start(alone, 0, prompt, GREEDY)], 24) == [text]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_chunks_of_any_size_make_the_same_prompt(plan: Plan) -> None:
-    want = generated("LlamaForCausalLM", PROMPTS[1], 8)
+@pytest.mark.parametrize(("architecture", "plan"), SERVED)
+def test_chunks_of_any_size_make_the_same_prompt(architecture: str, plan: Plan) -> None:
+    want = generated(architecture, PROMPTS[1], 8)
     for chunk in (1, 7, BLOCK - 1, BLOCK, 512):
-        engine = runner(slots=1, plan=plan)
+        engine = runner(architecture, slots=1, plan=plan)
         assert run(engine, [start(engine, 0, PROMPTS[1], GREEDY, chunk=chunk)], 8) == [want]
 
 
@@ -101,13 +104,13 @@ def test_a_text_grows_over_a_blocks_border(plan: Plan) -> None:
     assert run(engine, [start(engine, 1, prompt, GREEDY)], 20) == [generated("LlamaForCausalLM", prompt, 20)]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_guesses_are_read_beside_the_next_token_as_if_one_by_one(plan: Plan) -> None:
+@pytest.mark.parametrize(("architecture", "plan"), SERVED)
+def test_guesses_are_read_beside_the_next_token_as_if_one_by_one(architecture: str, plan: Plan) -> None:
     """Right ones, wrong ones, and another row's single token beside them; what a wrong one wrote is written over."""
-    engine, want = runner(plan=plan), generated("LlamaForCausalLM", PROMPTS[1], 9)
+    engine, want = runner(architecture, plan=plan), generated(architecture, PROMPTS[1], 9)
     text, other = start(engine, 0, PROMPTS[1], GREEDY), start(engine, 2, PROMPTS[3], GREEDY)
     chosen = engine.step([text.work(want[0], want[1], want[2] + 1, want[3]), other.work()])
-    assert chosen[0][:3] == want[:3] and chosen[1] == generated("LlamaForCausalLM", PROMPTS[3], 1)
+    assert chosen[0][:3] == want[:3] and chosen[1] == generated(architecture, PROMPTS[3], 1)
     text.tokens += want[:3]
     assert engine.step([text.work(*want[3:6])])[0] == want[3:7]
     text.tokens += want[3:7]
@@ -136,10 +139,10 @@ def test_repetition_penalty_is_transformers_own() -> None:
     assert penalised == generated("LlamaForCausalLM", PROMPTS[0], 24, repetition_penalty=1.5) != plain
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_a_seeded_row_is_the_same_alone_and_among_strangers(plan: Plan) -> None:
+@pytest.mark.parametrize(("architecture", "plan"), SERVED)
+def test_a_seeded_row_is_the_same_alone_and_among_strangers(architecture: str, plan: Plan) -> None:
     sampling = Sampling(temperature=1.0, top_k=40, top_p=0.9)
-    engine, alone = runner(plan=plan), runner(slots=1, plan=plan)
+    engine, alone = runner(architecture, plan=plan), runner(architecture, slots=1, plan=plan)
     texts = [start(engine, row, prompt, sampling, seed=100 + row) for row, prompt in enumerate(PROMPTS)]
     together = run(engine, texts, 16)
     assert run(alone, [start(alone, 0, PROMPTS[1], sampling, seed=101)], 16) == [together[1]]
@@ -184,13 +187,13 @@ PACKED = Plan("packed", torch.float32, torch.bfloat16, kernels=True)
     injected="other rows, chunks of other lengths, guesses, blocks in another order: 1,000 seeded schedules",
     counted="bitwise the same logits",
 )
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KERNEL_ARCHITECTURES)
 def test_a_text_depends_on_nothing_but_itself_to_the_bit(architecture: str, counted: Callable[..., None]) -> None:
     """Each text's logits after each token, computed in one piece and, 1,000 times, in random pieces beside others."""
     engine, chance = runner(architecture, context=512, plan=PACKED), random.Random(architecture)
     assert engine.details()["deterministic"]
     wanted = [logits(engine, [Work(0, tokens, 0, [1, 2])])[0] for tokens in PROMPTS]
-    same, schedules = 0, 1000 // len(ARCHITECTURES) + 1
+    same, schedules = 0, 1000 // len(KERNEL_ARCHITECTURES) + 1
     for _ in range(schedules):
         rows = chance.sample(range(len(PROMPTS)), chance.randrange(1, len(PROMPTS) + 1))
         blocks = iter(chance.sample(range(1, 9), 8))
@@ -225,12 +228,35 @@ def test_several_prompts_in_one_chunk_are_computed_as_if_alone(plan: Plan) -> No
     assert run(engine, texts, 8) == [generated("LlamaForCausalLM", prompt, 8) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("rope", "looked_up"), [("linear", True), ("dynamic", False)])
-def test_rotary_embeddings_are_looked_up_where_the_position_is_all_they_depend_on(rope: str, looked_up: bool) -> None:
-    scaled = {"rope_parameters": {"rope_type": rope, "factor": 2.0, "rope_theta": 10_000.0}}
-    plain, served = tiny_model(**scaled), tiny_model(**scaled)
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        pytest.param("LlamaForCausalLM", {"rope_type": "linear", "factor": 2.0}, id="linear"),
+        pytest.param("LlamaForCausalLM", {"rope_type": "dynamic", "factor": 2.0}, id="dynamic, within the context"),
+        pytest.param("Phi3ForCausalLM", LONG | {"original_max_position_embeddings": 512}, id="longrope, short texts"),
+        pytest.param("Phi3ForCausalLM", LONG | {"original_max_position_embeddings": 511}, id="longrope, long texts"),
+        pytest.param("Phi3ForCausalLM", {"rope_type": "default", "partial_rotary_factor": 0.5}, id="half of a head"),
+    ],
+)
+def test_rotary_embeddings_are_looked_up(architecture: str, rope: dict[str, object]) -> None:
+    scaled = {"rope_parameters": {"rope_theta": 10_000.0} | rope}
+    plain, served = tiny_model(architecture, **scaled), tiny_model(architecture, **scaled)
     Runner(served, DENSE, 1, 2, 512, "cpu", frozenset())
-    assert isinstance(served.model.rotary_emb, RotaryTable) == looked_up
     positions, like = torch.tensor([[0, 3, 511]]), torch.zeros(1)
     for got, want in zip(*(each.model.rotary_emb(like, positions) for each in (served, plain)), strict=True):
         assert torch.equal(got, want)
+
+
+def test_gemmas_layers_have_rotary_embeddings_of_their_own() -> None:
+    plain, served = tiny_model("Gemma3ForCausalLM"), tiny_model("Gemma3ForCausalLM")
+    Runner(served, DENSE, 1, 2, 512, "cpu", frozenset())
+    positions, like = torch.tensor([[0, 3, 511]]), torch.zeros(1)
+    tables = []
+    for kind in ("sliding_attention", "full_attention"):
+        got, want = (each.model.rotary_emb(like, positions, kind) for each in (served, plain))
+        assert torch.equal(torch.cat(got), torch.cat(want))
+        tables.append(got[0])
+    assert not torch.equal(*tables)

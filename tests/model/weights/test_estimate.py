@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_other_quantizations_and_a_cpu_take_more() -> None:
 def test_a_folder_is_read(tmp_path: Path, architecture: str) -> None:
     spec = find(Settings(model=str(tiny_checkpoint(tmp_path / "model", architecture))))
     shape, model = shape_of(spec), tiny_model(architecture)
-    matrices = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2)
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
     assert shape.parameters == matrices and shape.kv_bytes == 2 * 2 * 2 * 16 * 2
     assert estimate(spec, shape, "nf4", 1 << 40, "cpu").fetched == 0
 
@@ -93,6 +94,37 @@ def test_what_cannot_be_estimated_is_one_line(tmp_path: Path, source: Path) -> N
     (source / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ModelError, match="hidden_size"):
         shape_of(find(Settings(model=str(source))))
+
+
+def test_the_parameters_of_a_model_with_experts_are_those_that_are_published(source: Path) -> None:
+    """Qwen3-30B-A3B's config.json, and the parameters that the hub counts."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_attention_heads": 32, "head_dim": 128,
+        "num_key_value_heads": 4, "num_hidden_layers": 48, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_experts": 128, "vocab_size": 151_936, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "tie_word_embeddings": False, "sliding_window": None,
+    }  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config))
+    settings = Settings(model=str(source), quantization="none")
+    assert shape_of(find(settings)).parameters == pytest.approx(30_532_122_624, rel=0.001)
+    assert "30.53 billion parameters" in report(settings, 80)
+    with pytest.raises(ModelError, match="QUANTIZATION=none"):
+        report(Settings(model=str(source)), 80)
+    (source / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [0]}))
+    with pytest.raises(ModelError, match="sizes are not known where some layers have experts and others do not"):
+        shape_of(find(settings))
+
+
+def test_gemmas_embedding_is_its_head_and_on_a_cpu_it_is_floats(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "Gemma3ForCausalLM")
+    config = read_json(source / "config.json")
+    del config["tie_word_embeddings"]  # as Google's own has it
+    (source / "config.json").write_text(json.dumps(config))
+    spec, shape = find(settings := Settings(model=str(source))), Shape.of(config)
+    assert shape.tied and shape.parameters == Shape.of(config | {"tie_word_embeddings": False}).parameters - 300 * 64
+    on_cpu, on_gpu = (estimate(spec, shape, "nf4", 1 << 40, device) for device in ("cpu", "cuda"))
+    assert on_cpu.weights == shape.parameters * 4 and on_gpu.weights < shape.parameters * 2
+    assert " as none," in report(settings, None) and " as nf4," in report(settings, 24)
 
 
 def test_quantised_files_are_as_large_as_was_estimated(source: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from model.weights import checkpoint, loader
 from model.weights.catalogue import ModelError, find
 from tests.model.preparing import left_behind, prepare, settings_for
+from tests.model.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -70,6 +71,10 @@ def gguf(folder: Path) -> None:
     (folder / "model.gguf").write_bytes(b"GGUF")
 
 
+def gguf_beside_a_config(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+
+
 def link(name: str) -> Callable[[Path], None]:
     """The file as a link to one elsewhere, as the keys in DATA_DIR are."""
 
@@ -100,6 +105,7 @@ BAD = {
     "too wide": (edit("config.json", hidden_size=1 << 30), "hidden_size"),
     "an endless context": (edit("config.json", max_position_embeddings=1 << 60), "max_position_embeddings"),
     "GGUF": (gguf, "holds GGUF, which is not served; name the folder of the original safetensors"),
+    "GGUF beside a config": (gguf_beside_a_config, "holds GGUF, which is not served; name the folder of the original"),
     "LoRA": (write("adapter_config.json", "{}"), "is a LoRA adapter: merge it into its base model"),
     "4 bits of another kind": (
         edit("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
@@ -161,10 +167,58 @@ def test_one_changed_byte_is_found_at_the_next_start(source: Path, name: str, co
     counted(bytes_changed=sum(map(ne, good, content)), lines_said=len(str(caught.value).splitlines()))
 
 
-def test_a_folder_in_nf4_is_served_as_it_is_or_says_which_setting(source: Path) -> None:
+STORED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+FP4 = {"quantization_config": STORED["quantization_config"] | {"bnb_4bit_quant_type": "fp4"}}
+MOE, GEMMA, MISTRAL = "Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "MistralForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "settings", "words"),
+    [
+        (MOE, {}, {}, "bitsandbytes quantises no experts: name the original weights, and set QUANTIZATION=none"),
+        (MOE, {}, {"quantization": "int8"}, "set QUANTIZATION=none"),
+        (MOE, STORED, {"quantization": "none"}, "name the original weights"),
+        (MOE, {"decoder_sparse_step": 0}, {"quantization": "none"}, "decoder_sparse_step"),
+        (MOE, {"num_local_experts": 1 << 20}, {"quantization": "none"}, "num_local_experts must be"),
+        (MISTRAL, FP4, {}, "name the original weights, or NF4 of bitsandbytes"),
+        (MISTRAL, STORED, {"quantization": "int8"}, "set QUANTIZATION=nf4, or name the original weights"),
+        (MISTRAL, {"sliding_window": 512}, {}, r"sliding_window=512 is not served: set MAX_CONTEXT=512, .* or name a"),
+        ("Phi3ForCausalLM", {"sliding_window": 512}, {"max_context": 513}, "sliding_window=512"),
+        (GEMMA, {"sliding_window": 512}, {"max_context": 513}, "sliding_window=512"),
+        (GEMMA, {"attn_logit_softcapping": 50.0}, {}, "attn_logit_softcapping is not served"),
+        (GEMMA, {"final_logit_softcapping": 30.0}, {}, "final_logit_softcapping is not served"),
+        (GEMMA, {"use_bidirectional_attention": True}, {}, "use_bidirectional_attention is not served"),
+        ("Qwen2ForCausalLM", {"layer_types": ["full_attention", "chunked_attention"]}, {}, "layers of chunked_att"),
+    ],
+)
+def test_what_is_not_served_is_told_before_weights_are_fetched(
+    tmp_path: Path, architecture: str, change: dict[str, object], settings: dict[str, object], words: str
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", architecture)
+    edit("config.json", **change)(source)
+    told = settings_for(source, **settings)
+    with pytest.raises(ModelError, match=words) as caught:
+        loader.prepare_tokenizer(find(told), told)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", [MISTRAL, "Phi3ForCausalLM", GEMMA])
+def test_a_window_that_all_texts_fit_into_is_served(tmp_path: Path, architecture: str) -> None:
+    source = tiny_checkpoint(tmp_path / "source", architecture)
+    edit("config.json", sliding_window=512)(source)
+    assert checkpoint.is_ready(prepare(source, max_context=512))
+    with pytest.raises(ModelError, match="sliding_window=512"):  # though all is prepared
+        prepare(source, max_context=513)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", MISTRAL])
+def test_a_folder_in_nf4_is_served_as_it_is_or_says_which_setting(tmp_path: Path, architecture: str) -> None:
+    source = tiny_checkpoint(tmp_path / "source", architecture)
     folder = prepare(source)
     again = prepare(folder)
     assert again != folder and (again / "model.safetensors").samefile(folder / "model.safetensors")
+    model = loader.load_model(again, settings_for(folder), CPU, torch.float32)
+    assert type(model.model.layers[0].self_attn.o_proj).__name__ == "Linear4bit"
     with pytest.raises(ModelError, match="set QUANTIZATION=nf4, or name the original weights"):
         prepare(folder, quantization="none")
 
