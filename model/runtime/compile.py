@@ -136,7 +136,7 @@ def record(pool: object, step: Step, arguments: tuple[object, ...]) -> Step:
         with torch.cuda.stream(side):  # around the recording too, which leaves its stream only where it ends well
             for _ in range(2):  # libraries choose their kernels in the first runs, and Triton tunes its own
                 step(*arguments)
-            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 results = step(*arguments)
     finally:
         torch.cuda.current_stream().wait_stream(side)
