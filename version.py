@@ -1,3 +1,3 @@
 """The service's version."""
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"

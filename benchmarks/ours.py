@@ -18,6 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.worker import Turn, prompt, serve
+from model.engine.blocks import blocks_for
+from model.engine.scheduler import Work
 from model.runtime.build import build
 from model.runtime.compile import compiler_for
 from model.runtime.linear import PackedLinear
@@ -28,7 +30,6 @@ from model.weights.loader import prepare
 from settings import Settings
 
 WARM = 4  # steps before the clock runs
-CHUNK = 512  # prompt tokens at once, as the service computes them for a single user
 
 
 def load(settings: Settings, patience: float) -> Runner:
@@ -56,12 +57,33 @@ def adopt_all(runner: Runner, patience: float) -> None:
         time.sleep(0.5)
 
 
-def fill(runner: Runner, slot: int, ids: Sequence[int]) -> None:
-    """Compute a prompt but for its last token, and let the next step begin with that."""
-    runner.init_row(slot, Sampling(temperature=0), 0, ids)
-    for start in range(0, len(ids) - 1, CHUNK):
-        runner.prefill([(slot, ids[start : min(start + CHUNK, len(ids) - 1)], start)])
-    runner.activate(slot, ids[-1], len(ids) - 1)
+def runs(runner: Runner, rows: int, tokens: int) -> list[list[int]]:
+    """The blocks of each row, for its first `tokens` tokens. They begin where its share of all does.
+
+    Raises ValueError where `tokens` are more than that.
+    """
+    each, wanted = runner.blocks // rows, blocks_for(tokens)
+    if wanted > each:
+        raise ValueError(f"{rows} rows of {tokens} tokens do not fit into {runner.blocks} blocks of KV")
+    return [list(range(1 + row * each, 1 + row * each + wanted)) for row in range(rows)]
+
+
+def fill(runner: Runner, row: int, ids: Sequence[int], blocks: list[int]) -> Work:
+    """Compute a prompt but for its last token, which the next step begins with."""
+    runner.begin(row, Sampling(temperature=0), 0, ids)
+    for start in range(0, len(ids) - 1, runner.chunk_tokens):
+        runner.prefill([Work(row, ids[start : min(start + runner.chunk_tokens, len(ids) - 1)], start, blocks)])
+    return Work(row, ids[-1:], len(ids) - 1, blocks)
+
+
+def step(runner: Runner, work: list[Work]) -> list[Work]:
+    """Compute a token for each row: what the next step reads. Raises ArithmeticError where numbers are not finite."""
+    following = []
+    for one, (token,) in zip(work, runner.step(work), strict=True):
+        if token is None:
+            raise ArithmeticError("numbers were not finite")
+        following.append(one._replace(tokens=[token], position=one.position + 1))
+    return following
 
 
 class Ours:
@@ -69,48 +91,39 @@ class Ours:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._held: dict[int, int] = {}  # slot -> tokens of its prompt that are computed
+        self._rows, self._held = 0, dict[int, int]()  # of so many rows each one's tokens whose KV is computed
 
     def facts(self) -> Turn:
         """What /readyz tells, and the bytes of weights that a step reads."""
         return {"version": torch.__version__, **self.runner.details(), "weights": self._weights()}
 
     def decode(self, rows: int, context: int, steps: int) -> Turn:
-        """seconds: of each step over `rows` slots that hold `context` tokens at first; cpu: of all of them."""
-        for slot in range(rows):
-            self._hold(slot, context)
-        active = list(range(rows))
+        """seconds: of each step over `rows` rows that hold `context` tokens at first; cpu: of all of them."""
+        blocks = runs(self.runner, rows, context + WARM + steps)
+        if self._rows != rows:  # their blocks are others
+            self._rows, self._held = rows, {}
+        work = [self._hold(row, context, own) for row, own in enumerate(blocks)]
         for _ in range(WARM):
-            self.runner.step(active)
+            work = step(self.runner, work)
         cpu, times = time.process_time(), [time.perf_counter()]
         for _ in range(steps):
-            self.runner.step(active)
+            work = step(self.runner, work)
             times.append(time.perf_counter())
         cpu = time.process_time() - cpu
-        self._rest(rows)
         return {"seconds": [after - before for before, after in itertools.pairwise(times)], "cpu": cpu}
 
     def prefill(self, tokens: int) -> Turn:
         """seconds: from a prompt of `tokens` to the first new token; cpu: the same."""
-        self._held.clear()
-        begin, cpu = time.perf_counter(), time.process_time()
-        fill(self.runner, 0, prompt(0, tokens))
-        self.runner.step([0])
-        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        self._rest(1)
-        return {"seconds": seconds, "cpu": cpu}
+        return self.generate(1, tokens, 1)
 
     def generate(self, rows: int, context: int, steps: int) -> Turn:
         """seconds: for the same work as `rows` requests of `context` prompt tokens and `steps` new ones; cpu."""
         self._held.clear()
-        begin, cpu = time.perf_counter(), time.process_time()
-        for slot in range(rows):
-            fill(self.runner, slot, prompt(slot, context))
+        begin, cpu, blocks = time.perf_counter(), time.process_time(), runs(self.runner, rows, context + steps)
+        work = [fill(self.runner, row, prompt(row, context), own) for row, own in enumerate(blocks)]
         for _ in range(steps):
-            self.runner.step(list(range(rows)))
-        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        self._rest(rows)
-        return {"seconds": seconds, "cpu": cpu}
+            work = step(self.runner, work)
+        return {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
 
     def bandwidth(self) -> Turn:
         """bytes: read from memory in a second, by all threads, the best of several."""
@@ -122,16 +135,12 @@ class Ours:
             best = min(best, time.perf_counter() - begin)
         return {"bytes": field.numel() * 4 / best}
 
-    def _hold(self, slot: int, context: int) -> None:
-        """Let a slot hold `context` tokens; computed once, since later turns write only behind them."""
-        if self._held.get(slot, 0) < context:
-            fill(self.runner, slot, [*prompt(slot, context), 1])
-            self._held[slot] = context
-        self.runner.activate(slot, 1, context)
-
-    def _rest(self, rows: int) -> None:
-        for slot in range(rows):
-            self.runner.deactivate(slot, self.runner.context - 1)
+    def _hold(self, row: int, context: int, blocks: list[int]) -> Work:
+        """Let a row hold `context` tokens; computed once, since later turns write only behind them."""
+        if self._held.get(row, -1) < context:
+            self._held[row] = context
+            return fill(self.runner, row, [*prompt(row, context), 1], blocks)
+        return Work(row, [1], context, blocks)
 
     def _weights(self) -> float:
         """Bytes of the matrices, with their scales."""

@@ -22,12 +22,13 @@ import torch
 
 from benchmarks import record, table
 from benchmarks.engines import dense
-from benchmarks.ours import fill, load
+from benchmarks.ours import fill, load, runs
 from benchmarks.record import HERE, Record
+from model.engine.scheduler import Work
 from model.runtime.gpu import choose_device
-from model.runtime.kv import SlotCache
+from model.runtime.kv import Batch
 from model.runtime.linear import dequantise
-from model.runtime.runner import Runner, hidden
+from model.runtime.runner import Runner
 from model.text.prompt import Prompt
 from model.types import Message
 from model.weights.catalogue import find, with_config
@@ -67,16 +68,12 @@ class Served:
         self.device = self.runner.device
 
     def __call__(self, input_ids: torch.Tensor, past_key_values: int | None = None, use_cache: bool = False) -> Any:
-        runner, (rows, n), start = self.runner, input_ids.shape, past_key_values or 0
-        places = torch.arange(start, start + n, device=self.device).expand(rows, n)
-        if runner.plan.kernels:
-            slot, place = torch.arange(rows).repeat_interleave(n), places.flatten()
-            states = runner.hidden_states(input_ids.flatten(), slot, place, place)
-            logits = runner.model.lm_head(runner.model.model.norm(states)).view(rows, n, -1)
-        else:
-            states = hidden(runner.model, SlotCache(runner.kv.tensors, 0, places, start + n), input_ids, places)
-            logits = runner.model.lm_head(states)
-        return SimpleNamespace(logits=logits, past_key_values=start + n)
+        start, (rows, n) = past_key_values or 0, input_ids.shape
+        blocks = runs(self.runner, rows, start + n)
+        work = [Work(row, ids, start, blocks[row]) for row, ids in enumerate(input_ids.tolist())]
+        with torch.inference_mode():
+            logits = self.runner.model.lm_head(self.runner.hidden_states(Batch.of(work)))
+        return SimpleNamespace(logits=logits.view(rows, n, -1), past_key_values=start + n)
 
 
 def _load(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
@@ -125,18 +122,17 @@ def greedy(model: Any, prompt: Ids, count: int, eos: frozenset[int]) -> Ids:
 
 def follow(runner: Runner, prompts: list[Ids], answers: list[Ids], forced: bool) -> list[Ids]:
     """The engine's choices beside each answer, in one batch. forced: each next to the answer's tokens, not its own."""
-    for slot, prompt in enumerate(prompts):
-        fill(runner, slot, prompt)
+    blocks = runs(runner, len(prompts), max(len(ids) for ids in prompts) + max(len(ids) for ids in answers))
+    work = [fill(runner, row, prompt, blocks[row]) for row, prompt in enumerate(prompts)]
     found: list[Ids] = [[] for _ in prompts]
     for place in range(max(map(len, answers))):
-        tokens = runner.step(list(range(len(prompts))))
-        for slot, answer in enumerate(answers):
-            if place < len(answer):
-                found[slot].append(-1 if (token := tokens[slot]) is None else token)
-                if forced:
-                    runner.activate(slot, answer[place], len(prompts[slot]) + place)
-    for slot in range(len(prompts)):
-        runner.deactivate(slot, runner.context - 1)
+        for row, (token,) in enumerate(runner.step(work)):
+            if place >= len(answers[row]):
+                continue
+            found[row].append(-1 if token is None else token)
+            following = answers[row][place] if forced else token
+            if following is not None:
+                work[row] = work[row]._replace(tokens=[following], position=work[row].position + 1)
     return found
 
 

@@ -109,8 +109,8 @@ class LocalBackend:
 
     def _context(self) -> int:
         """Tokens that prompt and answer share: what was fitted into memory, before that what settings allow."""
-        known = self._spec.context or DEFAULT_CONTEXT
-        return self._engine.context or min(self._settings.max_context or known, known)
+        allowed, possible = self._settings.max_context, self._spec.context
+        return self._engine.context or min(allowed or possible, possible or allowed) or DEFAULT_CONTEXT
 
     def _load(self, progress: Progress) -> Runner:
         """On the model thread. No garbage is collected meanwhile, and later none of what stays is looked at.

@@ -141,7 +141,7 @@ class BlockPool:
         return forgotten
 
     def _longest(self, table: Table, tokens: List[int]) -> tuple[Block | None, int]:
-        """Of the blocks that may follow in a table, the one that shares most with the next of `tokens`, and how much."""
+        """Of the blocks that may follow in a table, the one that shares most of the next `tokens`, and how many."""
         wanted = tokens[table.computed : min(table.computed + BLOCK, len(tokens) - 1)]
         found = [(block.shared(wanted), block) for block in self._after.get(table.chain, ())] if wanted else []
         shared, block = max(found, key=lambda pair: pair[0], default=(0, None))

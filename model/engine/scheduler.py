@@ -30,7 +30,7 @@ _SMOOTHING, _CHUNK_SMOOTHING = 0.1, 0.3  # of the tokens/s estimates, per step a
 class Work(NamedTuple):
     """Tokens of one sequence for the model to read, the first at `position`; their KV goes into `blocks`.
 
-    row: where `begin` put the sequence's rules. blocks: all of the sequence, in order, and at least those that it fills.
+    row: where `begin` put the sequence's rules. blocks: the sequence's, in order, at least as many as it fills.
     """
 
     row: int

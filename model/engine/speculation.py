@@ -1,4 +1,4 @@
-"""Prompt-lookup speculation (Saxena, 2023): tokens guessed from what a text said before, read in one step with the next.
+"""Prompt-lookup speculation (Saxena, 2023): tokens guessed from what a text said before, read with the next one.
 
 Which token is chosen never depends on it: noise is a function of seed, position and token (sampler.py), so a guess is
 right or wrong, and a text is what it would have been. A row that is drawn accepts with the probability that rejection
@@ -28,7 +28,7 @@ class Lookup:
             self._next = self._note(tokens, end)
 
     def read(self, tokens: List[int]) -> list[tuple[int, bool]]:
-        """Take in a text that has grown. For each new token that was guessed: the streak before, and if it was right."""
+        """Take in a text that has grown. For each new token that was guessed: the streak before, and if right."""
         outcomes = []
         for at in range(self._read, len(tokens)):
             if self._next is not None:
@@ -53,7 +53,7 @@ class Lookup:
 
 
 class Speculation:
-    """How many guesses a step should read: by how often they were right, and what a token more costs on this machine."""
+    """How many guesses a step should read: by how often they were right, and what one more costs on this machine."""
 
     def __init__(self) -> None:
         self._right = [0.3, 0.5, 0.65, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92]  # by streak; first guesses
@@ -76,7 +76,7 @@ class Speculation:
         self._covariance += _FAST * (more * longer - self._covariance)
 
     def length(self, streak: int, rows: int, most: int) -> int:
-        """How many guesses pay for a row of a step of `rows`: each costs a token more, and saves its share of a step."""
+        """How many guesses pay for a row of a step of `rows`: each costs a token more, and saves a share of a step."""
         each = self._each()
         share = max(self._seconds + each * (rows - self._tokens), each * rows) / rows
         likely = 1.0

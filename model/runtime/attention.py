@@ -1,5 +1,7 @@
 """The attention of transformers' models over blocks of KV: PyTorch's FlashAttention, or its definition on a CPU."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -8,12 +10,13 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from model.engine.blocks import BLOCK
+from model.engine.scheduler import Work
 from model.runtime.kv import Batch
 
 ATTENTION = "blocks"
-# Parts in which one sequence's columns are read side by side: its few heads would leave most of a GPU idle. With several
-# sequences PyTorch 2.13 leaves rows unwritten then (pytorch/pytorch issue 194167), and chosen by itself the number has
-# given NaN (pytorch/torchtitan issue 3235).
+# Parts in which one sequence's columns are read side by side: its few heads alone leave most of a GPU idle. For several
+# sequences PyTorch 2.13 leaves rows unwritten then (pytorch/pytorch issue 194167), and where it chooses the number by
+# itself it has given NaN (pytorch/torchtitan issue 3235).
 _SPLITS_ALONE = 8
 
 # What transformers' models hand over beside the tensors, and the only values understood here.
@@ -31,14 +34,36 @@ def block_attention(
     no window or soft cap is ever dropped in silence.
     """
     refuse_unknown(arguments)
-    attend = varlen_attn if query.is_cuda else attend_by_definition
+    out = _attended(varlen_attn if query.is_cuda else attend_by_definition, query, key, value, scaling, batch)
+    return out[None], None
+
+
+def _attended(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, scaling: float, batch: Batch
+) -> Tensor:
     sequences, blocks = batch.tables.shape
-    out = attend(
+    return attend(
         query[0].transpose(0, 1).contiguous(), key, value, batch.spans[0], None, batch.longest, blocks * BLOCK,
         scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=batch.spans[1, :-1], block_table=batch.tables,
         num_splits=_SPLITS_ALONE if sequences == 1 else 1,
     )  # fmt: skip
-    return out[None], None
+
+
+def verify(heads: int, keys: Tensor, attend: Callable[..., Tensor] = varlen_attn) -> None:
+    """Raise ValueError unless `attend` computes what attention is for tensors like `keys` [blocks, BLOCK, kv_heads, d].
+
+    Alone, several at once, and several tokens of one: FlashAttention over blocks had faults in each (see above).
+    """
+    noise = torch.Generator(keys.device).manual_seed(0)
+    key, value = (torch.randn(5, *keys.shape[1:], generator=noise, device=keys.device).to(keys.dtype) for _ in range(2))
+    one, other = Work(0, [0], 700, [4, 1, 2]), Work(0, [0], 300, [2, 3])
+    for work in ([one], [one, other], [one._replace(tokens=[0] * 5), other]):
+        batch = Batch.of(work).to(str(keys.device))
+        shape = 1, heads, batch.tokens.shape[1], keys.shape[3]
+        query = torch.randn(shape, generator=noise, device=keys.device).to(keys.dtype)
+        got, want = (_attended(how, query, key, value, 0.1, batch) for how in (attend, attend_by_definition))
+        if not torch.allclose(got.float(), want.float(), atol=0.02, rtol=0.02):
+            raise ValueError("FlashAttention of this PyTorch computes wrong numbers on this GPU")
 
 
 def attend_by_definition(

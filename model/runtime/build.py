@@ -11,6 +11,7 @@ from model.engine.blocks import BLOCK, blocks_for
 from model.engine.scheduler import Work
 from model.kernels import native
 from model.runtime import gpu, linear
+from model.runtime.attention import verify
 from model.runtime.kv import KvShape
 from model.runtime.runner import Runner
 from model.types import Sampling
@@ -43,8 +44,8 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
             if plan.linear_backend == "packed":  # no product is left for OpenMP's threads, which spin at barriers
                 torch.set_num_threads(1)
         try_out(runner)
-    except ValueError as error:
-        raise ModelError(f"this model cannot be served: {error}") from error
+    except (ValueError, RuntimeError) as error:  # CUDA's errors are of the second kind, out of memory among them
+        raise ModelError(f"this model cannot be served: {str(error).splitlines()[0]}") from error
     _log.info("model loaded: %s", " ".join(f"{name}={value}" for name, value in runner.details().items()))
     return runner
 
@@ -69,8 +70,10 @@ def fit(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device
 def try_out(runner: Runner) -> None:
     """One eager prefill and step: what fails at all fails here, not in front of a user.
 
-    Raises ValueError for attention that is not understood, ModelError where numbers are not finite.
+    Raises ValueError for attention that is not understood or goes wrong, ModelError where numbers are not finite.
     """
+    if runner.device == "cuda":
+        verify(runner.model.config.num_attention_heads, runner.kv.keys[0])
     runner.begin(0, Sampling(temperature=0), 0, [0, 0])
     finite = runner.prefill([Work(0, [0], 0, [0])]) == [True]
     if not finite or runner.step([Work(0, [0], 1, [0])]) == [[None]]:

@@ -30,7 +30,7 @@ _TURN = 0.0005
 
 
 def buckets(runner: Runner) -> list[Bucket]:
-    """What is worth compiling, the most useful first: one user, everybody, one user's guesses, then what lies between."""
+    """What is worth compiling, the most useful first: one user, everybody, guesses, then what lies between."""
     slots, few = runner.slots, [1, runner.slots, 8, 4, 2]
     narrow = [Bucket(tokens, 1) for tokens in dict.fromkeys(min(tokens, slots) for tokens in few)]
     wide = [Bucket(tokens, tokens) for tokens in (1 + runner.guesses, runner.step_tokens)] if runner.guesses else []

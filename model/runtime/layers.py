@@ -1,4 +1,4 @@
-"""Decoder layers, head and rotary embedding of transformers' models, replaced by what this project's kernels compute."""
+"""Parts of transformers' models that are replaced: by this project's kernels on a CPU, by joined matrices on CUDA."""
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -70,7 +70,7 @@ class JoinedAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], past_key_values: BlockCache,
         **arguments: object,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """hidden_states [1, n, hidden] -> the same shape. Raises ValueError for what `block_attention` does not know."""
+        """hidden_states [1, n, hidden] -> the same shape. Raises ValueError as `block_attention` does."""
         states = self.qkv(hidden_states).unflatten(-1, (-1, self.width)).transpose(1, 2)
         q, k, v = states.split(self.heads, 1)
         if self.head_norms:

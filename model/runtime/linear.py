@@ -95,7 +95,7 @@ class PackedLinear(nn.Module):
 
 
 class FewRows(nn.Module):
-    """A 4-bit layer of bitsandbytes that never makes floats of its matrix in a step: more rows come in several calls."""
+    """A 4-bit layer of bitsandbytes that makes no floats of its matrix in a step: more rows come in several calls."""
 
     def __init__(self, layer: bnb.nn.Linear4bit, most: int) -> None:
         """most: rows that bitsandbytes multiplies with the codes as they are (`fused_rows`)."""
@@ -139,7 +139,7 @@ def join(parts: list[nn.Linear], chosen: Plan) -> nn.Module:
 
 
 def _joined_4bit(parts: list[bnb.nn.Linear4bit]) -> FewRows:
-    """The very codes of all parts; their scales are stored in 8 bits anew, as bitsandbytes does (double quantisation)."""
+    """The very codes of all parts, with their scales stored in 8 bits anew (bitsandbytes' double quantisation)."""
     states, k, rows = (
         [part.weight.quant_state for part in parts],
         parts[0].in_features,

@@ -1,4 +1,4 @@
-"""The torch half of the engine: computes prompts and steps of the batches that it is given. One thread makes and uses it."""
+"""The torch half of the engine: computes prompts and steps of the batches it is given. One thread makes and uses it."""
 
 import gc
 import itertools

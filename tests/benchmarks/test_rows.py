@@ -12,10 +12,13 @@ import torch
 
 from benchmarks import decode, goals, growth, http, quality, shared_core, start, ttft
 from benchmarks.load import Answer
-from benchmarks.ours import fill
+from benchmarks.ours import Ours, fill, runs, step
 from benchmarks.record import HERE
+from model.kernels import native
 from model.runtime.linear import Plan
 from model.runtime.runner import Runner
+from settings import Settings
+from tests.conftest import lacking
 from tests.model.tiny import tiny_model
 
 STEP = {"step": 0.01, "slowest": 0.02, "cpu": 3.0}
@@ -92,10 +95,14 @@ def test_a_compiler_that_runs_at_a_start_is_seen_and_still_works(tmp_path: Path)
         assert (log.read_text().split() if log.exists() else []) == seen
 
 
+def tiny_runner(kernels: bool = False, slots: int = 4, blocks: int = 8) -> Runner:
+    plan = Plan("dense", torch.float32, torch.float32, kernels)
+    return Runner(tiny_model(), plan, slots, blocks, 512, "cpu", frozenset())
+
+
 def test_quality_follows_the_engine_beside_the_reference() -> None:
     """In float32 on one tiny model both are the same, alone or in a batch, free or forced; and a change is seen."""
-    model, reference = tiny_model(), tiny_model()
-    runner = Runner(model, Plan("dense", model.dtype, model.dtype), 4, 64, "cpu", frozenset())
+    runner, reference = tiny_runner(), tiny_model()
     prompts = [[5, 6, 7], list(range(20, 40)), [9]]
     answers = [quality.greedy(reference, prompt, 6, frozenset()) for prompt in prompts]
     for forced in (False, True):
@@ -119,11 +126,48 @@ def test_an_answer_ends_with_its_end_token() -> None:
     assert quality.greedy(model, [5, 6, 7], 6, frozenset(answer[2:3])) == answer[: answer.index(answer[2]) + 1]
 
 
-def test_a_filled_slot_goes_on_as_a_prompt_of_the_service_does() -> None:
-    model = tiny_model()
-    runner = Runner(model, Plan("dense", model.dtype, model.dtype), 2, 64, "cpu", frozenset())
-    fill(runner, 0, [5])
-    assert runner.step([0])[0] == quality.greedy(tiny_model(), [5], 1, frozenset())[0]
+def test_a_filled_row_goes_on_as_a_prompt_of_the_service_does() -> None:
+    runner, want = tiny_runner(), quality.greedy(tiny_model(), [5], 2, frozenset())
+    first = step(runner, [fill(runner, 2, [5], [3])])
+    assert [one.tokens for one in [*first, *step(runner, first)]] == [want[:1], want[1:]]
+
+
+def test_rows_hold_blocks_of_their_own_or_are_refused() -> None:
+    runner = tiny_runner(blocks=9)
+    assert runs(runner, 4, 300) == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert runs(runner, 4, 256) == [[1], [3], [5], [7]]  # which they begin with, as far as a text goes
+    with pytest.raises(ValueError, match="3 rows of 769 tokens do not fit into 9 blocks"):
+        runs(runner, 3, 769)
+
+
+def test_what_a_row_holds_is_computed_once_and_anew_for_another_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows go on from their own prompts, though turns of other shapes came between."""
+    runner, filled = tiny_runner(), list[int]()
+    ours, prefill = Ours(runner), runner.prefill
+    monkeypatch.setattr("benchmarks.ours.prompt", lambda row, count: [(7 * row + 3 * at) % 290 for at in range(count)])
+    monkeypatch.setattr(runner, "prefill", lambda work: filled.append(work[0].row) or prefill(work))
+    for rows, context, computed in ((2, 300, [0, 1]), (2, 40, []), (1, 300, [0]), (2, 250, [0, 1])):
+        filled.clear()
+        turn = ours.decode(rows=rows, context=context, steps=3)
+        assert len(turn["seconds"]) == 3 and filled == computed
+    assert ours.generate(rows=4, context=20, steps=2)["seconds"] > 0 and filled == [0, 1, 0, 1, 2, 3]
+    filled.clear()
+    ours.decode(rows=2, context=10, steps=1)
+    assert filled == [0, 1] and ours.prefill(tokens=20)["seconds"] > 0
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_served_model_reads_a_text_as_transformers_does(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once and token by token, over a block's border."""
+    if kernels and not native.load(HERE.parent / "data" / "compiled"):
+        lacking("the CPU kernels cannot be built here: no AVX2, or no C++ compiler")
+    monkeypatch.setattr(quality, "load", lambda *_: tiny_runner(kernels))
+    served = quality.Served(Settings())
+    text = torch.randint(0, 300, (4, 270), generator=torch.Generator().manual_seed(1))
+    for read in (quality.whole, quality.stepwise):
+        assert read(served, text) == pytest.approx(quality.whole(tiny_model(), text), rel=1e-4)
 
 
 def test_the_fixed_text_is_long_enough_and_there_are_fifty_prompts() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from errors import DeadlineExceeded, InvalidRequest, ModelUnavailable, UnknownModel
+from model.engine.scheduler import Work
 from model.local import LocalBackend
 from model.text.template import is_harmless
 from model.types import Chunk, Done, FinishReason, GenerateRequest, Message, Sampling, Status, Stream
@@ -162,23 +163,23 @@ def test_a_short_prompt_is_not_delayed_by_another_users_long_ones(
     backend = LocalBackend(settings_for(checkpoint, tmp_path, slots=16, max_context=1024), Metrics())
     read(ask(backend, "warm", 1))
     runner = backend._engine._scheduler.runner  # type: ignore[union-attr]
-    init_row, prefill = runner.init_row, runner.prefill
+    begin, prefill = runner.begin, runner.prefill
     admitted: list[tuple[int, list[int]]] = []  # chunks before it, its prompt
     chunks: list[list[list[int]]] = []
 
-    def logged_init_row(slot: int, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
-        admitted.append((len(chunks), list(prompt)))
-        init_row(slot, sampling, seed, prompt)
+    def logged_begin(row: int, sampling: Sampling, seed: int, tokens: Sequence[int]) -> None:
+        admitted.append((len(chunks), list(tokens)))
+        begin(row, sampling, seed, tokens)
 
-    def logged_prefill(parts: Sequence[tuple[int, Sequence[int], int]]) -> list[bool]:
-        chunks.append([list(ids) for _, ids, _ in parts])
-        return prefill(parts)
+    def logged_prefill(work: Sequence[Work]) -> list[bool]:
+        chunks.append([list(one.tokens) for one in work])
+        return prefill(work)
 
-    runner.init_row, runner.prefill = logged_init_row, logged_prefill  # type: ignore[method-assign]
+    runner.begin, runner.prefill = logged_begin, logged_prefill  # type: ignore[method-assign]
     long = [ask(backend, f"{n} {'why is the sky so blue ' * 60}", 20, owner="ann") for n in range(10)]
     eventually(lambda: bool(chunks))
     short = ask(backend, "why is the sky blue?", 4, owner="bob")
-    prompt = list(short._sequence.prompt)  # type: ignore[attr-defined]
+    prompt = list(short._sequence.request.prompt_ids)  # type: ignore[attr-defined]
     assert read(short)[1].usage.completion_tokens == 4
     for stream in long:
         stream.close()
@@ -296,7 +297,49 @@ def test_two_hundred_mixed_requests_leave_nothing_behind(backend: LocalBackend) 
     eventually(lambda: threading.active_count() <= threads)
     assert len(os.listdir("/proc/self/fd")) <= files
     assert read(ask(backend, "story 3", 23))[0] == alone[3]
-    assert not any(slot.busy for slot in backend._engine._scheduler._table.slots)  # type: ignore[union-attr]
+    details = backend.status().details
+    assert details["kv_blocks_free"] == details["kv_blocks"]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.promise(
+    "P29",
+    injected="100 greedy and seeded requests in random order on KV for a quarter of them: beside 1 to 15 others, with "
+    "reused prefixes, guesses and preemptions",
+    counted="bitwise the text it has alone, computed once without any of these",
+)
+def test_a_text_is_the_same_whatever_traffic_there_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Callable[..., None]
+) -> None:
+    chance, chat = random.Random(29), "please repeat after me: one two three one two three " * 2
+    asked = [(chat * (n % 3) + f"story {n}", 40 + 110 * (n % 4), Sampling(0) if n % 2 else Sampling(0.7, seed=n))
+             for n in range(20)]  # fmt: skip
+    alone = LocalBackend(settings_for(checkpoint, tmp_path, quantization="nf4", speculate=False, max_context=1024), Metrics())
+    want = [read(ask(alone, text, count, owner=f"{n}", sampling=how))[0] for n, (text, count, how) in enumerate(asked)]
+    alone.close(0)
+    monkeypatch.setattr(
+        "model.runtime.gpu.for_kv", lambda free, device: 6 * 256 * 256
+    )  # 5 blocks; a token takes 256 bytes
+    busy, metrics = settings_for(checkpoint, tmp_path, quantization="nf4", slots=16, max_context=1024), Metrics()
+    backend = LocalBackend(busy, metrics)
+
+    def one(n: int) -> bool:
+        text, count, how = asked[n]
+        return read(ask(backend, text, count, owner=chance.choice("abc"), sampling=how))[0] == want[n]
+
+    with ThreadPoolExecutor(15) as pool:
+        same = list(pool.map(one, [chance.randrange(20) for _ in range(100)]))
+    told = backend.status().details
+    backend.close(0)
+    reused = metrics.registry.get_sample_value("llm_cached_prompt_tokens_total")
+    preempted = metrics.registry.get_sample_value("llm_preemptions_total")
+    counted(
+        texts=len(same),
+        bitwise_the_same=sum(same),
+        prompt_tokens_reused=int(reused or 0),
+        preemptions=int(preempted or 0),
+    )
+    assert all(same) and told["deterministic"] and told["kv_blocks"] == 5 and reused and preempted
 
 
 def test_only_the_model_thread_ever_imports_torch(checkpoint: Path, tmp_path: Path) -> None:
@@ -306,6 +349,7 @@ def test_only_the_model_thread_ever_imports_torch(checkpoint: Path, tmp_path: Pa
     program = f"""
 import sys, threading
 from pathlib import Path
+from model.engine.scheduler import Work
 from model.local import LocalBackend
 from model.types import GenerateRequest, Message
 from settings import Settings

@@ -105,9 +105,9 @@ def test_this_machine_is_its_gpu_or_its_free_ram(monkeypatch: pytest.MonkeyPatch
     settings = Settings(model="deepseek-r1-distill-qwen-14b")
     monkeypatch.setattr(gpu, "memory", lambda device: (8_000_000_000, 11_000_000_000))
     monkeypatch.setattr(gpu, "choose_device", lambda wanted: "cuda")
-    assert "on 11.0 GB of GPU memory: does not fit: 0.3 GB are missing" in report(settings, None)
+    assert "on 11.0 GB of GPU memory: does not fit: 0.4 GB are missing" in report(settings, None)
     monkeypatch.setattr(gpu, "choose_device", lambda wanted: "cpu")
-    assert "on 8.0 GB of free RAM: does not fit: 5.1 GB are missing" in report(settings, None)
+    assert "on 8.0 GB of free RAM: does not fit: 2.9 GB are missing" in report(settings, None)
     documented = (Path(__file__).parents[3] / "docs/operations.md").read_text()
     assert "\n".join(report(settings, 24).splitlines()[:4]) in documented
 
