@@ -1,4 +1,4 @@
-"""What CUDA runs, proved without a GPU: products, compiled steps, memory, dispatch, and what attention is called with."""
+"""What CUDA runs, proved without a GPU: products, compiled steps, waiting and copying, attention, memory, dispatch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PretrainedConfig
 
+from benchmarks.gpu import config_of
 from model.engine.blocks import BLOCK, blocks_for
 from model.engine.scheduler import Work
 from model.runtime import attention
@@ -219,7 +219,16 @@ def test_what_fills_a_bucket_up_touches_only_the_block_of_nobody(
 class Watch(TorchDispatchMode):
     """Notes operators that a CUDA graph cannot hold, and results as large as a block of KV."""
 
-    WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "lift_fresh")
+    WAITING = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "nonzero",
+        "equal",
+        "masked_select",
+        "_unique2",
+        "lift_fresh",
+    )
 
     def __init__(self, block: int) -> None:
         super().__init__()
@@ -356,20 +365,12 @@ def test_attention_by_definition_is_a_softmax_over_each_sequences_blocks(
     )  # fmt: skip
     for (begin, end), length, table in zip(pairwise(ends.tolist()), lengths, tables, strict=True):
         own = (side[table].flatten(0, 1)[:length] for side in (keys, values))
-        torch.testing.assert_close(got[begin:end].double(), by_softmax(q[begin:end], *own, length, 0.3), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            got[begin:end].double(), by_softmax(q[begin:end], *own, length, 0.3), rtol=1e-4, atol=1e-5
+        )
 
 
 # Memory: every model of the catalogue on GPUs of five sizes.
-
-
-def config_of(spec: ModelSpec) -> PretrainedConfig:
-    """transformers' configuration of a catalogue model."""
-    kind = "qwen3" if "qwen3" in spec.name else "qwen2" if "qwen" in spec.name else "llama"
-    return AutoConfig.for_model(
-        kind, num_hidden_layers=spec.shape.layers, hidden_size=spec.shape.hidden, vocab_size=spec.shape.vocabulary,
-        intermediate_size=spec.shape.intermediate, num_attention_heads=spec.shape.heads, head_dim=spec.shape.head_dim,
-        num_key_value_heads=spec.shape.kv_heads, max_position_embeddings=spec.context,
-    )  # fmt: skip
 
 
 def fitted(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec, size: int) -> tuple[Estimate, int, tuple[int, int, int]]:
