@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
+from torch._dynamo import output_graph
 
 from model.runtime.runner import Bucket, Runner, Step, make_step
 from settings import Settings
@@ -43,7 +45,10 @@ def compiled(runner: Runner, bucket: Bucket) -> Step:
     # dictionary each time: torch.compile empties it.
     options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe, size_asserts=False, alignment_asserts=False)
     step = torch.compile(make_step(bucket.longest), fullgraph=True, dynamic=False, options=options)
-    ready = step.aot_compile((runner.arguments(runner.padded(bucket).to(runner.device)), {}))
+    arguments = runner.arguments(runner.padded(bucket).to(runner.device))
+    # PyTorch 2.13 gives each graph a random name, a part of the key under which inductor keeps its code.
+    with patch.object(output_graph, "unique_id", lambda name, **_: f"{name}_{bucket.tokens}_{bucket.longest}"):
+        ready = step.aot_compile((arguments, {}))
     ready.disable_guard_check()
     return ready
 
