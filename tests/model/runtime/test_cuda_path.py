@@ -175,7 +175,6 @@ def test_the_compiled_code_makes_no_buffer_as_large_as_a_block(made: Compiled) -
         sizes = allocated(code)
         assert bucket.tokens * vocabulary in sizes  # so that such a buffer would be seen
         assert max(sizes) < block
-        assert str(engine.kv.keys[0].numel()) not in code  # no loop over all of it either
 
 
 def as_recorded(engine: Runner, bucket: Bucket, step: Step) -> Step:
