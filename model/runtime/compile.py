@@ -14,10 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from unittest.mock import patch
 
 import torch
-from torch._dynamo import output_graph
 
 from model.runtime.runner import Bucket, Runner, Step, make_step
 from settings import Settings
@@ -44,13 +42,18 @@ def compiled(runner: Runner, bucket: Bucket) -> Step:
     # The caller fixes every shape, and checking guards costs 2.5 ms a step (PyTorch 2.13, 30 layers). A fresh
     # dictionary each time: torch.compile empties it.
     options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe, size_asserts=False, alignment_asserts=False)
-    step = torch.compile(make_step(bucket.longest), fullgraph=True, dynamic=False, options=options)
-    arguments = runner.arguments(runner.padded(bucket).to(runner.device))
-    # PyTorch 2.13 gives each graph a random name, a part of the key under which inductor keeps its code.
-    with patch.object(output_graph, "unique_id", lambda name, **_: f"{name}_{bucket.tokens}_{bucket.longest}"):
-        ready = step.aot_compile((arguments, {}))
+    step = torch.compile(make_step(bucket.longest), backend=_inductor, fullgraph=True, dynamic=False, options=options)
+    ready = step.aot_compile((runner.arguments(runner.padded(bucket).to(runner.device)), {}))
     ready.disable_guard_check()
     return ready
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], options: dict[str, object]) -> Step:
+    """Inductor, without the random name that PyTorch 2.13 gives each graph: by its key nothing would be found again."""
+    from torch._inductor.compile_fx import compile_fx
+
+    graph._backend_id = None
+    return compile_fx(graph, inputs, config_patches=options)
 
 
 def compiler_for(runner: Runner, settings: Settings) -> "ThreadCompiler | None":
