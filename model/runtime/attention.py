@@ -14,7 +14,7 @@ from model.engine.scheduler import Work
 from model.runtime.kv import Batch
 
 ATTENTION = "blocks"
-# Parts in which one sequence's columns are read side by side: its few heads alone leave most of a GPU idle. For several
+# Parts in which one token's columns are read side by side: its few heads alone leave most of a GPU idle. For several
 # sequences PyTorch 2.13 leaves rows unwritten then (pytorch/pytorch issue 194167), and where it chooses the number by
 # itself it has given NaN (pytorch/torchtitan issue 3235).
 _SPLITS_ALONE = 8
@@ -45,7 +45,7 @@ def _attended(
     return attend(
         query[0].transpose(0, 1).contiguous(), key, value, batch.spans[0], None, batch.longest, blocks * BLOCK,
         scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=batch.spans[1, :-1], block_table=batch.tables,
-        num_splits=_SPLITS_ALONE if sequences == 1 else 1,
+        num_splits=_SPLITS_ALONE if sequences == batch.longest == 1 else 1,
     )  # fmt: skip
 
 

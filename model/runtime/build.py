@@ -13,6 +13,7 @@ from model.kernels import native
 from model.runtime import gpu, linear
 from model.runtime.attention import verify
 from model.runtime.kv import KvShape
+from model.runtime.layers import shrink_head
 from model.runtime.runner import Runner
 from model.types import Sampling
 from model.weights.catalogue import DEFAULT_CONTEXT, ModelError, kernels_take, read_json
@@ -35,8 +36,9 @@ def build(checkpoint: Path, settings: Settings, progress: Callable[[str, int], N
         checkpoint, settings, torch.device(device), plan.dtype, lambda stage, part: progress(stage, part * 9 // 10)
     )
     require_embeddings(tokenizer, model.config.vocab_size)
-    slots, blocks, context = fit(settings, model.config, plan.kv, device)
     try:
+        shrink_head(model, plan)
+        slots, blocks, context = fit(settings, model.config, plan.kv, device)
         guesses = {} if settings.speculate else {"guesses": 0}
         runner = Runner(model, plan, slots, blocks, context, device, stop_ids(checkpoint, tokenizer), **guesses)
         if plan.kernels:

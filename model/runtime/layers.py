@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # Llama's, for a part of the head's width too
 
-from model.runtime.attention import block_attention
+from model.runtime.attention import ATTENTION, block_attention
 from model.runtime.kv import BlockCache
-from model.runtime.linear import Int8Linear, PackedLinear, Plan, join
+from model.runtime.linear import Int8Linear, PackedLinear, Plan, dequantise, join
 from model.weights.catalogue import KERNEL_ARCHITECTURES, require_window
 
 
@@ -94,14 +94,13 @@ class JoinedMlp(nn.Module):
 
 
 def use_bitsandbytes(model: nn.Module, chosen: Plan) -> None:
-    """Join the 4-bit matrices of a transformers causal LM that read the same input, and store its head in int8."""
+    """Join the 4-bit matrices of a transformers causal LM that read the same input."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         if all(isinstance(part, Linear4bit) for part in (*_qkv(attention), attention.o_proj)):
             layer.self_attn = JoinedAttention(attention, chosen)
         if all(isinstance(part, Linear4bit) for part in (*_gate_up(mlp), mlp.down_proj)):
             layer.mlp = JoinedMlp(mlp, chosen)
-    model.lm_head = Int8Linear(model.lm_head.weight.data)
 
 
 def _qkv(attention: nn.Module) -> list[nn.Linear]:
@@ -151,6 +150,26 @@ def use_kernels(model: nn.Module, chosen: Plan) -> None:
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = KernelLayer(layer, chosen)
     model.lm_head = KernelHead(model.model.norm, model.lm_head, chosen)
+
+
+def replace_layers(model: nn.Module, plan: Plan) -> None:
+    """Let a transformers causal LM compute as planned, in place."""
+    if plan.kernels:
+        use_kernels(model, plan)
+        return
+    model.set_attn_implementation(ATTENTION)
+    if plan.linear_backend == "dense":
+        dequantise(model, plan.dtype)
+    elif any(isinstance(layer, Linear4bit) for layer in model.modules()):
+        shrink_head(model, plan)
+        use_bitsandbytes(model, plan)
+
+
+def shrink_head(model: nn.Module, plan: Plan) -> None:
+    """Store the head in int8 where the body is in bitsandbytes' 4 bits. Before memory is shared out: it halves."""
+    four_bits = any(isinstance(layer, Linear4bit) for layer in model.modules())
+    if plan.linear_backend == "bitsandbytes" and four_bits and isinstance(model.lm_head, nn.Linear):
+        model.lm_head = Int8Linear(model.lm_head.weight.data)
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from model.engine.blocks import Copy, blocks_for
 from model.engine.scheduler import Work
-from model.runtime.attention import ATTENTION
 from model.runtime.kv import Batch, BlockCache, KvBlocks, KvShape
-from model.runtime.layers import is_packed, look_up_positions, use_bitsandbytes, use_kernels, use_whole_context
-from model.runtime.linear import FEW, Plan, dequantise
+from model.runtime.layers import is_packed, look_up_positions, replace_layers, use_whole_context
+from model.runtime.linear import FEW, Plan
 from model.runtime.sampler import Rules, choose, choose_by_kernel
 from model.types import Sampling
 
@@ -71,14 +69,7 @@ class Runner:
         """slots: rows that run at once; blocks: of KV, for all; context: tokens of one sequence at most."""
         use_whole_context(model, context)
         look_up_positions(model, context, plan.dtype, device)
-        if plan.kernels:
-            use_kernels(model, plan)
-        else:
-            model.set_attn_implementation(ATTENTION)
-            if plan.linear_backend == "dense":
-                dequantise(model, plan.dtype)
-            elif any(isinstance(layer, Linear4bit) for layer in model.modules()):
-                use_bitsandbytes(model, plan)
+        replace_layers(model, plan)
         self.model, self.plan, self.device, self.eos = model, plan, device, eos
         self.slots, self.blocks, self.context, self.guesses = slots, blocks, context, guesses
         self.step_tokens = slots * (1 + guesses) if device == "cpu" else max(slots, FEW)
