@@ -170,7 +170,6 @@ class TextStream:
                 return
             item = FinishReason.STOP
             self._sequence.close(item)
-        usage = Usage(
-            self._sequence.prompt_tokens, self._tokens, self._sequence.cached, self._assembler.reasoning_tokens
-        )
+        prompt, cached = self._sequence.prompt_tokens, self._sequence.cached
+        usage = Usage(prompt, self._tokens, cached, self._assembler.reasoning_tokens)
         self._pending.append(Done(item, usage))

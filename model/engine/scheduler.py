@@ -145,7 +145,7 @@ class Scheduler:
         if not chunk:
             return
         before, done = self._clock(), 0
-        for sequence, finite in self._compute(chunk, self._run_chunk):
+        for sequence, finite in self._compute(chunk, self.runner.prefill):
             if finite:
                 self._pool.write(sequence.table, sequence.chunk)
                 done += len(sequence.chunk)
@@ -182,9 +182,6 @@ class Scheduler:
         users = len(self._turns)
         return min(room, users * max(prompts[0].rest, CHUNK_MIN)) if users > 1 else room
 
-    def _run_chunk(self, chunk: List[Sequence]) -> list[bool]:
-        return self.runner.prefill([_work(s, s.chunk) for s in chunk])
-
     def load_compiled(self, idle: bool) -> bool:
         """Take over a compiled step that has become available; whether there was one."""
         self._polled = self._clock()
@@ -205,7 +202,7 @@ class Scheduler:
         if self._clock() - self._polled >= _POLL_COMPILED:
             self.load_compiled(idle=False)
         before = self._clock()
-        results = self._compute(decoding, self._run_step)
+        results = self._compute(decoding, self.runner.step)
         now = self._clock()
         self._speculation.took(sum(len(sequence.chunk) for sequence in decoding), now - before)
         done = sum(self._take(sequence, tokens, now) for sequence, tokens in results)
@@ -240,14 +237,14 @@ class Scheduler:
         for sequence in self.running + self.preempted:
             sequence.finish(error, self._clock())
 
-    def _compute(self, sequences: list[Sequence], run: Callable[[List[Sequence]], List[T]]) -> list[tuple[Sequence, T]]:
-        """Run these sequences together; where that raises, in halves, down to the one that fails alone: the others.
+    def _compute(self, sequences: list[Sequence], run: Callable[[List[Work]], List[T]]) -> list[tuple[Sequence, T]]:
+        """Run these chunks together; where that raises, in halves, down to the one that fails alone: the others.
 
         A run that raised has changed nothing and may be repeated, which also serves a batch too large for the memory.
         Raises when one sequence after another fails: then the engine is broken.
         """
         try:
-            results = run(sequences)
+            results = run([_work(sequence) for sequence in sequences])
         except Exception as error:
             self._metrics.engine_failures.inc()
             if half := len(sequences) // 2:
@@ -259,9 +256,6 @@ class Scheduler:
             return []
         self._failures = 0
         return list(zip(sequences, results, strict=True))
-
-    def _run_step(self, decoding: List[Sequence]) -> list[List[int | None]]:
-        return self.runner.step([_work(s, s.chunk) for s in decoding])
 
     def _take(self, sequence: Sequence, chosen: List[int | None], now: float) -> int:
         """Hand a step's tokens to its sequence, one after each that was read, up to a guess that was wrong.
@@ -323,8 +317,8 @@ class Scheduler:
             self.runner.clear(forgotten)
 
 
-def _work(sequence: Sequence, tokens: List[int]) -> Work:
-    return Work(sequence.row, tokens, sequence.table.computed, sequence.table.indices)
+def _work(sequence: Sequence) -> Work:
+    return Work(sequence.row, sequence.chunk, sequence.table.computed, sequence.table.indices)
 
 
 def bounded_seconds(seconds: float) -> float:

@@ -9,7 +9,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from model.engine.blocks import BLOCK
+from model.engine.blocks import BLOCK, blocks_for
 from model.engine.scheduler import Work
 from model.runtime.kv import Batch
 
@@ -88,7 +88,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, begins: Tensor, lengths: Te
     ):
         if begin == end:
             continue
-        held = tables[index, : -(-length // BLOCK)]
+        held = tables[index, : blocks_for(length)]
         k, v = (side[held].flatten(0, 1)[:length].transpose(0, 1)[None] for side in (keys, values))
         mine, mask = q[begin:end].transpose(0, 1)[None], causal_lower_right(end - begin, length)
         made = functional.scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=scale, enable_gqa=True)

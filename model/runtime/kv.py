@@ -49,7 +49,7 @@ class KvBlocks:
     """
 
     def __init__(self, shape: KvShape, count: int, device: str, kernels: bool) -> None:
-        self.shape, self.count, self._along = shape, count, 1 if kernels else 0
+        self.shape, self._along = shape, 1 if kernels else 0
         inner = (shape.kv_heads, BLOCK) if kernels else (BLOCK, shape.kv_heads)
         dimensions = (count + 1, *inner, shape.head_dim)
         self.keys = [_zeros(dimensions, shape.dtype, device) for _ in range(shape.layers)]

@@ -160,7 +160,7 @@ def replace_layers(model: nn.Module, plan: Plan) -> None:
     model.set_attn_implementation(ATTENTION)
     if plan.linear_backend == "dense":
         dequantise(model, plan.dtype)
-    elif any(isinstance(layer, Linear4bit) for layer in model.modules()):
+    else:
         shrink_head(model, plan)
         use_bitsandbytes(model, plan)
 

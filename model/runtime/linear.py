@@ -140,27 +140,22 @@ def join(parts: list[nn.Linear], chosen: Plan) -> nn.Module:
 
 def _joined_4bit(parts: list[bnb.nn.Linear4bit]) -> FewRows:
     """The very codes of all parts, with their scales stored in 8 bits anew (bitsandbytes' double quantisation)."""
-    states, k, rows = (
-        [part.weight.quant_state for part in parts],
-        parts[0].in_features,
-        sum(p.out_features for p in parts),
-    )
-    layer = parts[0]
+    layer, k, rows = parts[0], parts[0].in_features, sum(part.out_features for part in parts)
     if len(parts) > 1:
-        scales = torch.cat([_scales(state) for state in states])
+        first, biased = layer.weight.quant_state, layer.bias is not None
+        scales = torch.cat([_scales(part.weight.quant_state) for part in parts])
         offset = scales.mean()
         stored, nested = bnb.functional.quantize_blockwise(scales - offset, blocksize=256)
-        first = states[0]
         state = bnb.functional.QuantState(
             absmax=stored, shape=torch.Size([rows, k]), code=first.code, blocksize=first.blocksize,
             quant_type=first.quant_type, dtype=first.dtype, offset=offset, state2=nested,
         )  # fmt: skip
         codes = torch.cat([part.weight.data.view(-1, 1) for part in parts])
-        layer = bnb.nn.Linear4bit(k, rows, parts[0].bias is not None, parts[0].compute_dtype, device="meta")
+        layer = bnb.nn.Linear4bit(k, rows, biased, layer.compute_dtype, device="meta")
         layer.weight = bnb.nn.Params4bit(
             codes, requires_grad=False, quant_state=state, quant_type=first.quant_type, bnb_quantized=True, module=layer
         )
-        if parts[0].bias is not None:
+        if biased:
             layer.bias = nn.Parameter(torch.cat([part.bias.data for part in parts]), requires_grad=False)
     return FewRows(layer, fused_rows(rows, k, layer.weight.device))
 

@@ -18,9 +18,8 @@ KERNEL_ARCHITECTURES = (
 ARCHITECTURES = (*KERNEL_ARCHITECTURES, "Gemma3ForCausalLM", "Qwen3MoeForCausalLM")
 DEFAULT_CONTEXT = 8192  # tokens, where neither MAX_CONTEXT nor the model says how many
 THINK = ("<think>", "</think>")
-NF4_BITS = (
-    4 + 8 / 64 + 32 / (64 * 256)
-)  # a weight: its code, a share of its block's 8-bit scale and of that one's scale
+# Of a weight: its code, and a share of its block's 8-bit scale and of that one's scale.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
